@@ -1,0 +1,1 @@
+"""How fast a model is, measured side by side in one run."""

@@ -1,0 +1,234 @@
+"""The settings of a run: what comes in from the command line, validated, goes out frozen.
+
+Every other module receives these dataclasses; nothing here imports jax.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+
+class UserError(Exception):
+    """An error that the user can mend; the command line prints its one line and exits with 2."""
+
+
+def choose(name: str, known: Iterable[str], what: str) -> str:
+    """Return `name` when it is one of `known`.
+
+    Args:
+        name: what the user wrote.
+        known: the names that exist.
+        what: what is being named, for the message, e.g. "recipe".
+
+    Raises:
+        UserError: unknown name; the message suggests the nearest one and lists all.
+    """
+    known = sorted(known)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"unknown {what} {name!r}{hint} (known: {', '.join(known)})")
+
+
+def _option(default: Any, group: str, text: str, **extra: Any) -> Any:
+    """A dataclass field that is also a command-line flag of the same name."""
+    return dataclasses.field(default=default, metadata={"group": group, "help": text, **extra})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Masking:
+    """How positions are chosen and replaced for the masked-language-model loss (DistilBERT, A.6).
+
+    The reference draws over the whole micro-batch and lets a random replacement be any id; here
+    the number is fixed per row and a special token is neither masked nor drawn.
+    """
+
+    rate: float = 0.15  # share of a row's real tokens that is predicted
+    mask: float = 0.8  # share of those replaced by [MASK]
+    keep: float = 0.1  # share left as they are; the rest becomes a random ordinary token
+    smoothing: float = 0.7  # a token is chosen with probability proportional to count**-smoothing
+
+
+# Held-out figures hide every chosen token and choose uniformly, so that they read as
+# "how often is a hidden token guessed", independent of the corpus counts.
+EVALUATION_MASKING = Masking(mask=1.0, keep=0.0, smoothing=0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What distillation and masked-language-model training have in common."""
+
+    corpus: tuple[str, ...] = _option(
+        (), "data", "text or JSON-lines files (globs, .gz), a saved datasets folder, "
+        "hf:NAME[:CONFIG], tfds:NAME, or python-docs; one line of text is one document", nargs="+")
+    valid: tuple[str, ...] = _option(
+        (), "data", "held-out corpus, named like --corpus; default: a part of the corpus, chosen "
+        "by the hash of each document", nargs="+")
+    valid_share: float = _option(
+        0.02, "data", "share of the documents held out when --valid is not given")
+    sequence_length: int = _option(128, "data", "tokens in a packed row")
+    steps: int | None = _option(
+        None, "training", "updates; default: three passes over the corpus")
+    batch_size: int = _option(128, "training", "rows per update, over all devices")
+    accumulate: int = _option(
+        1, "training", "micro-batches an update is cut into, to save memory; same result")
+    learning_rate: float = _option(5e-4, "training", "peak of the learning rate")
+    warmup: float = _option(
+        0.05, "training", "share of the updates over which the rate rises, before it falls to 0")
+    weight_decay: float = _option(0.0, "training", "decoupled decay of the matrices (AdamW)")
+    clip: float = _option(5.0, "training", "largest global norm of the gradient")
+    dropout: float = _option(0.1, "training", "dropout rate in the trained model, all kinds")
+    seed: int = _option(56, "training", "seed of initialisation, data order, masks and dropout")
+    dtype: str = _option(
+        "auto", "devices", "float32, bfloat16 or float64 matrix products (float64: everything); "
+        "auto is bfloat16 on TPU and GPU, float32 on CPU")
+    mesh: str = _option(
+        "", "devices", "DATAxMODEL, e.g. 8x1 or 4x2; default: all devices on data")
+    output: str = _option("output", "output", "folder for checkpoints, figures and the model")
+    save_every: int = _option(500, "output", "updates between checkpoints")
+    eval_every: int = _option(250, "output", "updates between held-out evaluations")
+    recipe: str = _option("", "output", "a file of experiments/recipes that sets other defaults")
+
+    # Fields that may differ between a run and its continuation; all others are its meaning.
+    HARMLESS = ("steps", "mesh", "output", "save_every", "eval_every", "recipe")
+
+    def __post_init__(self) -> None:
+        at_least = {"sequence_length": 8, "batch_size": 1, "accumulate": 1, "save_every": 1,
+                    "eval_every": 1, "seed": 0}
+        if self.steps is not None:
+            at_least["steps"] = 1
+        for name, least in at_least.items():
+            check(self, name, getattr(self, name) >= least, f"must be at least {least}")
+        for name in ("learning_rate", "clip"):
+            check(self, name, 0 < getattr(self, name) < float("inf"), "must be positive")
+        check(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "must not be negative")
+        for name in ("warmup", "dropout"):
+            check(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
+        check(self, "valid_share", 0 < self.valid_share < 1, "must lie between 0 and 1")
+        check(self, "accumulate", self.batch_size % self.accumulate == 0,
+              f"must divide --batch-size {self.batch_size}")
+        choose(self.dtype, ("auto", "float32", "bfloat16", "float64"), "--dtype")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistilConfig(TrainConfig):
+    """A distillation: a teacher, which student, and the weights of the losses."""
+
+    teacher: str = _option(
+        "", "models", "Hugging Face BERT folder, or hub name where there is a network")
+    student_layers: str = _option(
+        "", "models", "how many teacher layers to keep (evenly chosen), or which: 0,2,4,7,9,11; "
+        "default: half of them")
+    init: str = _option("teacher", "models", "start of the student: teacher or random")
+    fold_token_type: bool = _option(
+        True, "models", "add the teacher's token-type-0 embedding to the student's positions, so "
+        "that embeddings start equal; the original drops it")
+    freeze_position_embeddings: bool = _option(
+        False, "models", "leave the student's position embeddings as they start")
+    temperature: float = _option(2.0, "losses", "temperature of the soft targets")
+    alpha_ce: float = _option(5.0, "losses", "weight of the KL divergence from the teacher")
+    alpha_mlm: float = _option(2.0, "losses", "weight of the masked-language-model loss")
+    alpha_cos: float = _option(1.0, "losses", "weight of the cosine loss on last hidden states")
+    alpha_mse: float = _option(0.0, "losses", "weight of the squared error between logits")
+    restrict_ce_to_mask: bool = _option(
+        False, "losses", "KL and squared error on masked positions only, not on all real tokens")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose(self.init, ("teacher", "random"), "--init")
+        check(self, "temperature", 0 < self.temperature < float("inf"), "must be positive")
+        alphas = ("alpha_ce", "alpha_mlm", "alpha_cos", "alpha_mse")
+        for name in alphas:
+            check(self, name, 0 <= getattr(self, name) < float("inf"), "must not be negative")
+        if not any(getattr(self, name) for name in alphas):
+            raise UserError("all loss weights are 0: give at least one --alpha-... above 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainConfig):
+    """Masked-language-model training of a BERT, from scratch or from a folder (adaptation)."""
+
+    model: str = _option(
+        "", "models", "BERT folder to start from, with its tokenizer; default: from scratch")
+    vocab_size: int = _option(8192, "models", "WordPiece vocabulary to learn, from scratch only")
+    hidden_size: int = _option(256, "models", "width of the model, from scratch only")
+    num_hidden_layers: int = _option(4, "models", "layers, from scratch only")
+    num_attention_heads: int = _option(4, "models", "attention heads, from scratch only")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("vocab_size", 100), ("hidden_size", 1), ("num_hidden_layers", 1),
+                            ("num_attention_heads", 1)):
+            check(self, name, getattr(self, name) >= least, f"must be at least {least}")
+        check(self, "num_attention_heads", self.hidden_size % self.num_attention_heads == 0,
+              f"must divide --hidden-size {self.hidden_size}")
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field: `batch_size` → `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def check(config: Any, name: str, good: bool, rule: str) -> None:
+    """Raise a UserError that names the flag, its value and the rule unless `good`."""
+    if not good:
+        raise UserError(f"{flag(name)} {getattr(config, name)} {rule}")
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with one line for an error instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        if len(unknown) < len(message.split()) and unknown and unknown[0].startswith("-"):
+            choose(unknown[0].split("=")[0], self._option_string_actions, "flag")
+        raise UserError(message.removeprefix("argument ") + " (see --help)")
+
+
+def parse(config_class: type, description: str, argv: Sequence[str],
+          recipes: dict[str, dict[str, Any]]) -> Any:
+    """Read the command line into `config_class`.
+
+    Args:
+        config_class: DistilConfig or PretrainConfig; each field with metadata is one flag.
+        description: first line of `--help`.
+        argv: the words after the program's name.
+        recipes: recipe name → the defaults it sets; flags that are given win over them.
+
+    Returns:
+        A `config_class`.
+
+    Raises:
+        UserError: unknown flag or recipe, or a value that cannot be.
+    """
+    parser = _Parser(
+        description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(config_class):
+        meta = dict(field.metadata)
+        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
+        text = meta["help"].replace("%", "%%")
+        if field.default not in (None, "", ()) and "default:" not in text:
+            text += f" (default: {field.default})"
+        if field.type is bool or isinstance(field.default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        else:
+            value_type = int if field.name == "steps" else type(field.default)
+            kind = {"type": str if value_type is tuple else value_type, "metavar": "X"}
+            kind |= {"nargs": meta["nargs"]} if "nargs" in meta else {}
+        group.add_argument(flag(field.name), help=text, **kind)
+    given = vars(parser.parse_args(argv))
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    recipe = given.get("recipe", "")
+    defaults = recipes[choose(recipe, recipes, "--recipe")] if recipe else {}
+    return config_class(**{**defaults, **given})
+
+
+def offline_hub() -> bool:
+    """Whether the hub is switched off by its own environment variables."""
+    return any(os.environ.get(name, "") not in ("", "0")
+               for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))

@@ -1,0 +1,244 @@
+"""Hugging Face folders ↔ parameters, through one name table both ways.
+
+A folder (config.json and tensors) comes in; an EncoderConfig and a nested dict of float32 arrays
+go out, or one line that lists everything that does not fit. Nothing is guessed or left random.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+
+from distilbert_jax.config import UserError, choose
+from distilbert_jax.models import bert, distilbert
+from distilbert_jax.models.encoder import (
+    ACTIVATIONS,
+    EncoderConfig,
+    abstract_params,
+    path_name,
+)
+
+FAMILIES: dict[str, ModuleType] = {family.MODEL_TYPE: family for family in (bert, distilbert)}
+
+LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model read from a Hugging Face folder."""
+
+    folder: Path
+    family: ModuleType
+    config: EncoderConfig
+    params: dict[str, Any]  # nested dict of float32 NumPy arrays
+
+
+def load(name: str) -> Pretrained:
+    """Read a folder, or a hub repository where there is a network.
+
+    Accepts `gamma`/`beta`, a missing `bert.` prefix, position_ids, a pooler, a next-sentence head,
+    a decoder that repeats the word embedding, and half precision. Never runs code from a file.
+
+    Raises:
+        UserError: absent, truncated or of another family, or tensors that do not fit; every
+            unknown, missing, duplicated, untied or misshapen tensor is in the message.
+    """
+    folder = _resolve(name)
+    raw = _read_config(folder)
+    family = FAMILIES[choose(str(raw.get("model_type")), FAMILIES, f"model_type in {folder}")]
+    if raw.get("tie_word_embeddings", True) is False:
+        raise UserError(f"{folder}: tie_word_embeddings is false; only a tied decoder is supported")
+    if raw.get("position_embedding_type", "absolute") != "absolute" or raw.get("is_decoder", False):
+        raise UserError(f"{folder}: only encoders with absolute positions are supported")
+    tensors = _read_tensors(folder)
+    try:
+        config = family.from_hf(raw)
+        choose(config.hidden_act, ACTIVATIONS, f"activation in {folder}/config.json")
+        return Pretrained(folder, family, *from_hf(tensors, family, config))
+    except (UserError, TypeError, ValueError) as error:
+        text = str(error)
+        raise UserError(text if text.startswith(str(folder)) else f"{folder}: {text}") from error
+
+
+def from_hf(
+    tensors: dict[str, np.ndarray], family: ModuleType, config: EncoderConfig
+) -> tuple[EncoderConfig, dict[str, Any]]:
+    """Turn Hugging Face tensors into parameters.
+
+    Args:
+        tensors: name → array, as in the file; weights of linear layers are [out, in].
+        family: a module of FAMILIES.
+        config: its shape; `pooler` and `mlm_head` are set here, by what the tensors hold.
+
+    Returns:
+        The completed config, and the nested dict with kernels as [in, out], float32 (float64
+        stays float64).
+
+    Raises:
+        UserError: with the list of all mismatches.
+    """
+    tensors, problems = _canonical(tensors, family)
+    modules = {_module(name) for name in tensors}
+    present = {ours.split("/")[0] for theirs, ours in family.MODULES.items() if theirs in modules}
+    config = dataclasses.replace(
+        config, pooler="pooler" in present, mlm_head="mlm_head" in present)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract_params(config))
+    table = {hf_name(path, family): (path, leaf) for path, leaf in leaves}
+    _check_tied(tensors, family, table, problems)
+    problems += [f"unknown {n} {list(tensors[n].shape)}" for n in tensors if n not in table]
+    arrays = []
+    for name, (path, leaf) in table.items():
+        if name not in tensors:
+            problems.append(f"missing {name} {_hf_shape(path, leaf.shape)}")
+            continue
+        array = tensors[name]
+        if list(array.shape) != _hf_shape(path, leaf.shape):
+            problems.append(
+                f"{name} is {list(array.shape)}, config.json says {_hf_shape(path, leaf.shape)}")
+        arrays.append(_turn(path, array if array.dtype == np.float64 else array.astype(np.float32)))
+    if problems:
+        raise UserError(f"{len(problems)} tensors do not fit: {'; '.join(problems)}")
+    return config, jax.tree_util.tree_unflatten(treedef, arrays)
+
+
+def to_hf(params: dict[str, Any], family: ModuleType) -> dict[str, np.ndarray]:
+    """Turn parameters into Hugging Face tensors, contiguous; tied tensors appear once."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {hf_name(path, family): np.ascontiguousarray(_turn(path, np.asarray(leaf)))
+            for path, leaf in leaves}
+
+
+def hf_name(path: tuple[Any, ...], family: ModuleType) -> str:
+    """The Hugging Face name of one parameter."""
+    *module, leaf = path_name(path).split("/")
+    layer = module[1] if module[0] == "layers" else ""
+    ours = "/".join(["layers", "{i}", *module[2:]] if layer else module)
+    theirs = {v: k for k, v in family.MODULES.items()}[ours]
+    return f"{theirs.replace('{i}', layer)}.{LEAF_NAMES[leaf]}"
+
+
+def _turn(path: tuple[Any, ...], array: np.ndarray) -> np.ndarray:
+    """Between torch's [out, in] weight and our [in, out] kernel; other leaves are the same."""
+    return array.T if path[-1].key == "kernel" else array
+
+
+def _hf_shape(path: tuple[Any, ...], shape: tuple[int, ...]) -> list[int]:
+    return list(shape[::-1] if path[-1].key == "kernel" else shape)
+
+
+def _module(name: str) -> str:
+    return name.rsplit(".", 1)[0]
+
+
+def _canonical(
+    tensors: dict[str, np.ndarray], family: ModuleType
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Names as transformers writes them today, without the ignored ones; duplicates are listed."""
+    out: dict[str, np.ndarray] = {}
+    duplicates = []
+    for name, array in tensors.items():
+        full = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
+        if re.match(r"(embeddings|encoder|transformer|pooler)\.", full):
+            full = family.PREFIX + full
+        if full in out:
+            duplicates.append(f"duplicated {full} (as {name})")
+        if full not in family.IGNORED:
+            out[full] = array
+    return out, duplicates
+
+
+def _check_tied(
+    tensors: dict[str, np.ndarray], family: ModuleType, table: dict[str, Any], problems: list[str]
+) -> None:
+    """Take the tied tensors out, each equal to what it repeats; a lone one stands for it."""
+    for name, original in family.TIED.items():
+        if name not in tensors or original not in table:
+            continue
+        tied = tensors.pop(name)
+        if not np.array_equal(tied, tensors.setdefault(original, tied)):
+            problems.append(f"untied {name} differs from {original}")
+
+
+def _resolve(name: str) -> Path:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{name} is a file; give the folder that holds config.json and the weights")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise UserError(f"model folder {name} does not exist")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.txt", "*.safetensors"]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(name, allow_patterns=["pytorch_model*.bin"])
+    except Exception as error:  # the hub client has a dozen kinds; each means "not to be had"
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"no folder {name}, and the hub did not give it: {reason}") from error
+    return folder
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; --teacher wants a Hugging Face folder") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return raw
+
+
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a folder: safetensors before torch files, one file or several."""
+    readers = {"model.safetensors": _read_safetensors, "pytorch_model.bin": _read_torch}
+    for stem, read in readers.items():
+        if (folder / stem).exists():
+            return _checked(read, folder / stem)
+        index = folder / f"{stem}.index.json"
+        if index.exists():
+            names = _checked(lambda path: dict(json.loads(path.read_text())["weight_map"]), index)
+            tensors: dict[str, np.ndarray] = {}
+            for part in sorted(set(names.values())):
+                tensors |= _checked(read, folder / part)
+            if missing := sorted(set(names) - set(tensors)):
+                raise UserError(f"{index} names tensors that no part holds: {', '.join(missing)}")
+            return tensors
+    raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+
+
+def _checked(read: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any]:
+    try:
+        return read(path)
+    except UserError:
+        raise
+    except Exception as error:  # each library has its own; the file is what the user can mend
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is damaged or incomplete: {reason}") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    from safetensors.flax import load_file  # knows bfloat16, which NumPy's loader does not
+
+    return {name: np.asarray(array) for name, array in load_file(path).items()}
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{path} needs PyTorch to be read: pip install torch, or convert the "
+                        "folder to safetensors") from error
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    return {name: (t.float() if t.is_floating_point() and t.itemsize < 4 else t).numpy()
+            for name, t in tensors.items()}

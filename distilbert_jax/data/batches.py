@@ -1,0 +1,68 @@
+"""Rows on disk → the batch of a given step: a pure function of (seed, step).
+
+The fourth step of the walk; a resumed run needs to know nothing but its step.
+"""
+
+import functools
+
+import numpy as np
+
+from distilbert_jax.data.pack import PackedRows
+
+
+def row_indices(seed: int, step: int, batch_size: int, num_rows: int) -> np.ndarray:
+    """The rows of one batch.
+
+    Over the steps, the batches are an endless run of epochs, each a fresh permutation of all
+    rows; a batch may span two epochs or more, and nothing is dropped.
+
+    Args:
+        seed: of the order, not negative.
+        step: updates done before this one, from 0.
+        batch_size: rows in a batch, B.
+        num_rows: rows there are.
+
+    Returns:
+        int64 [B], each in [0, num_rows).
+    """
+    first, last = step * batch_size, (step + 1) * batch_size
+    parts = []
+    for epoch in range(first // num_rows, (last - 1) // num_rows + 1):
+        start = epoch * num_rows
+        order = _permutation(seed, epoch, num_rows)
+        parts.append(order[max(first - start, 0):last - start])
+    return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=2)  # the epochs on both sides of a batch
+def _permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+def read(packed: PackedRows, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Gather rows as a batch.
+
+    Args:
+        packed: rows [R, T] with the lengths of their segments [R, S].
+        indices: which rows, [B].
+
+    Returns:
+        int32 [B, T] each: `input_ids`; `segment_ids`, 1, 2, … and 0 on padding; `position_ids`,
+        from 0 in each segment and 0 on padding.
+    """
+    input_ids = packed.rows[indices].astype(np.int32)  # [B, T]
+    lengths = packed.segments[indices].astype(np.int32)  # [B, S]
+    ends = lengths.cumsum(axis=1)
+    row, segment = np.nonzero(lengths)
+    starts = (ends - lengths)[row, segment]
+    column = np.arange(input_ids.shape[1], dtype=np.int32)  # [T]
+    real = column < ends[:, -1:]  # [B, T]
+
+    begins = np.zeros_like(input_ids)
+    begins[row, starts] = 1
+    first = np.zeros_like(input_ids)
+    first[row, starts] = starts
+    first = np.maximum.accumulate(first, axis=1)  # where the segment of each token begins
+    return {"input_ids": input_ids,
+            "segment_ids": begins.cumsum(axis=1, dtype=np.int32) * real,
+            "position_ids": (column - first) * real}

@@ -1,0 +1,302 @@
+"""The two jobs, from settings to a finished folder: distil a teacher, or train one.
+
+Everything that can be wrong is checked before the first file is written.
+"""
+
+import dataclasses
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from distilbert_jax import convert, report, student
+from distilbert_jax.benchmark.latency import latencies
+from distilbert_jax.checkpoint import refuse_other_run
+from distilbert_jax.config import DistilConfig, Masking, PretrainConfig, TrainConfig, UserError
+from distilbert_jax.data import pack, sources
+from distilbert_jax.data.tokenize import load_tokenizer, train_wordpiece
+from distilbert_jax.evaluation.held_out import held_out
+from distilbert_jax.export import export
+from distilbert_jax.masking import Vocabulary, vocabulary
+from distilbert_jax.models import bert, distilbert
+from distilbert_jax.models.encoder import EncoderConfig, graphdef, init_params
+from distilbert_jax.optimizer import make_optimizer
+from distilbert_jax.predict import fill_mask
+from distilbert_jax.sharding import make_mesh, replicated, shardings
+from distilbert_jax.train import Run, read_metrics, train
+from distilbert_jax.train_step import (
+    Objective,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
+
+EVALUATION_ROWS = 128  # while training; the report takes all of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What both jobs have once their input is read."""
+
+    config: TrainConfig
+    mesh: Mesh
+    dtype: Any  # of the matrix products
+    param_dtype: Any
+    tokenizer: Any
+    data: pack.Prepared
+    vocabulary: Vocabulary
+    steps: int
+    settings: dict[str, Any]
+
+
+def distil(config: DistilConfig) -> Path:
+    """Distil `config.teacher` and leave student, figures and report in `config.output`.
+
+    Returns:
+        The folder of the exported student.
+
+    Raises:
+        UserError: anything in the settings or files that the user can mend.
+        Interrupted: stopped by a signal, state saved.
+    """
+    if not config.teacher:
+        raise UserError("--teacher is missing: give a Hugging Face BERT folder (or start without "
+                        "any flag for the quickstart)")
+    mesh, dtype, param_dtype = _devices(config)
+    teacher = convert.load(config.teacher)
+    if not teacher.config.mlm_head:
+        raise UserError(f"{config.teacher} has no masked-language-model head to distil from; "
+                        f"train one: python experiments/pretrain.py --model {config.teacher} ...")
+    layers = student.choose_layers(config.student_layers, teacher.config.num_hidden_layers)
+    shape = student.student_config(teacher.config, len(layers), config.dropout)
+    setup = _prepare(config, mesh, dtype, param_dtype, load_tokenizer(
+        config.teacher, teacher.config.vocab_size), teacher.config)
+
+    start = student.student_params(teacher.params, layers, config.fold_token_type)
+    if config.init == "random":
+        start = init_params(shape, config.seed, param_dtype)
+    start = _cast(start, param_dtype)
+    frozen = ("embeddings/position",) if config.freeze_position_embeddings else ()
+    objective = Objective(
+        **{f.name: getattr(config, f.name) for f in dataclasses.fields(Objective)})
+    graphs = graphdef(shape, dtype, param_dtype), graphdef(teacher.config, dtype, param_dtype)
+    frozen_teacher = _teacher_on(mesh, teacher.params, dtype)
+    trained, evaluate = _train(setup, graphs, start, frozen_teacher, objective, frozen, "distil")
+
+    folder = Path(config.output) / "student"
+    figures = {"student": evaluate(trained), "at start": evaluate(_on(mesh, start))}
+    export(folder, trained, shape, distilbert, setup.tokenizer,
+           _card(config, layers, figures["student"], trained))
+    _write_report(setup, folder, graphs, (trained, start, teacher.params), figures)
+    return folder
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Train a BERT with the masked-language-model loss, from scratch or from `config.model`.
+
+    Returns:
+        The folder of the exported model, `OUTPUT/model`.
+
+    Raises:
+        UserError, Interrupted: as for distil.
+    """
+    mesh, dtype, param_dtype = _devices(config)
+    if config.model:
+        source = convert.load(config.model)
+        shape, family = source.config, source.family
+        tokenizer = load_tokenizer(config.model, shape.vocab_size)
+    else:
+        source, family = None, bert
+        tokenizer = _own_tokenizer(config)
+        shape = EncoderConfig(
+            vocab_size=len(tokenizer), hidden_size=config.hidden_size, type_vocab_size=2,
+            num_hidden_layers=config.num_hidden_layers, intermediate_size=4 * config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            max_position_embeddings=max(512, config.sequence_length))
+    shape = dataclasses.replace(shape, mlm_head=True, pooler=False, hidden_dropout=config.dropout,
+                                attention_dropout=config.dropout)
+    setup = _prepare(config, mesh, dtype, param_dtype, tokenizer, shape)
+
+    start = init_params(shape, config.seed, param_dtype)
+    if source is not None:
+        start |= {name: part for name, part in source.params.items() if name in start}
+    start = _cast(start, param_dtype)
+    graph = graphdef(shape, dtype, param_dtype)
+    trained, evaluate = _train(setup, (graph, None), start, {}, Objective(), (), "train teacher")
+
+    folder = Path(config.output) / "model"
+    figures = evaluate(trained)
+    card = (f"# {shape.num_hidden_layers}-layer BERT\n\nTrained by distilbert_jax with the "
+            f"masked-language-model loss; held-out top-1 {figures['top1']:.2%}, perplexity "
+            f"{figures['perplexity']:.3f}.\n\n{report.versions()}\n")
+    export(folder, trained, shape, family, setup.tokenizer, card)
+    report.plot(read_metrics(Path(config.output)), Path(config.output) / "losses.png",
+                "masked-language-model training")
+    print(f"model: {folder} (held-out top-1 {figures['top1']:.2%}, "
+          f"perplexity {figures['perplexity']:.2f})")
+    return folder
+
+
+def _devices(config: TrainConfig) -> tuple[Mesh, Any, Any]:
+    """The mesh, and the dtypes of matrix products and parameters."""
+    if config.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    mesh = make_mesh(config.mesh)
+    micro, data = config.batch_size // config.accumulate, mesh.shape["data"]
+    if micro % data:
+        raise UserError(f"--batch-size {config.batch_size} in {config.accumulate} micro-batches is "
+                        f"{micro} rows, which {data} devices of --mesh do not divide")
+    on_cpu = jax.default_backend() == "cpu"
+    name = config.dtype if config.dtype != "auto" else "float32" if on_cpu else "bfloat16"
+    return mesh, jnp.dtype(name), jnp.promote_types(name, jnp.float32)
+
+
+def _own_tokenizer(config: PretrainConfig) -> Any:
+    """The tokenizer trained on the corpus: once, then the one saved beside the run."""
+    folder = Path(config.output) / "tokenizer"
+    if folder.exists():
+        return load_tokenizer(str(folder), None)
+    documents = (d for d in sources.documents(config.corpus)
+                 if config.valid or not sources.is_held_out(d, config.valid_share))
+    tokenizer = train_wordpiece(documents, config.vocab_size)
+    new = folder.with_name("tokenizer.new")
+    tokenizer.save_pretrained(new)
+    new.rename(folder)
+    return tokenizer
+
+
+def _prepare(config: TrainConfig, mesh: Mesh, dtype: Any, param_dtype: Any, tokenizer: Any,
+             shape: EncoderConfig) -> Setup:
+    """Check what is left to check, and bring the corpus into packed rows."""
+    if config.sequence_length > shape.max_position_embeddings:
+        raise UserError(f"--sequence-length {config.sequence_length} is beyond the model's "
+                        f"{shape.max_position_embeddings} positions")
+    if not config.corpus:
+        raise UserError("--corpus is missing: give text or JSON-lines files, a datasets name ...")
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file; give a folder")
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
+                if f.name not in TrainConfig.HARMLESS}
+    refuse_other_run(output, settings)
+    with report.counting("prepare") as progress:
+        data = pack.prepare(config.corpus, config.valid, config.valid_share,
+                            config.sequence_length, tokenizer, output / "data", progress)
+    print(report.describe("train", data.train.manifest))
+    print(report.describe("held out", data.valid.manifest))
+    words = vocabulary(data.train.counts, tokenizer.all_special_ids, tokenizer.mask_token_id)
+    steps = config.steps or max(1, math.ceil(3 * len(data.train) / config.batch_size))
+    return Setup(config, mesh, dtype, param_dtype, tokenizer, data,
+                 jax.device_put(words, replicated(mesh)), steps, settings)
+
+
+def _train(
+    setup: Setup, graphs: tuple[nnx.GraphDef, nnx.GraphDef | None], start: dict[str, Any],
+    teacher_params: dict[str, Any], objective: Objective, frozen: tuple[str, ...], label: str,
+) -> tuple[dict[str, Any], Any]:
+    """Train from `start`; give the parameters and a function that evaluates any on all rows."""
+    config = setup.config
+    tx = make_optimizer(config, setup.steps, frozen)
+    eval_step = jax.jit(make_eval_step(*graphs))
+
+    def evaluate(params: dict[str, Any], rows: int | None = None) -> dict[str, float]:
+        return held_out(eval_step, params, teacher_params, setup.vocabulary, setup.data.valid,
+                        setup.mesh, rows)
+
+    run = Run(
+        config=config, steps=setup.steps, settings=setup.settings, output=Path(config.output),
+        mesh=setup.mesh, rows=setup.data.train, vocabulary=setup.vocabulary, label=label,
+        train_step=make_train_step(*graphs, tx, objective, Masking(), config.accumulate),
+        evaluate=lambda params: evaluate(params, EVALUATION_ROWS))
+    state = train(run, init_state(start, tx, config.seed), teacher_params)
+    return state.params, evaluate
+
+
+def _cast(params: dict[str, Any], dtype: Any, least_axes: int = 0) -> dict[str, Any]:
+    """On the host, so that the step may take over what is put on the devices."""
+    return jax.tree.map(
+        lambda x: np.asarray(x, dtype if x.ndim >= least_axes else None), params)
+
+
+def _on(mesh: Mesh, params: dict[str, Any]) -> dict[str, Any]:
+    return jax.device_put(params, shardings(params, mesh))
+
+
+def _teacher_on(mesh: Mesh, params: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    """The frozen teacher: matrices in the compute dtype, laid out like the student."""
+    return _on(mesh, _cast(params, dtype, least_axes=2))
+
+
+def _card(config: DistilConfig, layers: list[int], figures: dict[str, float],
+          params: dict[str, Any]) -> str:
+    """The model card of the student."""
+    weights = ", ".join(f"{name} {getattr(config, name)}" for name in (
+        "alpha_ce", "alpha_mlm", "alpha_cos", "alpha_mse", "temperature"))
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: fill-mask\n---\n\n"
+        f"# A {len(layers)}-layer DistilBERT\n\n"
+        f"Distilled by distilbert_jax from `{Path(config.teacher).name}`, whose layers "
+        f"{', '.join(map(str, layers))} it started from "
+        f"({'initialised at random' if config.init == 'random' else 'weights copied'}).\n\n"
+        f"- parameters: {report.count_parameters(params):,}\n"
+        f"- held-out masked-token top-1: {figures['top1']:.2%}, teacher "
+        f"{figures['teacher_top1']:.2%}; retention {figures['retention']:.2%}\n"
+        f"- corpus: {' '.join(config.corpus)}\n- losses: {weights}\n"
+        f"- {report.versions()}\n\n"
+        "```python\nfrom transformers import AutoModelForMaskedLM, AutoTokenizer\n```\n")
+
+
+def _write_report(
+    setup: Setup, folder: Path, graphs: tuple[nnx.GraphDef, nnx.GraphDef],
+    params: tuple[dict[str, Any], ...], figures: dict[str, dict[str, float]],
+) -> None:
+    """Print the result, and write report.md and losses.png."""
+    config, output = setup.config, Path(setup.config.output)
+    trained, start, teacher = params
+    models = {"teacher": (graphs[1], teacher), "student": (graphs[0], trained),
+              "student at start": (graphs[0], start)}
+    speed = latencies(models, config.sequence_length)
+    last, first = figures["student"], figures["at start"]
+    teacher_figures = {"top1": last["teacher_top1"], "perplexity": last["teacher_perplexity"]}
+    text = report.table([
+        report.model_row(name, models[name][1], measured, last["teacher_top1"], speed[name])
+        for name, measured in zip(models, (teacher_figures, last, first), strict=True)])
+    against = (f"Against the teacher: KL {last['kl']:.4f} nats per masked token, cosine of the "
+               f"last hidden states {last['cosine']:.4f}, latency "
+               f"{speed['teacher'] / speed['student']:.2f} times lower.")
+    metrics = read_metrics(output)
+    report.plot(metrics, output / "losses.png", f"{Path(config.teacher).name} → student")
+    example = _example(setup, models)
+    where = (f"Held-out: {last['masked']:,.0f} masked tokens of {len(setup.data.valid):,} rows, "
+             f"the same for every model. Latency: {config.sequence_length} tokens, "
+             f"batch 1, {setup.dtype}, median of 30. Trained {setup.steps:,} updates on "
+             f"{metrics[-1]['tokens_seen']:,.0f} tokens in {metrics[-1]['seconds'] / 60:.1f} min.")
+    (output / "report.md").write_text(
+        f"# Distillation of {Path(config.teacher).name}\n\n{text}\n\n{against}\n\n{where}\n\n"
+        f"![losses](losses.png)\n\n## Fill-mask\n\n{example}\n\n## Provenance\n\n"
+        f"`{shlex.join(['python', *sys.argv])}`\n\n{report.versions()}\n", encoding="utf-8")
+    print(f"\n{text}\n\n{against}\n{where}\n\n{example}\n\nplot: {output / 'losses.png'}\n"
+          f"report: {output / 'report.md'}\nstudent: {folder}")
+
+
+def _example(setup: Setup, models: dict[str, tuple[nnx.GraphDef, dict[str, Any]]]) -> str:
+    """Both models fill one hidden token of the first held-out document."""
+    tokenizer, valid = setup.tokenizer, setup.data.valid
+    ids = np.array(valid.rows[0][:valid.segments[0][0]], np.int32)
+    ordinary = np.flatnonzero(~np.isin(ids, tokenizer.all_special_ids))
+    position = int(ordinary[len(ordinary) // 2])
+    truth, ids[position] = tokenizer.decode([int(ids[position])]), tokenizer.mask_token_id
+    lines = [f"    {tokenizer.decode(ids[max(1, position - 20):position + 21])}", "",
+             f"hidden: {truth}", ""]
+    for name in ("teacher", "student"):
+        answers = fill_mask(*models[name], ids, position)
+        lines.append(f"- {name}: " + ", ".join(
+            f"{tokenizer.decode([word])} ({share:.1%})" for word, share in answers))
+    return "\n".join(lines)

@@ -1,0 +1,80 @@
+"""Held-out masked-language modelling: packed rows and parameters in, figures of both models out."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from distilbert_jax.data.batches import read
+from distilbert_jax.data.pack import PackedRows
+from distilbert_jax.masking import Vocabulary
+from distilbert_jax.sharding import by_rows
+
+SEED = 20191001  # which tokens are hidden; the same for every model and run
+BATCH = 64  # rows; a larger data axis rounds it up
+
+
+def held_out(
+    eval_step: Callable[..., dict[str, Any]],
+    params: dict[str, Any],
+    teacher_params: dict[str, Any],
+    vocabulary: Vocabulary,
+    packed: PackedRows,
+    mesh: Mesh,
+    rows: int | None = None,
+    label: str = "evaluate",
+) -> dict[str, float]:
+    """Evaluate on `rows` randomly chosen rows, or on all.
+
+    Args:
+        eval_step: jitted, from make_eval_step.
+        params, teacher_params: of both models; {} without a teacher.
+        vocabulary: of the tokenizer.
+        packed: the held-out rows.
+        mesh: where batches are laid.
+        rows: how many, always the same ones; None for all.
+        label: of the progress bar.
+
+    Returns:
+        `mlm_loss` [nats per masked token], `perplexity`, `top1` (share in [0, 1]), `masked`
+        (their number); with a teacher also its `teacher_mlm_loss`, `teacher_perplexity`,
+        `teacher_top1`, and `kl` [nats per masked token], `cosine` and `retention` = top-1 of the
+        student over the teacher's. Sums are taken in float64 over all batches.
+    """
+    size = math.ceil(BATCH / mesh.shape["data"]) * mesh.shape["data"]
+    order = np.random.default_rng(SEED).permutation(len(packed))[:rows]
+    key = jax.random.key(SEED)
+    total: dict[str, float] = {}
+    bar = tqdm(total=len(order), desc=label, unit=" rows", leave=False, delay=1)
+    for number, start in enumerate(range(0, len(order), size)):
+        batch = _filled(read(packed, np.sort(order[start:start + size])), size)
+        batch = jax.device_put(batch, by_rows(mesh))
+        sums = eval_step(params, teacher_params, vocabulary, batch, jax.random.fold_in(key, number))
+        for name, value in jax.device_get(sums).items():
+            total[name] = total.get(name, 0.0) + float(value)
+        bar.update(min(size, len(order) - start))
+    bar.close()
+    return _figures(total)
+
+
+def _filled(batch: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
+    """Add rows of padding up to `size`, so that one shape is compiled."""
+    return {name: np.pad(x, ((0, size - len(x)), (0, 0))) for name, x in batch.items()}
+
+
+def _figures(total: dict[str, float]) -> dict[str, float]:
+    masked, tokens = max(total["masked"], 1.0), max(total["tokens"], 1.0)
+    figures = {"masked": total["masked"]}
+    for who in ("", "teacher_"):
+        if f"{who}nll" in total:
+            loss = total[f"{who}nll"] / masked
+            figures |= {f"{who}mlm_loss": loss, f"{who}perplexity": math.exp(min(loss, 700.0)),
+                        f"{who}top1": total[f"{who}correct"] / masked}
+    if "kl" in total:
+        figures |= {"kl": total["kl"] / masked, "cosine": total["cosine"] / tokens,
+                    "retention": total["correct"] / max(total["teacher_correct"], 1.0)}
+    return figures

@@ -1,0 +1,265 @@
+"""The post-LN encoder and MLM head that BERT and DistilBERT share, with its sharding rows.
+
+Token ids [B, T] come in, hidden states [B, T, D] go out; `mlm_logits` turns any of those into
+logits over the vocabulary. The modules only describe the structure: outside this package a model
+is a graphdef and a nested dict of arrays, joined by `nnx.merge` inside the jitted step.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from distilbert_jax.models.attention import attention
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+# Rows of (end of the parameter's path, how it lies on the mesh). Columns of the first product
+# and rows of the second lie on the model axis, so that a block needs one sum at its end.
+SHARDING_ROWS: tuple[tuple[str, P], ...] = (
+    (r"embeddings/word/embedding", P("model", None)),
+    (r"attention/(query|key|value)/kernel", P(None, "model")),
+    (r"attention/(query|key|value)/bias", P("model")),
+    (r"attention/output/kernel", P("model", None)),
+    (r"ffn/up/kernel", P(None, "model")),
+    (r"ffn/up/bias", P("model")),
+    (r"ffn/down/kernel", P("model", None)),
+    (r"mlm_head/bias", P("model")),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """The shape of an encoder, in Hugging Face's words."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    type_vocab_size: int  # 0: no token-type embeddings (DistilBERT)
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    attention_output_dropout: bool = True  # False for DistilBERT
+    pooler: bool = False
+    mlm_head: bool = True
+    initializer_range: float = 0.02
+    pad_token_id: int = 0
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with its four projections."""
+
+    def __init__(self, config: EncoderConfig, dtypes: dict[str, Any], rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.query, self.key, self.value, self.output = (
+            _linear(width, width, config, dtypes, rngs) for _ in range(4)
+        )
+        self.dropout = nnx.Dropout(config.attention_dropout)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], rngs: nnx.Rngs | None
+    ) -> Float[Array, "B T D"]:
+        heads = (*x.shape[:2], self.num_heads, -1)
+        q, k, v = (f(x).reshape(heads) for f in (self.query, self.key, self.value))  # [B, T, N, H]
+        context = attention(q, k, v, segment_ids, _dropper(self.dropout, rngs))
+        return self.output(context.reshape(x.shape))
+
+
+class FeedForward(nnx.Module):
+    """Two projections around the activation."""
+
+    def __init__(self, config: EncoderConfig, dtypes: dict[str, Any], rngs: nnx.Rngs):
+        self.up = _linear(config.hidden_size, config.intermediate_size, config, dtypes, rngs)
+        self.down = _linear(config.intermediate_size, config.hidden_size, config, dtypes, rngs)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(self.activation(self.up(x)))
+
+
+class Layer(nnx.Module):
+    """One post-LN encoder layer."""
+
+    def __init__(self, config: EncoderConfig, dtypes: dict[str, Any], rngs: nnx.Rngs):
+        self.attention = Attention(config, dtypes, rngs)
+        self.attention_norm = _layer_norm(config, dtypes, rngs)
+        self.ffn = FeedForward(config, dtypes, rngs)
+        self.output_norm = _layer_norm(config, dtypes, rngs)
+        self.attention_output_dropout = nnx.Dropout(
+            config.hidden_dropout if config.attention_output_dropout else 0.0
+        )
+        self.dropout = nnx.Dropout(config.hidden_dropout)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], rngs: nnx.Rngs | None
+    ) -> Float[Array, "B T D"]:
+        attended = _dropper(self.attention_output_dropout, rngs)(
+            self.attention(x, segment_ids, rngs)
+        )
+        x = self.attention_norm(x + attended)
+        return self.output_norm(x + _dropper(self.dropout, rngs)(self.ffn(x)))
+
+
+class Embeddings(nnx.Module):
+    """Words, positions and, in BERT, token types; summed, normalised, dropped out."""
+
+    def __init__(self, config: EncoderConfig, dtypes: dict[str, Any], rngs: nnx.Rngs):
+        embed = functools.partial(
+            nnx.Embed, features=config.hidden_size, rngs=rngs, **dtypes,
+            embedding_init=nnx.initializers.normal(config.initializer_range),
+        )
+        self.word = embed(config.vocab_size)
+        self.position = embed(config.max_position_embeddings)
+        self.token_type = embed(config.type_vocab_size) if config.type_vocab_size else None
+        self.norm = _layer_norm(config, dtypes, rngs)
+        self.dropout = nnx.Dropout(config.hidden_dropout)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        position_ids: Int[Array, "B T"],
+        token_type_ids: Int[Array, "B T"] | None,
+        rngs: nnx.Rngs | None,
+    ) -> Float[Array, "B T D"]:
+        x = self.word(input_ids) + self.position(position_ids)
+        if self.token_type is not None:
+            types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            x = x + self.token_type(types)
+        return _dropper(self.dropout, rngs)(self.norm(x))
+
+
+class MLMHead(nnx.Module):
+    """The masked-language-model head; its projection is the word embedding, plus this bias."""
+
+    def __init__(self, config: EncoderConfig, dtypes: dict[str, Any], rngs: nnx.Rngs):
+        self.transform = _linear(config.hidden_size, config.hidden_size, config, dtypes, rngs)
+        self.norm = _layer_norm(config, dtypes, rngs)
+        self.bias = nnx.Param(jnp.zeros(config.vocab_size, dtypes["param_dtype"]))
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def __call__(
+        self, hidden: Float[Array, "*B D"], word_embedding: Float[Array, "V D"]
+    ) -> Float[Array, "*B V"]:
+        x = self.norm(self.activation(self.transform(hidden)))
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        logits = jnp.einsum(
+            "...D,VD->...V", x, word_embedding.astype(x.dtype), preferred_element_type=wide
+        )
+        return logits + self.bias[...].astype(wide)
+
+
+class Encoder(nnx.Module):
+    """BERT or DistilBERT, by `config` (Devlin et al. 2019; Sanh et al. 2019, section 3)."""
+
+    def __init__(
+        self, config: EncoderConfig, *, dtype: Any = jnp.float32, param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype}
+        self.embeddings = Embeddings(config, dtypes, rngs)
+        self.layers = nnx.List(
+            [Layer(config, dtypes, rngs) for _ in range(config.num_hidden_layers)]
+        )
+        width = config.hidden_size
+        self.pooler = _linear(width, width, config, dtypes, rngs) if config.pooler else None
+        self.mlm_head = MLMHead(config, dtypes, rngs) if config.mlm_head else None
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        position_ids: Int[Array, "B T"],
+        token_type_ids: Int[Array, "B T"] | None = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The last hidden states.
+
+        Args:
+            input_ids: [B, T] token ids.
+            segment_ids: [B, T]; 0 on padding, else the number of the document within its row. An
+                attention mask of ones and zeros is the case of one document a row.
+            position_ids: [B, T] position within the document.
+            token_type_ids: [B, T]; zeros if None; a model without token types ignores them.
+            rngs: the stream `dropout`; None switches dropout off.
+
+        Returns:
+            [B, T, D] in the compute dtype; what stands on padding means nothing.
+        """
+        x = self.embeddings(input_ids, position_ids, token_type_ids, rngs)
+        for layer in self.layers:
+            x = layer(x, segment_ids, rngs)
+        return x
+
+    def mlm_logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Logits of the masked language model, at least float32: [..., D] → [..., V]."""
+        return self.mlm_head(hidden, self.embeddings.word.embedding[...])
+
+    def pooled(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+        """BERT's pooler: tanh of a projection of the first position, [B, T, D] → [B, D]."""
+        return jnp.tanh(self.pooler(hidden[:, 0]))
+
+
+def graphdef(config: EncoderConfig, dtype: Any, param_dtype: Any = jnp.float32) -> nnx.GraphDef:
+    """The structure of the model, to be joined with its parameters by `nnx.merge`."""
+    return nnx.split(_abstract(config, dtype, param_dtype))[0]
+
+
+def abstract_params(config: EncoderConfig, param_dtype: Any = jnp.float32) -> dict[str, Any]:
+    """The nested dict of parameters as ShapeDtypeStructs; nothing is computed."""
+    return nnx.to_pure_dict(nnx.split(_abstract(config, param_dtype, param_dtype))[1])
+
+
+def init_params(config: EncoderConfig, seed: int, param_dtype: Any = jnp.float32) -> dict[str, Any]:
+    """Random parameters: normal matrices of `initializer_range`, biases 0, LayerNorm scales 1."""
+
+    def init() -> dict[str, Any]:
+        encoder = Encoder(config, dtype=param_dtype, param_dtype=param_dtype, rngs=nnx.Rngs(seed))
+        return nnx.to_pure_dict(nnx.split(encoder)[1])
+
+    return jax.jit(init)()
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A tree path as text: `layers/3/attention/query/kernel`."""
+    return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
+
+
+def _abstract(config: EncoderConfig, dtype: Any, param_dtype: Any) -> Encoder:
+    return nnx.eval_shape(
+        lambda: Encoder(config, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+    )
+
+
+def _dropper(module: nnx.Dropout, rngs: nnx.Rngs | None) -> Callable[[Array], Array]:
+    if rngs is None:
+        return lambda x: x
+    return functools.partial(module, deterministic=False, rngs=rngs)
+
+
+def _linear(
+    rows: int, columns: int, config: EncoderConfig, dtypes: dict[str, Any], rngs: nnx.Rngs
+) -> nnx.Linear:
+    init = nnx.initializers.normal(config.initializer_range)
+    return nnx.Linear(rows, columns, kernel_init=init, rngs=rngs, **dtypes)
+
+
+def _layer_norm(config: EncoderConfig, dtypes: dict[str, Any], rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs,
+        **dtypes,
+    )

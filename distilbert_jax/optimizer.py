@@ -1,0 +1,51 @@
+"""The Optax chain: clip, AdamW with decay on matrices, warm-up and linear decay."""
+
+from typing import Any
+
+import jax
+import optax
+
+from distilbert_jax.config import TrainConfig
+from distilbert_jax.models.encoder import path_name
+
+
+def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
+    """Rate of the update after `count` completed ones: linear warm-up, then linear decay.
+
+    The first update has peak / warm-up updates, not the reference's 0 (A.8); the rate would reach
+    0 at update number `steps`, one after the last.
+    """
+    warmup = max(1, round(config.warmup * steps))
+    peak = config.learning_rate
+    return optax.join_schedules(
+        [optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1)),
+         optax.linear_schedule(peak, 0.0, max(1, steps - warmup + 1))],
+        [warmup - 1])
+
+
+def make_optimizer(
+    config: TrainConfig, steps: int, frozen: tuple[str, ...] = ()
+) -> optax.GradientTransformation:
+    """AdamW with the reference's betas (0.9, 0.98) and epsilon 1e-6.
+
+    Args:
+        config: rate, warm-up, weight decay and clip.
+        steps: updates of the whole run.
+        frozen: parameter paths, e.g. "embeddings/position", that keep their start. They count
+            neither in the gradient's norm nor in the decay.
+
+    Weight decay acts on matrices (leaves of two axes) only: no bias, no LayerNorm.
+    """
+    def is_frozen(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: path_name(path).startswith(frozen or ("\0",)), params)
+
+    def decays(params: Any) -> Any:
+        return jax.tree.map(lambda leaf, still: leaf.ndim > 1 and not still, params,
+                            is_frozen(params))
+
+    return optax.chain(
+        optax.masked(optax.set_to_zero(), is_frozen),
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(learning_rate(config, steps), b1=0.9, b2=0.98, eps=1e-6,
+                    weight_decay=config.weight_decay, mask=decays))

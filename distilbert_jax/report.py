@@ -1,0 +1,113 @@
+"""What a run reached: figures in, a table for the terminal, report.md and losses.png out."""
+
+import contextlib
+import datetime
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+COLUMNS = ("model", "layers", "parameters", "size [MB]", "top-1 [%]", "perplexity",
+           "retention [%]", "latency [ms]")
+
+
+def count_parameters(params: dict[str, Any]) -> int:
+    """Numbers in a nested dict of arrays."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def model_row(
+    name: str, params: dict[str, Any], figures: dict[str, float], teacher_top1: float,
+    latency: float,
+) -> tuple[str, ...]:
+    """One line of the table.
+
+    Args:
+        name: of the model.
+        params: its parameters, counted; the size is that of float32.
+        figures: `top1` and `perplexity` from held_out.
+        teacher_top1: what 100 % retention is.
+        latency: milliseconds.
+    """
+    count, top1 = count_parameters(params), figures["top1"]
+    return (name, str(len(params["layers"])), f"{count:,}", f"{4 * count / 1e6:.1f}",
+            f"{100 * top1:.2f}", f"{figures['perplexity']:.3f}",
+            f"{100 * top1 / max(teacher_top1, 1e-9):.2f}", f"{latency:.2f}")
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table, aligned so that it also reads in a terminal."""
+    widths = [max(len(row[i]) for row in [COLUMNS, *rows]) for i in range(len(COLUMNS))]
+    align = [str.ljust] + [str.rjust] * (len(COLUMNS) - 1)
+
+    def line(cells: tuple[str, ...]) -> str:
+        padded = (f(c, w) for f, c, w in zip(align, cells, widths, strict=True))
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
+    return "\n".join([line(COLUMNS), rule, *map(line, rows)])
+
+
+def plot(metrics: list[dict[str, float]], path: Path, title: str) -> None:
+    """Draw training losses, and the held-out top-1 beside the teacher's, over tokens seen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = {"train_loss": "total", "train_ce": "KL (ce)", "train_mlm": "masked LM",
+             "train_cos": "cosine", "train_mse": "logit MSE"}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for key, label in names.items():
+        points = [(m["tokens_seen"], m[key]) for m in metrics if key in m]
+        if points:
+            left.plot(*zip(*points, strict=True), label=label, linewidth=1)
+    left.set(xlabel="tokens seen", ylabel="training loss [nats; weighted total]", yscale="log")
+    left.legend()
+    held = [m for m in metrics if "top1" in m]
+    seen = [m["tokens_seen"] for m in held]
+    right.plot(seen, [100 * m["top1"] for m in held], marker="o", markersize=3, label="held-out")
+    if held and "teacher_top1" in held[0]:
+        right.axhline(100 * held[0]["teacher_top1"], color="grey", linestyle="--", label="teacher")
+    right.set(xlabel="tokens seen", ylabel="masked tokens guessed right [%]")
+    right.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def versions() -> str:
+    """Where a number comes from: date, device and versions, in one line."""
+    import flax
+    import optax
+
+    device = jax.devices()[0]
+    return (f"{datetime.date.today()}, {jax.device_count()} x {device.device_kind} "
+            f"({platform.machine()}), Python {platform.python_version()}, jax {jax.__version__}, "
+            f"flax {flax.__version__}, optax {optax.__version__}")
+
+
+def describe(name: str, manifest: dict[str, Any]) -> str:
+    """One line that says what the preparation of a part counted."""
+    m = manifest
+    return (f"{name}: {m['documents']:,} documents, {m['characters']:,} characters → "
+            f"{m['pieces']:,} pieces, {m['tokens']:,} tokens ({m['unknown']:,} unknown) → "
+            f"{m['rows']:,} rows, {m['utilisation']:.1%} full")
+
+
+@contextlib.contextmanager
+def counting(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar without a known end; yields progress(documents, tokens), both so far."""
+    with tqdm(desc=label, unit=" tokens", unit_scale=True, delay=1, leave=False,
+              mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
+
+        def progress(documents: int, tokens: int) -> None:
+            bar.set_postfix_str(f"{documents:,} documents", refresh=False)
+            bar.update(tokens - bar.n)
+
+        yield progress

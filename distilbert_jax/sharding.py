@@ -1,0 +1,59 @@
+"""Names of devices → where every array lies: "8x1" → mesh, rows of a table → NamedSharding."""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from distilbert_jax.config import UserError
+from distilbert_jax.models.encoder import SHARDING_ROWS, path_name
+
+
+def make_mesh(shape: str) -> Mesh:
+    """A mesh with axes data and model.
+
+    Args:
+        shape: "DATAxMODEL", e.g. "8x1"; "" puts all devices on data.
+
+    Raises:
+        UserError: not of that form, or not the number of devices that are here.
+    """
+    here = jax.device_count()
+    shape = shape or f"{here}x1"
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape)
+    if not match:
+        raise UserError(f"--mesh {shape} must look like 8x1: devices on data x devices on model")
+    data, model = int(match[1]), int(match[2])
+    if data * model != here:
+        raise UserError(f"--mesh {shape} needs {data * model} devices, found {here} "
+                        f"(simulate them with JAX_NUM_CPU_DEVICES={data * model})")
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_rows(mesh: Mesh) -> NamedSharding:
+    """The first axis, rows of a batch, divided over the data axis."""
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding per leaf, by the path's end: for parameters, and optimizer state like them.
+
+    A leaf without a row in SHARDING_ROWS, or whose axis the mesh does not divide (30,522 words
+    over 4), is replicated.
+    """
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        for pattern, spec in SHARDING_ROWS:
+            if re.search(pattern + "$", path_name(path)) and len(leaf.shape) == len(spec):
+                divides = all(axis is None or size % mesh.shape[axis] == 0
+                              for size, axis in zip(leaf.shape, spec, strict=True))
+                return NamedSharding(mesh, spec) if divides else replicated(mesh)
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, tree)

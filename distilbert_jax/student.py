@@ -1,0 +1,80 @@
+"""Teacher parameters → student parameters: which layers are kept, and what is dropped."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from distilbert_jax.config import UserError
+from distilbert_jax.models.encoder import EncoderConfig
+
+
+def choose_layers(wish: str, teacher_layers: int) -> list[int]:
+    """The teacher layers that the student starts from.
+
+    Args:
+        wish: "" for half of them, a number of evenly spread layers, or a list "0,2,4,7,9,11".
+        teacher_layers: how many there are.
+
+    Returns:
+        Ascending layer numbers. Even spreading is a rounded linspace from the first to the last,
+        which gives the reference's 0, 2, 4, 7, 9, 11 for 12 → 6.
+
+    Raises:
+        UserError: not numbers, out of range or repeated.
+    """
+    try:
+        numbers = [int(word) for word in wish.split(",") if word] if wish else []
+    except ValueError as error:
+        raise UserError(f"--student-layers {wish} must be a number or a list like 0,2,4") from error
+    if "," in wish:
+        layers = numbers
+        if len(set(layers)) < len(layers):
+            raise UserError(f"--student-layers {wish} names a layer twice")
+        bad = [n for n in layers if not 0 <= n < teacher_layers]
+    else:
+        count = numbers[0] if numbers else max(1, teacher_layers // 2)
+        bad = [] if 1 <= count <= teacher_layers else [count]
+        layers = [] if bad else np.rint(np.linspace(0, teacher_layers - 1, count)).astype(int)
+    if bad or not len(layers):
+        raise UserError(f"--student-layers {wish}: the teacher has {teacher_layers} layers, "
+                        f"0 to {teacher_layers - 1}")
+    return sorted(int(n) for n in layers)
+
+
+def student_config(teacher: EncoderConfig, num_layers: int, dropout: float) -> EncoderConfig:
+    """DistilBERT's shape for this teacher: no token types, no pooler, `num_layers` layers.
+
+    The LayerNorm epsilon is 1e-12, because transformers' DistilBERT knows no other.
+    """
+    return dataclasses.replace(
+        teacher, num_hidden_layers=num_layers, type_vocab_size=0, pooler=False, mlm_head=True,
+        layer_norm_eps=1e-12, hidden_dropout=dropout, attention_dropout=dropout,
+        attention_output_dropout=False)
+
+
+def student_params(
+    teacher: dict[str, Any], layers: list[int], fold_token_type: bool = True
+) -> dict[str, Any]:
+    """Copy the student's start out of the teacher (Sanh et al. 2019, section 3).
+
+    Args:
+        teacher: its parameters, with MLM head.
+        layers: the teacher layer of each student layer.
+        fold_token_type: add token type 0, which the teacher adds to every token, to the
+            positions, so that the embeddings equal the teacher's; False drops it, as the
+            reference does. The MLM head's transform is copied, which the reference does only on
+            request.
+
+    Returns:
+        A nested dict of the student's shapes, sharing arrays with the teacher.
+    """
+    embeddings = {k: v for k, v in teacher["embeddings"].items() if k != "token_type"}
+    if fold_token_type and "token_type" in teacher["embeddings"]:
+        type_0 = teacher["embeddings"]["token_type"]["embedding"][0]
+        embeddings["position"] = {"embedding": embeddings["position"]["embedding"] + type_0}
+    return {
+        "embeddings": embeddings,
+        "layers": {i: teacher["layers"][n] for i, n in enumerate(layers)},
+        "mlm_head": teacher["mlm_head"],
+    }

@@ -1,0 +1,28 @@
+"""Distil a BERT teacher into a DistilBERT student: python experiments/run.py --mesh 8x1
+
+Without any flag the quickstart runs: it trains a small teacher on the documentation of Python
+itself, distils it, and reports, in minutes and without a network.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from launch import launch, recipes
+
+from distilbert_jax.config import DistilConfig, PretrainConfig, parse
+from distilbert_jax.distil import distil, pretrain
+
+
+def main(argv: list[str]) -> None:
+    known = recipes()
+    defaults = {name: recipe.DISTIL for name, recipe in known.items()}
+    config = parse(DistilConfig, __doc__, argv or ["--recipe", "quickstart"], defaults)
+    recipe = known.get(config.recipe)
+    if not config.teacher and hasattr(recipe, "PRETRAIN"):
+        teacher = PretrainConfig(**recipe.PRETRAIN, output=str(Path(config.output) / "teacher"))
+        config = dataclasses.replace(config, teacher=str(pretrain(teacher)))
+    distil(config)
+
+
+if __name__ == "__main__":
+    launch(main)

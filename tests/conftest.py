@@ -1,0 +1,165 @@
+"""What the tests share: eight fake devices, the shape checker, tiny noisy models and batches."""
+
+import dataclasses
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# The tests spend their time compiling tiny models; this halves it and changes no rounding rule.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+if find_spec("beartype"):
+    import jaxtyping
+
+    jaxtyping.install_import_hook("distilbert_jax", "beartype.beartype")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from distilbert_jax import masking
+from distilbert_jax.config import Masking, TrainConfig
+from distilbert_jax.convert import FAMILIES, from_hf
+from distilbert_jax.models.encoder import EncoderConfig, abstract_params, graphdef, path_name
+from distilbert_jax.optimizer import make_optimizer
+from distilbert_jax.student import student_config, student_params
+from distilbert_jax.train_step import Objective, init_state, make_train_step
+
+VOCAB = 72  # divisible by 8, so that every mesh divides the word embedding
+SPECIAL = [0, 1, 2, 3, 4]  # [PAD], [UNK], [CLS], [SEP], [MASK]
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of real data and models beside the project."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data and models in {folder}")
+    return folder
+
+
+@pytest.fixture
+def x64():
+    """float64 within one test."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def torch_model():
+    """Function (transformers class, keys of its config.json) → a tiny model, no tensor trivial."""
+    torch = pytest.importorskip("torch", reason="PyTorch is the reference here")
+
+    def build(name, seed=0, **overrides):
+        import transformers  # with torch it takes seconds to import
+
+        model_class = getattr(transformers, name)
+        shape = {"vocab_size": VOCAB, "max_position_embeddings": 24, "attention_dropout": 0.0}
+        if name.startswith("Distil"):
+            shape |= {"dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 24, "dropout": 0.0}
+        else:
+            shape |= {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
+                      "intermediate_size": 24, "hidden_dropout_prob": 0.0,
+                      "attention_probs_dropout_prob": 0.0}
+        model = model_class(model_class.config_class(**shape | overrides)).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for key, tensor in model.named_parameters():
+                tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+                tensor += "norm" in key.lower() and key.endswith("weight")  # scales around 1
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def from_torch():
+    """Function (transformers model) → (EncoderConfig, params), dtypes kept."""
+
+    def convert(model):
+        family = FAMILIES[model.config.model_type]
+        tensors = {name: tensor.numpy().copy() for name, tensor in model.state_dict().items()}
+        return from_hf(tensors, family, family.from_hf(model.config.to_dict()))
+
+    return convert
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """Function (seed, fields of EncoderConfig) → (EncoderConfig, noisy float64 params)."""
+
+    def build(seed=0, **overrides):
+        shape = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1,
+                 "num_attention_heads": 4, "intermediate_size": 24, "max_position_embeddings": 24,
+                 "type_vocab_size": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+        config = EncoderConfig(**shape | overrides)
+        random = np.random.default_rng(seed)
+        return config, jax.tree_util.tree_map_with_path(
+            lambda path, leaf: random.normal(path_name(path).endswith("scale"), 0.3, leaf.shape),
+            abstract_params(config))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def batch_of():
+    """Function (lengths of each row's documents, row length) → a batch of NumPy arrays."""
+
+    def build(rows, length, seed=0):
+        random = np.random.default_rng(seed)
+        ids, segments, positions = np.zeros((3, len(rows), length), np.int32)
+        for row, lengths in enumerate(rows):
+            at = 0
+            for number, size in enumerate(lengths, 1):
+                document = random.integers(len(SPECIAL), VOCAB, size)
+                document[[0, -1]] = 2, 3  # [CLS] … [SEP]
+                ids[row, at:at + size] = document
+                segments[row, at:at + size] = number
+                positions[row, at:at + size] = np.arange(size)
+                at += size
+        return {"input_ids": ids, "segment_ids": segments, "position_ids": positions}
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def vocabulary():
+    """Counts that differ widely, as those of words do."""
+    return masking.vocabulary(np.arange(VOCAB) ** 2, SPECIAL, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A tiny distillation in float64: packed rows, every loss, weight decay, clipping."""
+
+    student: EncoderConfig
+    teacher: EncoderConfig
+    params: dict
+    teacher_params: dict
+    batches: list
+    tx: optax.GradientTransformation
+    objective: Objective
+
+    def step(self, accumulate=1):
+        graphs = (graphdef(c, "float64", "float64") for c in (self.student, self.teacher))
+        return make_train_step(*graphs, self.tx, self.objective, Masking(), accumulate)
+
+    def state(self):
+        return init_state(jax.tree.map(jnp.asarray, self.params), self.tx, seed=0)
+
+
+@pytest.fixture(scope="session")
+def problem(tiny_model, batch_of):
+    teacher, teacher_params = tiny_model(seed=1, num_hidden_layers=2)
+    student = student_config(teacher, 1, dropout=0.0)
+    config = TrainConfig(warmup=0.5, weight_decay=0.1, clip=0.5, learning_rate=0.01)
+    rows = [[9, 7], [16], [5, 5, 6], [11], [3, 12], [16], [8], [2, 14]]
+    return Problem(
+        student, teacher, student_params(teacher_params, [1]), teacher_params,
+        [batch_of(rows, 16, seed) for seed in range(3)], make_optimizer(config, steps=4),
+        Objective(alpha_ce=5.0, alpha_mlm=2.0, alpha_cos=1.0, alpha_mse=0.1))

@@ -1,0 +1,136 @@
+"""The command line: flags, recipes, and one line for whatever cannot be."""
+
+import dataclasses
+
+import pytest
+
+from distilbert_jax.config import (
+    DistilConfig,
+    PretrainConfig,
+    UserError,
+    choose,
+    flag,
+    offline_hub,
+    parse,
+)
+
+RECIPES = {"short": {"steps": 7, "batch_size": 16, "alpha_cos": 0.5}}
+
+
+def distil(*argv):
+    return parse(DistilConfig, "Distil.", argv, RECIPES)
+
+
+def test_no_flags_are_the_defaults():
+    assert distil() == DistilConfig()
+
+
+def test_flags_of_every_kind():
+    got = distil("--corpus", "a.txt", "b.txt", "--steps", "30", "--learning-rate", "1e-3",
+                 "--teacher=folder", "--no-fold-token-type", "--restrict-ce-to-mask")
+    assert got == DistilConfig(
+        corpus=("a.txt", "b.txt"), steps=30, learning_rate=1e-3, teacher="folder",
+        fold_token_type=False, restrict_ce_to_mask=True)
+
+
+def test_every_field_is_a_flag_of_its_type():
+    for config_class in (DistilConfig, PretrainConfig):
+        for field in dataclasses.fields(config_class):
+            if isinstance(field.default, bool):
+                argv, value = [flag(field.name)], True
+            else:
+                value = field.default or ("x",) if isinstance(field.default, tuple) else (
+                    field.default or (3 if field.name == "steps" else
+                                      type(field.default)(0)))
+                argv = [flag(field.name), *(value if isinstance(value, tuple) else [str(value)])]
+            if value != "":
+                got = getattr(parse(config_class, "", argv, {str(value): {}}), field.name)
+                assert got == value and type(got) is type(value)
+
+
+def test_defaults_then_recipe_then_flags():
+    got = distil("--recipe", "short", "--batch-size", "32")
+    assert (got.steps, got.batch_size, got.alpha_cos, got.alpha_ce) == (7, 32, 0.5, 5.0)
+    assert got.recipe == "short"
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--stepz", "3"], "unknown flag '--stepz'; did you mean --steps?"),
+    (["--batch_size", "3"], "did you mean --batch-size?"),
+    (["--batch", "3"], "unknown flag '--batch'"),  # no abbreviations
+    (["--recipe", "shrot"], "unknown --recipe 'shrot'; did you mean short? (known: short)"),
+    (["--steps", "many"], "--steps: invalid int value: 'many' (see --help)"),
+    (["--steps"], "--steps: expected one argument"),
+    (["stray"], "unrecognized arguments: stray"),
+    ([""], "unrecognized arguments"),
+    (["--no-fold-token-type=yes"], "--no-fold-token-type"),
+])
+def test_command_lines_that_cannot_be(argv, message):
+    with pytest.raises(UserError) as error:
+        distil(*argv)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("config_class, name, values", [
+    (DistilConfig, "sequence_length", (7,)),
+    (DistilConfig, "steps", (0, -1)),
+    (DistilConfig, "batch_size", (0,)),
+    (DistilConfig, "accumulate", (0, 3)),  # 3 does not divide 128
+    (DistilConfig, "learning_rate", (0.0, -1.0, float("inf"), float("nan"))),
+    (DistilConfig, "clip", (0.0, float("nan"))),
+    (DistilConfig, "weight_decay", (-0.1, float("nan"))),
+    (DistilConfig, "warmup", (-0.1, 1.0)),
+    (DistilConfig, "dropout", (-0.1, 1.0)),
+    (DistilConfig, "valid_share", (0.0, 1.0)),
+    (DistilConfig, "seed", (-1,)),
+    (DistilConfig, "save_every", (0,)),
+    (DistilConfig, "eval_every", (0,)),
+    (DistilConfig, "dtype", ("float16",)),
+    (DistilConfig, "init", ("zeros",)),
+    (DistilConfig, "temperature", (0.0, float("inf"))),
+    (DistilConfig, "alpha_ce", (-1.0, float("inf"))),
+    (DistilConfig, "alpha_mse", (float("nan"),)),
+    (PretrainConfig, "vocab_size", (99,)),
+    (PretrainConfig, "num_hidden_layers", (0,)),
+    (PretrainConfig, "num_attention_heads", (0, 3)),  # 3 does not divide 256
+])
+def test_values_that_cannot_be_name_their_flag(config_class, name, values):
+    for value in values:
+        with pytest.raises(UserError) as error:
+            parse(config_class, "", [f"{flag(name)}={value}"], {})
+        assert flag(name) in str(error.value) and str(value) in str(error.value)
+
+
+def test_all_losses_off():
+    with pytest.raises(UserError, match="all loss weights are 0"):
+        DistilConfig(alpha_ce=0.0, alpha_mlm=0.0, alpha_cos=0.0)
+
+
+@pytest.mark.parametrize("config_class", [DistilConfig, PretrainConfig])
+def test_help_names_every_flag_once(config_class, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(config_class, "What it does.", ["--help"], {})
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and "What it does." in text
+    for field in dataclasses.fields(config_class):
+        assert f"\n  {flag(field.name)}" in text
+        assert text.count(f"\n{field.metadata['group']}:\n") == 1
+    assert "(default: 0.0005)" in text
+
+
+def test_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DistilConfig().steps = 3
+
+
+def test_choose_lists_what_is_known():
+    assert choose("a", {"a": 1}, "thing") == "a"
+    with pytest.raises(UserError, match=r"unknown thing 'zzz' \(known: a, b\)"):
+        choose("zzz", ["b", "a"], "thing")
+
+
+@pytest.mark.parametrize("value, off", [("1", True), ("true", True), ("0", False), ("", False)])
+def test_offline_hub(value, off, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
+    assert offline_hub() is off

@@ -1,0 +1,187 @@
+"""The encoders compute what transformers' torch modules compute, and packing changes nothing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from distilbert_jax import convert
+from distilbert_jax.models.encoder import ACTIVATIONS, graphdef, init_params
+
+TOLERANCE = {"float32": 2e-5, "float64": 1e-9}
+LENGTHS = [13, 7, 1, 10]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def forward(config, dtype, params, ids, segments, positions, types=None, key=None):
+    """Everything a model computes."""
+    model = nnx.merge(graphdef(config, dtype, dtype), params)
+    hidden = model(ids, segments, positions, types,
+                   rngs=None if key is None else nnx.Rngs(dropout=key))
+    return {"hidden": hidden,
+            "logits": model.mlm_logits(hidden) if config.mlm_head else hidden,
+            "pooled": model.pooled(hidden) if config.pooler else hidden[:, 0]}
+
+
+def padded(random, vocab, lengths, width):
+    """ids, segment ids, positions and token types of one document per row."""
+    real = (np.arange(width) < np.array(lengths)[:, None]).astype(np.int32)
+    ids = random.integers(0, vocab, real.shape, dtype=np.int32) * real
+    types = random.integers(0, 2, real.shape, dtype=np.int32) * real
+    return ids, real, np.broadcast_to(np.arange(width, dtype=np.int32), real.shape), types
+
+
+def torch_forward(model, ids, real, types):
+    import torch
+
+    given = {"input_ids": torch.tensor(ids).long(), "attention_mask": torch.tensor(real).long()}
+    if model.config.model_type == "bert":
+        given["token_type_ids"] = torch.tensor(types).long()
+    with torch.no_grad():
+        out = model(**given, output_hidden_states=True)
+    arrays = {"hidden": out.hidden_states[-1], "logits": out.get("logits"),
+              "pooled": out.get("pooler_output")}
+    return {name: array.numpy() for name, array in arrays.items() if array is not None}
+
+
+def assert_same(model, config, params, dtype, lengths=LENGTHS):
+    given = padded(np.random.default_rng(1), config.vocab_size, lengths, max(lengths))
+    ids, real, _, types = given
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    ours = forward(config, dtype, params, *given)
+    theirs = torch_forward(model.double() if dtype == "float64" else model, ids, real, types)
+    for name, expected in theirs.items():
+        where = real.astype(bool) if expected.ndim == 3 else slice(None)
+        assert ours[name].dtype == dtype
+        np.testing.assert_allclose(
+            np.asarray(ours[name])[where], expected[where], rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertModel", "DistilBertForMaskedLM"])
+def test_equals_torch(name, dtype, torch_model, from_torch):
+    model = torch_model(name)
+    with jax.enable_x64(dtype == "float64"):
+        assert_same(model, *from_torch(model), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_real_bert_equals_torch(dtype, shared):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.BertForMaskedLM.from_pretrained(shared / "rxn-bert").eval()
+    ours = convert.load(str(shared / "rxn-bert"))
+    with jax.enable_x64(dtype == "float64"):
+        assert_same(model, ours.config, ours.params, dtype, [60, 33])
+
+
+def test_a_real_sentence_encoder_equals_torch(shared):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.BertModel.from_pretrained(shared / "minilm-l6").eval()
+    ours = convert.load(str(shared / "minilm-l6"))
+    assert ours.config.pooler and not ours.config.mlm_head
+    assert_same(model, ours.config, ours.params, "float32", [32, 20])
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_activations_are_those_of_transformers(name):
+    torch = pytest.importorskip("torch")
+    from transformers.activations import ACT2FN
+
+    x = np.linspace(-6, 6, 241, dtype=np.float32)
+    np.testing.assert_allclose(
+        ACTIVATIONS[name](x), ACT2FN[name](torch.tensor(x)).numpy(), rtol=0, atol=1e-6)
+
+
+def test_packed_rows_equal_rows_of_one_document(x64, tiny_model, batch_of):
+    config, params = tiny_model(type_vocab_size=0)
+    lengths = [[5, 6, 3], [8, 4], [14]]
+    packed = batch_of(lengths, 16)
+    hidden = forward(config, "float64", params, *packed.values())["hidden"]
+    for row, sizes in enumerate(lengths):
+        ends = np.cumsum(sizes)
+        for start, end in zip(ends - sizes, ends, strict=True):
+            ids = np.zeros((1, 16), np.int32)
+            ids[0, :end - start] = packed["input_ids"][row, start:end]
+            alone = (np.arange(16) < end - start).astype(np.int32)[None]
+            single = forward(config, "float64", params, ids, alone, np.arange(16)[None])["hidden"]
+            np.testing.assert_allclose(
+                hidden[row, start:end], single[0, :end - start], rtol=0, atol=1e-12)
+
+
+def test_more_padding_changes_nothing(x64, tiny_model):
+    config, params = tiny_model()
+    random = np.random.default_rng(2)
+    given = padded(random, config.vocab_size, LENGTHS, 13)
+    wider = [np.pad(x, ((0, 0), (0, 7))) for x in given]
+    wider[0][:, 13:] = 9  # what stands on padding means nothing
+    short, long = (forward(config, "float64", params, *x)["logits"] for x in (given, wider))
+    real = given[1].astype(bool)
+    np.testing.assert_allclose(short[real], long[:, :13][real], rtol=0, atol=1e-12)
+
+
+def test_bfloat16_is_close(tiny_model):
+    config, params = tiny_model()
+    params = jax.tree.map(np.float32, params)
+    given = padded(np.random.default_rng(3), config.vocab_size, LENGTHS, 13)
+    real = given[1].astype(bool)
+    exact = np.asarray(forward(config, "float32", params, *given)["logits"])[real]
+    half = forward(config, "bfloat16", params, *given)
+    assert half["hidden"].dtype == jnp.bfloat16 and half["logits"].dtype == jnp.float32
+    # bfloat16 keeps 8 bits: a relative error of 2^-9 per rounding, of which a value meets dozens.
+    error = np.asarray(half["logits"])[real] - exact
+    assert np.sqrt(np.mean(error**2)) < 24 * 2**-9 * np.sqrt(np.mean(exact**2))
+
+
+def test_dropout_needs_a_key_and_a_rate(tiny_model):
+    given = padded(np.random.default_rng(4), 72, LENGTHS, 13)
+    config, params = tiny_model()
+    params = jax.tree.map(np.float32, params)
+    still = forward(config, "float32", params, *given)["hidden"]
+
+    def changed(**rates):
+        config, _ = tiny_model(**rates)
+        keys = [jax.random.key(n) for n in (0, 0, 1)]
+        first, again, other = (
+            forward(config, "float32", params, *given, key=k)["hidden"] for k in keys)
+        np.testing.assert_array_equal(first, again)
+        assert bool((first != other).any()) == bool((first != still).any())
+        return bool((first != still).any())
+
+    assert not changed()
+    assert changed(attention_dropout=0.5)
+    assert changed(hidden_dropout=0.5)
+
+
+def test_only_bert_drops_after_the_attention_output(tiny_model):
+    _, params = tiny_model()
+    x, segments = jnp.ones((2, 5, 16)), jnp.ones((2, 5), jnp.int32)
+    outputs = {}
+    for drops in (True, False):
+        config, _ = tiny_model(hidden_dropout=0.5, attention_output_dropout=drops)
+        model = nnx.merge(graphdef(config, jnp.float32), jax.tree.map(np.float32, params))
+        layer = model.layers[0]
+        layer.dropout = nnx.Dropout(0.0)  # after the feed-forward block, which both have
+        for key in (None, nnx.Rngs(dropout=0)):
+            outputs[drops, key is None] = layer(x, segments, key)
+    np.testing.assert_array_equal(outputs[False, False], outputs[False, True])
+    assert (outputs[True, False] != outputs[True, True]).any()
+    np.testing.assert_array_equal(outputs[True, True], outputs[False, True])
+
+
+def test_the_families_say_where_dropout_lies():
+    assert convert.FAMILIES["bert"].from_hf({}).attention_output_dropout
+    assert not convert.FAMILIES["distilbert"].from_hf({}).attention_output_dropout
+
+
+def test_random_start(tiny_model):
+    config, _ = tiny_model(vocab_size=4000, initializer_range=0.02)
+    params = init_params(config, seed=3)
+    words = params["embeddings"]["word"]["embedding"]
+    spread = 0.02 / np.sqrt(2 * words.size)  # standard error of a standard deviation
+    assert abs(words.std() - 0.02) < 5 * spread
+    layer = params["layers"][0]
+    assert (layer["ffn"]["up"]["bias"] == 0).all() and (layer["output_norm"]["scale"] == 1).all()
+    assert (words != init_params(config, seed=4)["embeddings"]["word"]["embedding"]).any()

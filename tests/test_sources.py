@@ -1,0 +1,191 @@
+"""Sources: every kind gives the same documents, and every fault is one line that names the file."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import pytest
+
+from distilbert_jax.config import UserError
+from distilbert_jax.data import python_docs, sources
+
+TEXTS = ["First document.", "Zweites: Käse", "세 번째"]
+
+
+def write(path, content: bytes):
+    opened = gzip.open(path, "wb") if path.suffix == ".gz" else path.open("wb")
+    with opened as file:
+        file.write(content)
+    return str(path)
+
+
+def json_lines(texts, key="text"):
+    return "".join(json.dumps({"id": i, key: text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.txt", "\ufeff" + "  \r\n\n".join(TEXTS)),
+    ("a.txt.gz", "\n".join(TEXTS)),
+    ("a.jsonl", json_lines(TEXTS).decode()),
+    ("a.json.gz", json_lines(TEXTS, key="content").decode() + "\n" + '{"text": null}'),
+])
+def test_files(tmp_path, name, content):
+    assert list(sources.documents([write(tmp_path / name, content.encode())])) == TEXTS
+
+
+def test_glob_is_sorted_and_order_of_words_is_kept(tmp_path):
+    for name in ("b", "a", "c"):
+        write(tmp_path / f"{name}.txt", name.encode())
+    words = [str(tmp_path / "c.txt"), str(tmp_path / "[ab].txt")]
+    assert list(sources.documents(words)) == ["c", "a", "b"]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.txt", b"fine\nbad \xff\n", "a.txt:2: not UTF-8 (byte 5 of the line is 0xff)"),
+    ("a.jsonl", b'{"text": "fine"}\n{"text": \n', "a.jsonl:2: not JSON"),
+    ("a.jsonl", b"[1]\n", "a.jsonl:1: not a JSON object"),
+    ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: the text holds half a surrogate pair"),
+    ("a.jsonl", b'{"title": "x", "body": "y"}\n', "(columns: title, body)"),
+    ("a.jsonl", b'{"text": 0}\n', "a.jsonl:1: no column 'text'"),
+    ("a.txt.gz", None, "a.txt.gz: damaged gzip file"),
+])
+def test_faults_in_files(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b"text " * 1000)[:-12] if content is None else content)
+    with pytest.raises(UserError) as caught:
+        list(sources.documents([str(path)]))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, message", [
+    ("absent.txt", "'absent.txt': no such file or folder (known: FILE.txt"),
+    ("absent/*.txt", "'absent/*.txt': no such file"),
+    ("python-doc", "python-docs)"),
+    ("hfs:name", "unknown kind of corpus 'hfs'; did you mean hf? (known: hf, tfds)"),
+])
+def test_absent_sources_are_told_at_once(name, message):
+    with pytest.raises(UserError) as caught:
+        sources.documents([name])
+    assert message in str(caught.value)
+
+
+def test_library_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(UserError, match="tfds:x: needs tensorflow-datasets .*pip install tensor"):
+        next(sources.documents(["tfds:x"]))
+
+
+def test_importing_data_loads_no_library():
+    code = ("import sys, distilbert_jax.data.batches, distilbert_jax.data.sources\n"
+            "heavy = {'torch', 'tensorflow', 'tensorflow_datasets', 'jax', 'flax', 'datasets',"
+            " 'transformers', 'tokenizers'}\n"
+            "assert not heavy & set(sys.modules), heavy & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_saved_datasets_folder(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"label": [0, 1, 2], "text": TEXTS})
+    data.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=data).save_to_disk(str(tmp_path / "split"))
+    datasets.DatasetDict(test=data).save_to_disk(str(tmp_path / "no-train"))
+    datasets.Dataset.from_dict({"label": [0]}).save_to_disk(str(tmp_path / "no-text"))
+    assert list(sources.documents([str(tmp_path / "one")])) == TEXTS
+    assert list(sources.documents([str(tmp_path / "split")])) == TEXTS
+    for folder, message in (("no-train", "known: test"), ("no-text", "columns: label"),
+                            (".", "cannot be read: Directory")):
+        with pytest.raises(UserError, match=message):
+            list(sources.documents([str(tmp_path / folder)]))
+
+
+def test_hub_name_and_config(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(sources.documents(["hf:org/name:config"])) == TEXTS
+    assert asked == [(("org/name", "config"), {"split": "train", "streaming": True})]
+
+
+def test_hub_out_of_reach():
+    datasets = pytest.importorskip("datasets")
+    if not datasets.config.HF_HUB_OFFLINE:
+        pytest.skip("HF_HUB_OFFLINE is not set: would ask the network")
+    with pytest.raises(UserError, match="hf:nobody/nothing: cannot be read: Couldn't reach"):
+        next(sources.documents(["hf:nobody/nothing"]))
+
+
+def test_tfds_without_tensorflow(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    pytest.importorskip("array_record")
+
+    class TinyTexts(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"text": tfds.features.Text()})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield from ((i, {"text": text}) for i, text in enumerate(TEXTS))
+
+    TinyTexts(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    tfds.core.add_data_dir(str(tmp_path))
+    assert sorted(sources.documents(["tfds:tiny_texts"])) == sorted(TEXTS)
+    with pytest.raises(UserError, match="tfds:no_such_thing: cannot be read: .*not found"):
+        next(sources.documents(["tfds:no_such_thing"]))
+
+
+def test_python_docs_is_clean_and_repeatable(monkeypatch):
+    monkeypatch.setattr(python_docs, "MOST_CHARACTERS", 100_000)
+    first = list(sources.documents(["python-docs"]))
+    assert first == list(sources.documents(["python-docs"]))
+    text = " ".join(first)
+    assert 90_000 < sum(map(len, first)) <= 100_000
+    assert len(set(first)) == len(first)
+    assert ">>>" not in text and "`" not in text
+    assert sum(c.isalpha() or c == " " for c in text) > 0.9 * len(text)
+
+
+def test_prose_is_kept_and_markup_dropped():
+    text = '''Summary of what the function computes for its caller.
+
+    Parameters
+    ----------
+    x : array_like, the input which is described at length in the next line.
+        Values to be summed, given as :class:`array` or as ``list`` objects.
+    >>> total = compute(x) and more of the same code, which is no prose.
+
+    Args:
+        y (int): The number of times that the sum is taken before it is returned.
+    '''
+    assert list(python_docs._paragraphs(text)) == [
+        "Summary of what the function computes for its caller.",
+        "Values to be summed, given as array or as list objects.",
+        "The number of times that the sum is taken before it is returned.",
+    ]
+
+
+def test_held_out_by_hash():
+    texts = [f"document {i}" for i in range(20_000)]
+    chosen = [t for t in texts if sources.is_held_out(t, 0.1)]
+    spread = (20_000 * 0.1 * 0.9) ** 0.5  # of a binomial count
+    assert abs(len(chosen) - 2000) < 5 * spread
+    assert all(sources.is_held_out(t, 0.2) for t in chosen)
+
+
+def test_describe_tells_a_changed_file(tmp_path):
+    path = write(tmp_path / "a.txt", b"one")
+    before = sources.describe([path, "python-docs", "hf:a:b"])
+    assert before[0][:2] == [path, 3] and before[1:] == [["python-docs:"], ["hf:a:b"]]
+    write(tmp_path / "a.txt", b"three")
+    assert sources.describe([path])[0] != before[0]

@@ -1,0 +1,138 @@
+"""Tokenising: nothing is lost, faults are told, and a learnt vocabulary is always the same."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from distilbert_jax.config import UserError
+from distilbert_jax.data import tokenize
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcde", *(f"##{c}" for c in "abcde")]
+TEXTS = ["The quick brown fox jumps over the lazy dog.", "A quicker dog; the laziest foxes!"] * 3
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    return tmp_path
+
+
+def test_folder_with_vocab_and_config_only(folder):
+    tokenizer = tokenize.load_tokenizer(str(folder), len(VOCABULARY))
+    assert tokenizer.get_vocab() == {token: i for i, token in enumerate(VOCABULARY)}
+
+
+def test_wrong_size_gives_both_numbers(folder):
+    with pytest.raises(UserError, match="has 15 tokens, the model 16"):
+        tokenize.load_tokenizer(str(folder), 16)
+
+
+def test_folder_without_vocabulary(folder):
+    (folder / "vocab.txt").unlink()
+    with pytest.raises(UserError, match="all of them special"):
+        tokenize.load_tokenizer(str(folder), None)
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_no_tokenizer_is_one_line(tmp_path, content):
+    if content:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match="no tokenizer in ") as caught:
+        tokenize.load_tokenizer(str(tmp_path), None)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_special_token(tmp_path):
+    backend = tokenize.train_wordpiece(TEXTS, 100).backend_tokenizer
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, cls_token="[CLS]", pad_token="[PAD]").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no sep, mask token"):
+        tokenize.load_tokenizer(str(tmp_path), None)
+
+
+@pytest.mark.parametrize("name", ["rxn-bert", "minilm-l6"])
+def test_real_tokenizers(shared, name):
+    size = json.loads((shared / name / "config.json").read_text())["vocab_size"]
+    tokenizer = tokenize.load_tokenizer(str(shared / name), size)
+    text = "CCO.CC(=O)O>>CC(=O)OCC " * 100
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(whole) > 512  # neither cut nor padded
+    cut = list(tokenize.pieces(tokenizer, [text], 128))
+    assert np.concatenate([piece[1:-1] for piece in cut]).tolist() == whole
+
+
+def test_fingerprint_ignores_truncation_only(shared, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(shared / "minilm-l6")
+    assert tokenizer.backend_tokenizer.truncation
+    loaded = tokenize.load_tokenizer(str(shared / "minilm-l6"), None)
+    assert tokenize.fingerprint(loaded) == tokenize.fingerprint(tokenizer)
+    for name in ("vocab.txt", "config.json"):
+        shutil.copy(shared / "minilm-l6" / name, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
+    cased = tokenize.load_tokenizer(str(tmp_path), None)
+    assert tokenize.fingerprint(cased) != tokenize.fingerprint(loaded)
+
+
+def test_pieces_lose_nothing():
+    tokenizer = tokenize.train_wordpiece(TEXTS, 200)
+    documents = [*TEXTS, "the " * 50, " ", "dog"]
+    for length in (3, 8, 512):
+        found = list(tokenize.pieces(tokenizer, documents, length))
+        cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+        expected = []
+        for document in documents:
+            ids = tokenizer.encode(document, add_special_tokens=False)
+            expected += [[cls, *ids[i:i + length - 2], sep]
+                         for i in range(0, len(ids), length - 2)]
+        assert [piece.tolist() for piece in found] == expected
+        assert {piece.dtype for piece in found} == {np.dtype(np.uint8)}
+
+
+def test_special_tokens_in_text_are_ordinary_text():
+    tokenizer = tokenize.train_wordpiece([*TEXTS, "[sep] [mask]"], 200)
+    (piece,) = tokenize.pieces(tokenizer, ["dog [SEP] [MASK]"], 64)
+    assert not set(piece[1:-1].tolist()) & set(tokenizer.all_special_ids)
+    assert tokenizer.encode("[MASK]", add_special_tokens=False) == [tokenizer.mask_token_id]
+
+
+def test_batches_respect_the_limit(monkeypatch):
+    monkeypatch.setattr(tokenize, "BATCH_CHARACTERS", 10)
+    assert list(tokenize._batches(["aaaa"] * 7)) == [["aaaa"] * 3, ["aaaa"] * 3, ["aaaa"]]
+
+
+def test_learnt_vocabulary(tmp_path):
+    tokenizer = tokenize.train_wordpiece(TEXTS, 90)
+    assert tokenizer.convert_ids_to_tokens(range(5)) == list(tokenize.SPECIAL_TOKENS)
+    assert len(tokenizer) <= 90
+    assert tokenizer.tokenize("THE  dög") == ["the", "dog"]
+    tokenizer.model_max_length = 33
+    tokenizer.save_pretrained(tmp_path)
+    again = tokenize.load_tokenizer(str(tmp_path), len(tokenizer))
+    assert tokenize.fingerprint(again) == tokenize.fingerprint(tokenizer)
+    assert again.model_max_length == 33
+
+
+def test_learnt_vocabulary_never_exceeds_what_was_asked():
+    documents = [" ".join(chr(c) for c in range(0x4E00, 0x4E00 + 500)), "aaa bbb aaa"]
+    assert len(tokenize.train_wordpiece(documents, 20)) <= 20
+
+
+def test_learnt_vocabulary_is_the_same_in_another_process():
+    texts = ["abcd bcda cdab dabc " * 3, "many words tie here and none is common"]
+    code = ("from distilbert_jax.data import tokenize\n"
+            f"print(tokenize.fingerprint(tokenize.train_wordpiece({texts!r}, 40)))")
+    other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert other.stdout.strip() == tokenize.fingerprint(tokenize.train_wordpiece(texts, 40))
+
+
+def test_no_words():
+    for documents, vocab_size in (([" ", ""], 100), (["abcdef"], 10)):
+        with pytest.raises(UserError, match=f"a vocabulary of {vocab_size}: .* no words, or none"):
+            tokenize.train_wordpiece(documents, vocab_size)

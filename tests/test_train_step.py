@@ -1,0 +1,254 @@
+"""One update: its gradients and six of its successors equal torch's; how it is cut is no matter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from distilbert_jax import convert, losses
+from distilbert_jax.config import EVALUATION_MASKING, Masking, TrainConfig
+from distilbert_jax.masking import mask_tokens
+from distilbert_jax.models.encoder import graphdef
+from distilbert_jax.optimizer import make_optimizer
+from distilbert_jax.train_step import (
+    Objective,
+    at_masked,
+    encode,
+    init_state,
+    loss_sums,
+    make_eval_step,
+    make_train_step,
+)
+
+TOLERANCE = {"float32": 2e-5, "float64": 1e-9}
+OBJECTIVES = {
+    restrict: Objective(alpha_ce=5.0, alpha_mlm=2.0, alpha_cos=1.0, alpha_mse=0.1,
+                        restrict_ce_to_mask=restrict)
+    for restrict in (False, True)}
+ROWS = [[16], [11], [7], [14], [5], [16]]  # one document each, as torch has no packing
+
+
+@pytest.fixture(scope="module")
+def models(torch_model):
+    """A BERT and a DistilBERT of transformers, in float64."""
+    return (torch_model("BertForMaskedLM", seed=1).double(),
+            torch_model("DistilBertForMaskedLM", seed=2).double())
+
+
+def torch_losses(teacher, student, batch, objective):
+    """The training loss written out after REFERENCE A.7, on a masked batch; means by name."""
+    import torch
+
+    batch = {name: torch.tensor(np.asarray(value)) for name, value in batch.items()}
+    ids, real = batch["input_ids"].long(), batch["segment_ids"] > 0
+    labels = torch.full(ids.shape, -100)
+    row, column = torch.nonzero(batch["label_weights"], as_tuple=True)
+    labels[row, batch["masked_positions"][row, column].long()] = batch["labels"][row, column].long()
+
+    s = student(ids, attention_mask=real, output_hidden_states=True)
+    with torch.no_grad():
+        t = teacher(ids, attention_mask=real, output_hidden_states=True)
+    chosen = labels > -1 if objective.restrict_ce_to_mask else real
+    soft, logits, tau = t.logits[chosen], s.logits[chosen], objective.temperature
+    s_hidden, t_hidden = s.hidden_states[-1][real], t.hidden_states[-1][real]
+    nn = torch.nn
+    return {
+        "ce": tau**2 * nn.KLDivLoss(reduction="batchmean")(
+            (logits / tau).log_softmax(-1), (soft / tau).softmax(-1)),
+        "mlm": nn.CrossEntropyLoss(ignore_index=-100)(
+            s.logits.flatten(0, 1), labels.flatten()),
+        "mse": nn.MSELoss(reduction="sum")(logits, soft) / len(logits),
+        "cos": nn.CosineEmbeddingLoss()(s_hidden, t_hidden, torch.ones(len(s_hidden)))}
+
+
+def total(means, objective):
+    return sum(getattr(objective, f"alpha_{name}") * mean for name, mean in means.items())
+
+
+@pytest.fixture(scope="module")
+def torch_gradients(models, batch_of, vocabulary):
+    """restrict_ce_to_mask → (masked batch, torch's loss, its gradient by name)."""
+    teacher, student = models
+    batch = mask_tokens(jax.random.key(0), jax.tree.map(jnp.asarray, batch_of(ROWS, 16)),
+                        vocabulary, Masking(rate=0.3))
+    expected = {}
+    for restrict, objective in OBJECTIVES.items():
+        student.zero_grad()
+        loss = total(torch_losses(teacher, student, batch, objective), objective)
+        loss.backward()
+        expected[restrict] = loss.item(), {
+            name: p.grad.numpy().copy() for name, p in student.named_parameters()}
+    return jax.device_get(batch), expected
+
+
+@pytest.mark.parametrize("restrict", OBJECTIVES)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gradients_equal_torch(dtype, restrict, models, from_torch, torch_gradients):
+    batch, expected = torch_gradients
+    expected_loss, expected_gradients = expected[restrict]
+    objective = OBJECTIVES[restrict]
+    (teacher_config, teacher_params), (config, params) = map(from_torch, models)
+
+    def loss(params, teacher_params, batch):
+        student = nnx.merge(graphdef(config, dtype, dtype), params)
+        teacher = nnx.merge(graphdef(teacher_config, dtype, dtype), teacher_params)
+        sums = loss_sums(student, teacher, batch, objective)
+        masked, tokens = batch["label_weights"].sum(), (batch["segment_ids"] > 0).sum()
+        soft = masked if restrict else tokens
+        weights = {"ce": soft, "mse": soft, "mlm": masked, "cos": tokens}
+        return total({name: s / weights[name] for name, s in sums.items()}, objective)
+
+    with jax.enable_x64(dtype == "float64"):
+        cast = jax.tree.map(lambda x: jnp.asarray(x, dtype), (params, teacher_params))
+        value, gradients = jax.jit(jax.value_and_grad(loss))(*cast, batch)
+    np.testing.assert_allclose(value, expected_loss, rtol=TOLERANCE[dtype])
+    ours = convert.to_hf(gradients, convert.FAMILIES["distilbert"])
+    assert set(ours) == set(expected_gradients)
+    scale = max(abs(g).max() for g in expected_gradients.values())
+    for name, gradient in expected_gradients.items():
+        np.testing.assert_allclose(
+            ours[name], gradient, rtol=0, atol=TOLERANCE[dtype] * scale, err_msg=name)
+
+
+def test_six_updates_equal_torch(x64, models, from_torch, batch_of, vocabulary):
+    """AdamW with decay, schedule and clipping, over masks drawn from the same keys."""
+    import copy
+
+    import torch
+
+    (teacher, torch_student), steps = models, 6
+    student = copy.deepcopy(torch_student)
+    (teacher_config, teacher_params), (config, params) = map(from_torch, models)
+    objective = OBJECTIVES[False]
+    settings = TrainConfig(learning_rate=2e-3, warmup=0.5, weight_decay=0.1, clip=200.0)
+    tx = make_optimizer(settings, steps)
+    graphs = (graphdef(c, "float64", "float64") for c in (config, teacher_config))
+    step = jax.jit(make_train_step(*graphs, tx, objective, Masking()))
+    state = init_state(jax.tree.map(jnp.asarray, params), tx, seed=3)
+
+    matrices = [p for p in student.parameters() if p.ndim > 1]
+    vectors = [p for p in student.parameters() if p.ndim == 1]
+    adam = torch.optim.AdamW(
+        [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}],
+        lr=settings.learning_rate, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
+    warmup = 3
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        adam, lambda done: min((done + 1) / warmup, (steps - done) / (steps - warmup + 1)))
+    clipped = []
+    for number in range(steps):
+        batch = batch_of(ROWS, 16, seed=number)
+        mask_key, _ = jax.random.split(jax.random.fold_in(state.key, number))
+        masked = mask_tokens(mask_key, jax.tree.map(jnp.asarray, batch), vocabulary, Masking())
+        state, metrics = step(state, teacher_params, vocabulary, batch)
+
+        adam.zero_grad()
+        means = torch_losses(teacher, student, masked, objective)
+        loss = total(means, objective)
+        loss.backward()
+        # torch.nn.utils.clip_grad_norm_ would add 1e-6 to the norm; Optax, like the paper, does
+        # not.
+        norm = torch.sqrt(sum((p.grad**2).sum() for p in student.parameters())).item()
+        clipped.append(norm > settings.clip)
+        for p in student.parameters():
+            p.grad *= min(1.0, settings.clip / norm)
+        adam.step()
+        schedule.step()
+        expected = {name: mean.item() for name, mean in means.items()}
+        expected |= {"loss": loss.item(), "grad_norm": norm,
+                     "tokens": sum(size for row in ROWS for size in row)}
+        assert set(metrics) == set(expected)
+        for name, value in expected.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-9, err_msg=name)
+    assert any(clipped) and not all(clipped)
+    ours = convert.to_hf(jax.device_get(state.params), convert.FAMILIES["distilbert"])
+    for name, p in student.named_parameters():
+        p = p.detach().numpy()
+        np.testing.assert_allclose(ours[name], p, rtol=0, atol=1e-9 * abs(p).max(), err_msg=name)
+
+
+def test_micro_batches_change_nothing(x64, problem, vocabulary):
+    results = []
+    for accumulate in (1, 2, 4):
+        step = jax.jit(problem.step(accumulate))
+        state = problem.state()
+        for batch in problem.batches[:2]:
+            state, metrics = step(state, problem.teacher_params, vocabulary, batch)
+        results.append((state.params, metrics))
+    for result in results[1:]:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11),
+                     result, results[0])
+
+
+def test_the_teacher_is_an_argument(x64, problem, vocabulary):
+    """Nothing as large as a matrix is baked into the step."""
+    jaxpr = jax.make_jaxpr(problem.step())(
+        problem.state(), problem.teacher_params, vocabulary, problem.batches[0])
+    assert sum(np.size(constant) for constant in jaxpr.consts) == 0
+    literals = [v.val for e in jaxpr.eqns for v in e.invars if hasattr(v, "val")]
+    assert max(map(np.size, literals)) == 1
+
+
+def test_the_step_masks_anew_and_leaves_the_rest_as_it_is(x64, problem, vocabulary):
+    step = jax.jit(problem.step())
+    state, batch = problem.state(), problem.batches[0]
+    teacher = jax.tree.map(jnp.asarray, problem.teacher_params)
+    first, metrics = step(state, teacher, vocabulary, batch)
+    again, same = step(state, teacher, vocabulary, batch)
+    jax.tree.map(np.testing.assert_array_equal, (first.params, metrics), (again.params, same))
+    assert first.step == 1 and (jax.random.key_data(first.key) == jax.random.key_data(
+        state.key)).all()
+    jax.tree.map(np.testing.assert_array_equal, teacher, problem.teacher_params)
+    later = jax.tree.map(lambda x: x, state)
+    later = type(state)(state.step + 1, later.params, later.opt_state, later.key)
+    assert step(later, teacher, vocabulary, batch)[1]["mlm"] != metrics["mlm"]
+
+
+def test_without_a_teacher_it_is_masked_language_modelling(x64, problem, vocabulary):
+    graph = graphdef(problem.student, "float64", "float64")
+    step = make_train_step(graph, None, optax.sgd(0.1), Objective(), Masking())
+    state = init_state(jax.tree.map(jnp.asarray, problem.params), optax.sgd(0.1), seed=0)
+    _, metrics = jax.jit(step)(state, {}, vocabulary, problem.batches[0])
+    assert set(metrics) == {"mlm", "loss", "grad_norm", "tokens"}
+    mask_key, _ = jax.random.split(jax.random.fold_in(state.key, 0))
+    batch = mask_tokens(
+        mask_key, jax.tree.map(jnp.asarray, problem.batches[0]), vocabulary, Masking())
+    model = nnx.merge(graph, state.params)
+    logits = model.mlm_logits(at_masked(encode(model, batch), batch))
+    nll = losses.mlm_sum(logits, batch["labels"], batch["label_weights"])
+    np.testing.assert_allclose(metrics["mlm"], nll / batch["label_weights"].sum(), rtol=1e-12)
+    assert metrics["mlm"] == metrics["loss"]
+
+
+def test_evaluation(x64, problem, vocabulary):
+    """Against the same sums taken outside, of the same masked batch."""
+    graphs = [graphdef(c, "float64", "float64") for c in (problem.student, problem.teacher)]
+    params, teacher_params = (jax.tree.map(jnp.asarray, p)
+                              for p in (problem.params, problem.teacher_params))
+    raw = jax.tree.map(jnp.asarray, problem.batches[0])
+    key = jax.random.key(1)
+    sums = jax.jit(make_eval_step(*graphs))(params, teacher_params, vocabulary, raw, key)
+
+    batch = mask_tokens(key, raw, vocabulary, EVALUATION_MASKING)
+    real, weights = batch["segment_ids"] > 0, np.asarray(batch["label_weights"])
+    found = []
+    for graph, values in zip(graphs, (params, teacher_params), strict=True):
+        model = nnx.merge(graph, values)
+        hidden = encode(model, batch)
+        found.append((np.asarray(hidden)[real], np.asarray(
+            jax.nn.log_softmax(model.mlm_logits(at_masked(hidden, batch))))))
+    (hidden, student), (target, teacher) = found
+    at_label = (np.arange(student.shape[-1]) == np.asarray(batch["labels"])[..., None])
+    cosine = (hidden * target).sum(-1) / np.linalg.norm(hidden, axis=-1) / np.linalg.norm(
+        target, axis=-1)
+    expected = {
+        "masked": weights.sum(), "tokens": real.sum(), "cosine": cosine.sum(),
+        "nll": -(student[at_label] * weights.ravel()).sum(),
+        "teacher_nll": -(teacher[at_label] * weights.ravel()).sum(),
+        "correct": ((student.argmax(-1) == batch["labels"]) * weights).sum(),
+        "teacher_correct": ((teacher.argmax(-1) == batch["labels"]) * weights).sum(),
+        "kl": ((np.exp(teacher) * (teacher - student)).sum(-1) * weights).sum()}
+    assert set(sums) == set(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(sums[name], value, rtol=1e-10, err_msg=name)
