@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from distilbert_jax.config import TrainConfig
@@ -17,10 +18,12 @@ def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
     """
     warmup = max(1, round(config.warmup * steps))
     peak = config.learning_rate
-    return optax.join_schedules(
+    schedule = optax.join_schedules(
         [optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1)),
          optax.linear_schedule(peak, 0.0, max(1, steps - warmup + 1))],
         [warmup - 1])
+    # An integer count would make the rate float32 even where everything else is float64.
+    return lambda count: schedule(jnp.asarray(count, jnp.result_type(float)))
 
 
 def make_optimizer(

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float
 
 from distilbert_jax import losses
 from distilbert_jax.config import EVALUATION_MASKING, Masking
@@ -27,10 +27,10 @@ Metrics = dict[str, Float[Array, ""]]
 class TrainState:
     """All that an update reads and writes; what a checkpoint holds."""
 
-    step: Int[Array, ""]  # completed updates
+    step: Any  # [] int32, completed updates; like the others also its shape or its sharding
     params: dict[str, Any]
     opt_state: Any
-    key: Key[Array, ""]  # the run's; each step folds its number in
+    key: Any  # [] the run's; each step folds its number in
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ The first step of the walk. A word is a path, a glob, `hf:NAME[:CONFIG]`, `tfds:
 
 import codecs
 import contextlib
+import functools
 import glob
 import gzip
 import hashlib
@@ -202,11 +203,17 @@ def _told(where: str) -> Iterator[None]:
         raise UserError(f"{where}: cannot be read: {line}") from error
 
 
+@functools.cache
+def _python_docs() -> tuple[str, ...]:
+    """Kept, because parsing costs seconds and one run may read the corpus several times."""
+    return tuple(python_docs())
+
+
 SOURCES: dict[str, Callable[[str], Iterator[str]]] = {
     "text": _text_file,
     "json": _json_lines,
     "folder": _saved_folder,
     "hf": _hub,
     "tfds": _tfds,
-    "python-docs": lambda _: python_docs(),
+    "python-docs": lambda _: iter(_python_docs()),
 }
