@@ -4,9 +4,11 @@ Everything that can be wrong is checked before the first file is written.
 """
 
 import dataclasses
+import functools
 import math
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +90,11 @@ def distil(config: DistilConfig) -> Path:
         **{f.name: getattr(config, f.name) for f in dataclasses.fields(Objective)})
     graphs = graphdef(shape, dtype, param_dtype), graphdef(teacher.config, dtype, param_dtype)
     frozen_teacher = _teacher_on(mesh, teacher.params, dtype)
-    trained, evaluate = _train(setup, graphs, start, frozen_teacher, objective, frozen, "distil")
+    trained = _train(setup, graphs, start, frozen_teacher, objective, frozen, "distil")
 
     folder = Path(config.output) / "student"
-    figures = {"student": evaluate(trained), "at start": evaluate(_on(mesh, start))}
+    figures = {"student": _evaluator(setup, graphs, frozen_teacher)(trained),
+               "at start": _evaluator(setup, (graphs[0], None), {})(_on(mesh, start))}
     export(folder, trained, shape, distilbert, setup.tokenizer,
            _card(config, layers, figures["student"], trained))
     _write_report(setup, folder, graphs, (trained, start, teacher.params), figures)
@@ -129,10 +132,10 @@ def pretrain(config: PretrainConfig) -> Path:
         start |= {name: part for name, part in source.params.items() if name in start}
     start = _cast(start, param_dtype)
     graph = graphdef(shape, dtype, param_dtype)
-    trained, evaluate = _train(setup, (graph, None), start, {}, Objective(), (), "train teacher")
+    trained = _train(setup, (graph, None), start, {}, Objective(), (), "train teacher")
 
     folder = Path(config.output) / "model"
-    figures = evaluate(trained)
+    figures = _evaluator(setup, (graph, None), {})(trained)
     card = (f"# {shape.num_hidden_layers}-layer BERT\n\nTrained by distilbert_jax with the "
             f"masked-language-model loss; held-out top-1 {figures['top1']:.2%}, perplexity "
             f"{figures['perplexity']:.3f}.\n\n{report.versions()}\n")
@@ -200,23 +203,26 @@ def _prepare(config: TrainConfig, mesh: Mesh, dtype: Any, param_dtype: Any, toke
 def _train(
     setup: Setup, graphs: tuple[nnx.GraphDef, nnx.GraphDef | None], start: dict[str, Any],
     teacher_params: dict[str, Any], objective: Objective, frozen: tuple[str, ...], label: str,
-) -> tuple[dict[str, Any], Any]:
-    """Train from `start`; give the parameters and a function that evaluates any on all rows."""
+) -> dict[str, Any]:
+    """Train from `start`, and give the parameters."""
     config = setup.config
     tx = make_optimizer(config, setup.steps, frozen)
-    eval_step = jax.jit(make_eval_step(*graphs))
-
-    def evaluate(params: dict[str, Any], rows: int | None = None) -> dict[str, float]:
-        return held_out(eval_step, params, teacher_params, setup.vocabulary, setup.data.valid,
-                        setup.mesh, rows)
-
     run = Run(
         config=config, steps=setup.steps, settings=setup.settings, output=Path(config.output),
         mesh=setup.mesh, rows=setup.data.train, vocabulary=setup.vocabulary, label=label,
         train_step=make_train_step(*graphs, tx, objective, Masking(), config.accumulate),
-        evaluate=lambda params: evaluate(params, EVALUATION_ROWS))
-    state = train(run, init_state(start, tx, config.seed), teacher_params)
-    return state.params, evaluate
+        evaluate=_evaluator(setup, graphs, teacher_params, EVALUATION_ROWS))
+    return train(run, init_state(start, tx, config.seed), teacher_params).params
+
+
+def _evaluator(
+    setup: Setup, graphs: tuple[nnx.GraphDef, nnx.GraphDef | None],
+    teacher_params: dict[str, Any], rows: int | None = None,
+) -> Callable[[dict[str, Any]], dict[str, float]]:
+    """A function from parameters to held-out figures, on `rows` rows or all."""
+    return functools.partial(
+        held_out, jax.jit(make_eval_step(*graphs)), teacher_params=teacher_params,
+        vocabulary=setup.vocabulary, packed=setup.data.valid, mesh=setup.mesh, rows=rows)
 
 
 def _cast(params: dict[str, Any], dtype: Any, least_axes: int = 0) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def table(rows: list[tuple[str, ...]]) -> str:
 
 
 def plot(metrics: list[dict[str, float]], path: Path, title: str) -> None:
-    """Draw training losses, and the held-out top-1 beside the teacher's, over tokens seen."""
+    """Draw training losses, and held-out retention (without a teacher: top-1), over tokens seen."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -70,12 +70,14 @@ def plot(metrics: list[dict[str, float]], path: Path, title: str) -> None:
     left.set(xlabel="tokens seen", ylabel="training loss [nats; weighted total]", yscale="log")
     left.legend()
     held = [m for m in metrics if "top1" in m]
-    seen = [m["tokens_seen"] for m in held]
-    right.plot(seen, [100 * m["top1"] for m in held], marker="o", markersize=3, label="held-out")
-    if held and "teacher_top1" in held[0]:
-        right.axhline(100 * held[0]["teacher_top1"], color="grey", linestyle="--", label="teacher")
-    right.set(xlabel="tokens seen", ylabel="masked tokens guessed right [%]")
-    right.legend()
+    what = "retention" if "retention" in (held or metrics)[0] else "top1"
+    right.plot([m["tokens_seen"] for m in held], [100 * m[what] for m in held],
+               marker="o", markersize=3)
+    right.set(xlabel="tokens seen", ylabel={
+        "retention": "held-out top-1, student / teacher [%]",
+        "top1": "held-out masked tokens guessed right [%]"}[what])
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -15,7 +15,7 @@ from distilbert_jax.masking import Vocabulary
 from distilbert_jax.sharding import by_rows
 
 SEED = 20191001  # which tokens are hidden; the same for every model and run
-BATCH = 64  # rows; a larger data axis rounds it up
+BATCH_TOKENS = 8192  # at most, in a power of two of rows; a larger data axis rounds it up
 
 
 def held_out(
@@ -45,7 +45,9 @@ def held_out(
         `teacher_top1`, and `kl` [nats per masked token], `cosine` and `retention` = top-1 of the
         student over the teacher's. Sums are taken in float64 over all batches.
     """
-    size = math.ceil(BATCH / mesh.shape["data"]) * mesh.shape["data"]
+    data = mesh.shape["data"]
+    size = 2 ** int(math.log2(max(1, BATCH_TOKENS // packed.rows.shape[1])))
+    size = math.ceil(size / data) * data
     order = np.random.default_rng(SEED).permutation(len(packed))[:rows]
     key = jax.random.key(SEED)
     total: dict[str, float] = {}

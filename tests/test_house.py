@@ -1,0 +1,75 @@
+"""Imports go one way, down the walk of the README; torch and mesh axes stay where they belong."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1] / "distilbert_jax"
+# A module or folder imports only from lines above its own, or from its own folder.
+WALK = (
+    {"config"}, {"data"}, {"models"}, {"masking"}, {"losses"}, {"convert", "student"},
+    {"optimizer", "sharding"}, {"train_step"}, {"checkpoint"}, {"train"}, {"export"}, {"predict"},
+    {"evaluation"}, {"benchmark"}, {"report"}, {"distil"})
+RANK = {name: rank for rank, names in enumerate(WALK) for name in names}
+FILES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+         for path in sorted(ROOT.rglob("*.py"))}
+
+
+def part(name):
+    """`models/encoder.py` → `models`."""
+    return name.removesuffix(".py").split("/")[0]
+
+
+def imports(tree):
+    """Full names of all that is imported, anywhere in the file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_file_stands_on_the_walk():
+    assert {part(name) for name in FILES} - {"__init__"} <= set(RANK)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_one_way(name):
+    for imported in imports(FILES[name]):
+        package, _, inside = imported.partition(".")
+        other = inside.split(".")[0]
+        if package == "distilbert_jax" and other != part(name):
+            assert RANK[other] < RANK[part(name)], f"{name} imports {imported}"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if part(name) == "data"])
+def test_data_knows_no_jax(name):
+    assert not {"jax", "flax"} & {imported.split(".")[0] for imported in imports(FILES[name])}
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if part(name) == "models"])
+def test_models_know_no_training(name):
+    ours = [i for i in imports(FILES[name]) if i.startswith("distilbert_jax.")]
+    assert all(i.split(".")[1] in ("models", "config") for i in ours), ours
+
+
+def test_torch_is_imported_only_where_a_bin_file_is_read():
+    found = [(name, function.name) for name, tree in FILES.items() for function in ast.walk(tree)
+             if isinstance(function, ast.FunctionDef)
+             for imported in imports(function) if imported.split(".")[0] == "torch"]
+    assert found == [("convert.py", "_read_torch")]
+    top = [name for name, tree in FILES.items() for node in tree.body
+           if isinstance(node, ast.Import | ast.ImportFrom)
+           for imported in imports(node) if imported.split(".")[0] == "torch"]
+    assert not top
+
+
+def test_mesh_axes_are_named_in_tables_only():
+    found = {name for name, tree in FILES.items() for node in ast.walk(tree)
+             if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in (
+                 "P", "PartitionSpec")
+             for argument in ast.walk(node)
+             if isinstance(argument, ast.Constant) and argument.value in ("data", "model")}
+    assert found and all(name == "sharding.py" or part(name) == "models" for name in found), found
