@@ -6,7 +6,6 @@ Every other module receives these dataclasses; nothing here imports jax.
 import argparse
 import dataclasses
 import difflib
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -226,9 +225,3 @@ def parse(config_class: type, description: str, argv: Sequence[str],
     recipe = given.get("recipe", "")
     defaults = recipes[choose(recipe, recipes, "--recipe")] if recipe else {}
     return config_class(**{**defaults, **given})
-
-
-def offline_hub() -> bool:
-    """Whether the hub is switched off by its own environment variables."""
-    return any(os.environ.get(name, "") not in ("", "0")
-               for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))

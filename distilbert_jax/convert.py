@@ -60,6 +60,9 @@ def load(name: str) -> Pretrained:
     try:
         config = family.from_hf(raw)
         choose(config.hidden_act, ACTIVATIONS, f"activation in {folder}/config.json")
+        if config.hidden_size % config.num_attention_heads:
+            raise UserError(f"config.json: {config.num_attention_heads} attention heads do not "
+                            f"divide hidden size {config.hidden_size}")
         return Pretrained(folder, family, *from_hf(tensors, family, config))
     except (UserError, TypeError, ValueError) as error:
         text = str(error)
@@ -210,7 +213,10 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
             names = _checked(lambda path: dict(json.loads(path.read_text())["weight_map"]), index)
             tensors: dict[str, np.ndarray] = {}
             for part in sorted(set(names.values())):
-                tensors |= _checked(read, folder / part)
+                more = _checked(read, folder / part)
+                if twice := sorted(tensors.keys() & more.keys()):
+                    raise UserError(f"{folder / part} repeats {', '.join(twice)} of another part")
+                tensors |= more
             if missing := sorted(set(names) - set(tensors)):
                 raise UserError(f"{index} names tensors that no part holds: {', '.join(missing)}")
             return tensors

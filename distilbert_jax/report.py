@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
@@ -90,8 +91,9 @@ def versions() -> str:
 
     device = jax.devices()[0]
     return (f"{datetime.date.today()}, {jax.device_count()} x {device.device_kind} "
-            f"({platform.machine()}), Python {platform.python_version()}, jax {jax.__version__}, "
-            f"flax {flax.__version__}, optax {optax.__version__}")
+            f"({platform.machine()}, {os.cpu_count()} cores), Python "
+            f"{platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}, "
+            f"optax {optax.__version__}")
 
 
 def describe(name: str, manifest: dict[str, Any]) -> str:

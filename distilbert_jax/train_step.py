@@ -150,7 +150,7 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = means | {
-            "loss": total, "grad_norm": optax.global_norm(grads), "tokens": tokens}
+            "loss": total, "grad_norm": optax.tree.norm(grads), "tokens": tokens}
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return train_step

@@ -32,3 +32,5 @@ def launch(main: Callable[[list[str]], None]) -> None:
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except KeyboardInterrupt:  # outside the training loop, where there is nothing to save
+        sys.exit("interrupted")

@@ -1,7 +1,7 @@
 """Distil a BERT teacher into a DistilBERT student: python experiments/run.py --mesh 8x1
 
-Without any flag the quickstart runs: it trains a small teacher on the documentation of Python
-itself, distils it, and reports, in minutes and without a network.
+Without teacher, corpus and recipe the quickstart runs: it trains a small teacher on the
+documentation of Python itself, distils it, and reports, in minutes and without a network.
 """
 
 import dataclasses
@@ -16,10 +16,14 @@ from distilbert_jax.distil import distil, pretrain
 def main(argv: list[str]) -> None:
     known = recipes()
     defaults = {name: recipe.DISTIL for name, recipe in known.items()}
-    config = parse(DistilConfig, __doc__, argv or ["--recipe", "quickstart"], defaults)
+    config = parse(DistilConfig, __doc__, argv, defaults)
+    if not (config.teacher or config.corpus or config.recipe):
+        config = parse(DistilConfig, __doc__, [*argv, "--recipe", "quickstart"], defaults)
     recipe = known.get(config.recipe)
     if not config.teacher and hasattr(recipe, "PRETRAIN"):
-        teacher = PretrainConfig(**recipe.PRETRAIN, output=str(Path(config.output) / "teacher"))
+        teacher = PretrainConfig(
+            **recipe.PRETRAIN, output=str(Path(config.output) / "teacher"),
+            mesh=config.mesh, dtype=config.dtype, seed=config.seed)
         config = dataclasses.replace(config, teacher=str(pretrain(teacher)))
     distil(config)
 

@@ -10,7 +10,6 @@ from distilbert_jax.config import (
     UserError,
     choose,
     flag,
-    offline_hub,
     parse,
 )
 
@@ -127,10 +126,3 @@ def test_choose_lists_what_is_known():
     assert choose("a", {"a": 1}, "thing") == "a"
     with pytest.raises(UserError, match=r"unknown thing 'zzz' \(known: a, b\)"):
         choose("zzz", ["b", "a"], "thing")
-
-
-@pytest.mark.parametrize("value, off", [("1", True), ("true", True), ("0", False), ("", False)])
-def test_offline_hub(value, off, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", value)
-    monkeypatch.delenv("TRANSFORMERS_OFFLINE", raising=False)
-    assert offline_hub() is off

@@ -21,6 +21,11 @@ def test_the_rate_rises_and_falls_along_two_lines(steps, share, warmup):
     np.testing.assert_allclose(schedule(steps), 0, atol=1e-7)
 
 
+def test_the_rate_is_float64_where_all_is(x64):
+    schedule = learning_rate(TrainConfig(learning_rate=0.3, warmup=0.5), 14)
+    np.testing.assert_allclose(schedule(jnp.int32(2)), 0.3 * 3 / 7, rtol=1e-15)
+
+
 PARAMS = {
     "embeddings": {"position": {"embedding": jnp.full((3, 2), 0.5)},
                    "word": {"embedding": jnp.full((4, 2), 0.5)}},
@@ -31,9 +36,9 @@ PARAMS = {
 def updated(gradients, frozen=(), steps=3, **settings):
     config = TrainConfig(learning_rate=0.1, warmup=0.0, **settings)
     tx = make_optimizer(config, 10, frozen)
-    params, state = PARAMS, tx.init(PARAMS)
+    update, params, state = jax.jit(tx.update), PARAMS, jax.jit(tx.init)(PARAMS)
     for _ in range(steps):
-        updates, state = tx.update(gradients, state, params)
+        updates, state = update(gradients, state, params)
         params = optax.apply_updates(params, updates)
     return params
 
