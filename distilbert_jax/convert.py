@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from safetensors.numpy import load_file
 
 from distilbert_jax.config import UserError, choose
 from distilbert_jax.models import bert, distilbert
@@ -204,7 +205,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     """All tensors of a folder: safetensors before torch files, one file or several."""
-    readers = {"model.safetensors": _read_safetensors, "pytorch_model.bin": _read_torch}
+    readers = {"model.safetensors": load_file, "pytorch_model.bin": _read_torch}
     for stem, read in readers.items():
         if (folder / stem).exists():
             return _checked(read, folder / stem)
@@ -231,12 +232,6 @@ def _checked(read: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, An
     except Exception as error:  # each library has its own; the file is what the user can mend
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} is damaged or incomplete: {reason}") from error
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors.flax import load_file  # knows bfloat16, which NumPy's loader does not
-
-    return {name: np.asarray(array) for name, array in load_file(path).items()}
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
