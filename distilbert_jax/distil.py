@@ -90,7 +90,8 @@ def distil(config: DistilConfig) -> Path:
         **{f.name: getattr(config, f.name) for f in dataclasses.fields(Objective)})
     graphs = graphdef(shape, dtype, param_dtype), graphdef(teacher.config, dtype, param_dtype)
     frozen_teacher = _teacher_on(mesh, teacher.params, dtype)
-    trained = _train(setup, graphs, start, frozen_teacher, objective, frozen, "distil")
+    trained = _train(
+        setup, graphs, start, frozen_teacher, objective, Masking(), "distil", frozen)
 
     folder = Path(config.output) / "student"
     figures = {"student": _evaluator(setup, graphs, frozen_teacher)(trained),
@@ -122,7 +123,8 @@ def pretrain(config: PretrainConfig) -> Path:
             vocab_size=len(tokenizer), hidden_size=config.hidden_size, type_vocab_size=2,
             num_hidden_layers=config.num_hidden_layers, intermediate_size=4 * config.hidden_size,
             num_attention_heads=config.num_attention_heads,
-            max_position_embeddings=max(512, config.sequence_length))
+            max_position_embeddings=max(512, config.sequence_length),
+            initializer_range=0.02 * math.sqrt(768 / config.hidden_size))  # BERT-base's, scaled
     shape = dataclasses.replace(shape, mlm_head=True, pooler=False, hidden_dropout=config.dropout,
                                 attention_dropout=config.dropout)
     setup = _prepare(config, mesh, dtype, param_dtype, tokenizer, shape)
@@ -132,7 +134,8 @@ def pretrain(config: PretrainConfig) -> Path:
         start |= {name: part for name, part in source.params.items() if name in start}
     start = _cast(start, param_dtype)
     graph = graphdef(shape, dtype, param_dtype)
-    trained = _train(setup, (graph, None), start, {}, Objective(), (), "train teacher")
+    uniform = Masking(smoothing=0.0)  # as BERT was trained; rare words first would be slow
+    trained = _train(setup, (graph, None), start, {}, Objective(), uniform, "train teacher")
 
     folder = Path(config.output) / "model"
     figures = _evaluator(setup, (graph, None), {})(trained)
@@ -202,7 +205,8 @@ def _prepare(config: TrainConfig, mesh: Mesh, dtype: Any, param_dtype: Any, toke
 
 def _train(
     setup: Setup, graphs: tuple[nnx.GraphDef, nnx.GraphDef | None], start: dict[str, Any],
-    teacher_params: dict[str, Any], objective: Objective, frozen: tuple[str, ...], label: str,
+    teacher_params: dict[str, Any], objective: Objective, masking: Masking, label: str,
+    frozen: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Train from `start`, and give the parameters."""
     config = setup.config
@@ -210,7 +214,7 @@ def _train(
     run = Run(
         config=config, steps=setup.steps, settings=setup.settings, output=Path(config.output),
         mesh=setup.mesh, rows=setup.data.train, vocabulary=setup.vocabulary, label=label,
-        train_step=make_train_step(*graphs, tx, objective, Masking(), config.accumulate),
+        train_step=make_train_step(*graphs, tx, objective, masking, config.accumulate),
         evaluate=_evaluator(setup, graphs, teacher_params, EVALUATION_ROWS))
     return train(run, init_state(start, tx, config.seed), teacher_params).params
 

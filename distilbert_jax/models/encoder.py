@@ -225,13 +225,28 @@ def abstract_params(config: EncoderConfig, param_dtype: Any = jnp.float32) -> di
 
 
 def init_params(config: EncoderConfig, seed: int, param_dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Random parameters: normal matrices of `initializer_range`, biases 0, LayerNorm scales 1."""
+    """Random parameters: normal matrices of `initializer_range`, biases 0, LayerNorm scales 1.
+
+    Positions start as sinusoids (Vaswani et al. 2017, section 3.5) of that size, unlike BERT's
+    random ones: attention to a neighbour is then learnt once and not for each position.
+    """
 
     def init() -> dict[str, Any]:
         encoder = Encoder(config, dtype=param_dtype, param_dtype=param_dtype, rngs=nnx.Rngs(seed))
-        return nnx.to_pure_dict(nnx.split(encoder)[1])
+        params = nnx.to_pure_dict(nnx.split(encoder)[1])
+        waves = _sinusoids(config.max_position_embeddings, config.hidden_size)
+        params["embeddings"]["position"]["embedding"] = jnp.asarray(
+            2**0.5 * config.initializer_range * waves, param_dtype)
+        return params
 
     return jax.jit(init)()
+
+
+def _sinusoids(positions: int, width: int) -> Float[Array, "P D"]:
+    """Sines in the even columns, cosines in the odd ones."""
+    column = jnp.arange(width)
+    angle = jnp.arange(positions)[:, None] / 10000 ** (2 * (column // 2) / width)
+    return jnp.where(column % 2, jnp.cos(angle), jnp.sin(angle))
 
 
 def path_name(path: tuple[Any, ...]) -> str:
