@@ -66,14 +66,18 @@ def refuse_other_run(output: Path, settings: Mapping[str, Any]) -> None:
     """Check that `output` holds no other run.
 
     Raises:
-        UserError: its newest checkpoint was made with other settings; each field is named with
-            both values.
+        UserError: its newest checkpoint was made with other settings, each of which is named with
+            both values; or it cannot be read.
     """
     saved = sorted((output / "checkpoints").glob("*/settings/metadata"), key=lambda p: int(
         p.parent.parent.name) if p.parent.parent.name.isdigit() else -1)
     if not saved:
         return
-    before, now = json.loads(saved[-1].read_text()), json.loads(json.dumps(settings))
+    try:
+        before, now = json.loads(saved[-1].read_text()), json.loads(json.dumps(settings))
+    except ValueError as error:
+        raise UserError(f"{saved[-1]} is damaged ({error}); remove {saved[-1].parents[1]} to go on "
+                        "from an older checkpoint") from error
     changed = [f"{flag(name)} was {before.get(name)}, is {now.get(name)}"
                for name in sorted(before | now) if before.get(name) != now.get(name)]
     if changed:

@@ -90,10 +90,10 @@ class TrainConfig:
     output: str = _option("output", "output", "folder for checkpoints, figures and the model")
     save_every: int = _option(500, "output", "updates between checkpoints")
     eval_every: int = _option(250, "output", "updates between held-out evaluations")
-    recipe: str = _option("", "output", "a file of experiments/recipes that sets other defaults")
 
     # Fields that may differ between a run and its continuation; all others are its meaning.
     HARMLESS = ("steps", "mesh", "output", "save_every", "eval_every", "recipe")
+    LARGEST_SEED = 2**32 - 1
 
     def __post_init__(self) -> None:
         at_least = {"sequence_length": 8, "batch_size": 1, "accumulate": 1, "save_every": 1,
@@ -102,9 +102,11 @@ class TrainConfig:
             at_least["steps"] = 1
         for name, least in at_least.items():
             check(self, name, getattr(self, name) >= least, f"must be at least {least}")
+        check(self, "seed", self.seed <= self.LARGEST_SEED, f"must be at most {self.LARGEST_SEED}")
         for name in ("learning_rate", "clip"):
-            check(self, name, 0 < getattr(self, name) < float("inf"), "must be positive")
-        check(self, "weight_decay", 0 <= self.weight_decay < float("inf"), "must not be negative")
+            check(self, name, 0 < getattr(self, name) < float("inf"), "must be positive, finite")
+        check(self, "weight_decay", 0 <= self.weight_decay < float("inf"),
+              "must be 0 or a positive, finite number")
         for name in ("warmup", "dropout"):
             check(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
         check(self, "valid_share", 0 < self.valid_share < 1, "must lie between 0 and 1")
@@ -135,14 +137,16 @@ class DistilConfig(TrainConfig):
     alpha_mse: float = _option(0.0, "losses", "weight of the squared error between logits")
     restrict_ce_to_mask: bool = _option(
         False, "losses", "KL and squared error on masked positions only, not on all real tokens")
+    recipe: str = _option("", "output", "a file of experiments/recipes that sets other defaults")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         choose(self.init, ("teacher", "random"), "--init")
-        check(self, "temperature", 0 < self.temperature < float("inf"), "must be positive")
+        check(self, "temperature", 0 < self.temperature < float("inf"), "must be positive, finite")
         alphas = ("alpha_ce", "alpha_mlm", "alpha_cos", "alpha_mse")
         for name in alphas:
-            check(self, name, 0 <= getattr(self, name) < float("inf"), "must not be negative")
+            check(self, name, 0 <= getattr(self, name) < float("inf"),
+                  "must be 0 or a positive, finite number")
         if not any(getattr(self, name) for name in alphas):
             raise UserError("all loss weights are 0: give at least one --alpha-... above 0")
 
@@ -213,6 +217,8 @@ def parse(config_class: type, description: str, argv: Sequence[str],
         text = meta["help"].replace("%", "%%")
         if field.default not in (None, "", ()) and "default:" not in text:
             text += f" (default: {field.default})"
+        if field.name == "recipe":
+            text += f" (known: {', '.join(sorted(recipes))})"
         if field.type is bool or isinstance(field.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         else:

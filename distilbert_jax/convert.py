@@ -52,7 +52,11 @@ def load(name: str) -> Pretrained:
     """
     folder = _resolve(name)
     raw = _read_config(folder)
-    family = FAMILIES[choose(str(raw.get("model_type")), FAMILIES, f"model_type in {folder}")]
+    kind = str(raw.get("model_type"))
+    if kind not in FAMILIES:
+        raise UserError(f"{folder}: model_type {kind!r} is not supported (known: "
+                        f"{', '.join(sorted(FAMILIES))})")
+    family = FAMILIES[kind]
     if raw.get("tie_word_embeddings", True) is False:
         raise UserError(f"{folder}: tie_word_embeddings is false; only a tied decoder is supported")
     if raw.get("position_embedding_type", "absolute") != "absolute" or raw.get("is_decoder", False):
@@ -60,6 +64,10 @@ def load(name: str) -> Pretrained:
     tensors = _read_tensors(folder)
     try:
         config = family.from_hf(raw)
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                     "intermediate_size", "max_position_embeddings"):
+            if not isinstance(size := getattr(config, name), int) or size < 1:
+                raise UserError(f"config.json: {name} {size!r} is not a positive whole number")
         choose(config.hidden_act, ACTIVATIONS, f"activation in {folder}/config.json")
         if config.hidden_size % config.num_attention_heads:
             raise UserError(f"config.json: {config.num_attention_heads} attention heads do not "
@@ -195,7 +203,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; --teacher wants a Hugging Face folder") from error
+        raise UserError(f"{path} does not exist; give a Hugging Face folder") from error
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(raw, dict):

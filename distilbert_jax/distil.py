@@ -3,12 +3,15 @@
 Everything that can be wrong is checked before the first file is written.
 """
 
+import contextlib
 import dataclasses
+import errno
 import functools
 import math
+import os
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +74,15 @@ def distil(config: DistilConfig) -> Path:
     if not config.teacher:
         raise UserError("--teacher is missing: give a Hugging Face BERT folder (or start without "
                         "any flag for the quickstart)")
-    mesh, dtype, param_dtype = _devices(config)
     teacher = convert.load(config.teacher)
     if not teacher.config.mlm_head:
         raise UserError(f"{config.teacher} has no masked-language-model head to distil from; "
                         f"train one: python experiments/pretrain.py --model {config.teacher} ...")
+    mesh, dtype, param_dtype = check(config, teacher.config)
     layers = student.choose_layers(config.student_layers, teacher.config.num_hidden_layers)
     shape = student.student_config(teacher.config, len(layers), config.dropout)
     setup = _prepare(config, mesh, dtype, param_dtype, load_tokenizer(
-        config.teacher, teacher.config.vocab_size), teacher.config)
+        config.teacher, teacher.config.vocab_size))
 
     start = student.student_params(teacher.params, layers, config.fold_token_type)
     if config.init == "random":
@@ -111,23 +114,22 @@ def pretrain(config: PretrainConfig) -> Path:
     Raises:
         UserError, Interrupted: as for distil.
     """
-    mesh, dtype, param_dtype = _devices(config)
-    if config.model:
-        source = convert.load(config.model)
-        shape, family = source.config, source.family
-        tokenizer = load_tokenizer(config.model, shape.vocab_size)
+    source = convert.load(config.model) if config.model else None
+    shape, family = (source.config, source.family) if source else (scratch_shape(config), bert)
+    mesh, dtype, param_dtype = check(config, shape)
+    own = Path(config.output) / "tokenizer"
+    if source or own.exists():
+        tokenizer = load_tokenizer(config.model or str(own), shape.vocab_size if source else None)
     else:
-        source, family = None, bert
-        tokenizer = _own_tokenizer(config)
-        shape = EncoderConfig(
-            vocab_size=len(tokenizer), hidden_size=config.hidden_size, type_vocab_size=2,
-            num_hidden_layers=config.num_hidden_layers, intermediate_size=4 * config.hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            max_position_embeddings=max(512, config.sequence_length),
-            initializer_range=0.02 * math.sqrt(768 / config.hidden_size))  # BERT-base's, scaled
-    shape = dataclasses.replace(shape, mlm_head=True, pooler=False, hidden_dropout=config.dropout,
-                                attention_dropout=config.dropout)
-    setup = _prepare(config, mesh, dtype, param_dtype, tokenizer, shape)
+        tokenizer = _learnt_tokenizer(config)
+    shape = dataclasses.replace(
+        shape, vocab_size=len(tokenizer), mlm_head=True, pooler=False,
+        hidden_dropout=config.dropout, attention_dropout=config.dropout)
+    setup = _prepare(config, mesh, dtype, param_dtype, tokenizer)
+    if not source and not own.exists():
+        new = own.with_name("tokenizer.new")
+        tokenizer.save_pretrained(new)
+        new.rename(own)
 
     start = init_params(shape, config.seed, param_dtype)
     if source is not None:
@@ -150,8 +152,39 @@ def pretrain(config: PretrainConfig) -> Path:
     return folder
 
 
-def _devices(config: TrainConfig) -> tuple[Mesh, Any, Any]:
-    """The mesh, and the dtypes of matrix products and parameters."""
+def scratch_shape(config: PretrainConfig) -> EncoderConfig:
+    """The BERT that is trained from scratch; its vocabulary may come out smaller."""
+    return EncoderConfig(
+        vocab_size=config.vocab_size, hidden_size=config.hidden_size, type_vocab_size=2,
+        num_hidden_layers=config.num_hidden_layers, intermediate_size=4 * config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        max_position_embeddings=max(512, config.sequence_length),
+        initializer_range=0.02 * math.sqrt(768 / config.hidden_size))  # BERT-base's, scaled
+
+
+def check(config: TrainConfig, shape: EncoderConfig) -> tuple[Mesh, Any, Any]:
+    """Check all that can be known before tokenizer and corpus are read.
+
+    Args:
+        config: of the job.
+        shape: of the teacher or, without one, of the trained model.
+
+    Returns:
+        The mesh, and the dtypes of matrix products and parameters.
+
+    Raises:
+        UserError: about layers, positions, corpus, an earlier run, or devices.
+    """
+    if isinstance(config, DistilConfig):
+        student.choose_layers(config.student_layers, shape.num_hidden_layers)
+    if not config.corpus:
+        raise UserError("--corpus is missing: give text or JSON-lines files, a datasets name ...")
+    if config.sequence_length > shape.max_position_embeddings:
+        raise UserError(f"--sequence-length {config.sequence_length} is beyond the model's "
+                        f"{shape.max_position_embeddings} positions")
+    sources.describe([*config.corpus, *config.valid])
+    with _told(config.output):
+        refuse_other_run(Path(config.output), _settings(config))
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     mesh = make_mesh(config.mesh)
@@ -164,35 +197,51 @@ def _devices(config: TrainConfig) -> tuple[Mesh, Any, Any]:
     return mesh, jnp.dtype(name), jnp.promote_types(name, jnp.float32)
 
 
-def _own_tokenizer(config: PretrainConfig) -> Any:
-    """The tokenizer trained on the corpus: once, then the one saved beside the run."""
-    folder = Path(config.output) / "tokenizer"
-    if folder.exists():
-        return load_tokenizer(str(folder), None)
+def _settings(config: TrainConfig) -> dict[str, Any]:
+    """What a continuation must share."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
+            if f.name not in TrainConfig.HARMLESS}
+
+
+def _learnt_tokenizer(config: PretrainConfig) -> Any:
+    """The tokenizer trained on the corpus, without its held-out part."""
     documents = (d for d in sources.documents(config.corpus)
                  if config.valid or not sources.is_held_out(d, config.valid_share))
-    tokenizer = train_wordpiece(documents, config.vocab_size)
-    new = folder.with_name("tokenizer.new")
-    tokenizer.save_pretrained(new)
-    new.rename(folder)
-    return tokenizer
+    return train_wordpiece(documents, config.vocab_size)
 
 
-def _prepare(config: TrainConfig, mesh: Mesh, dtype: Any, param_dtype: Any, tokenizer: Any,
-             shape: EncoderConfig) -> Setup:
-    """Check what is left to check, and bring the corpus into packed rows."""
-    if config.sequence_length > shape.max_position_embeddings:
-        raise UserError(f"--sequence-length {config.sequence_length} is beyond the model's "
-                        f"{shape.max_position_embeddings} positions")
-    if not config.corpus:
-        raise UserError("--corpus is missing: give text or JSON-lines files, a datasets name ...")
+@contextlib.contextmanager
+def _told(output: str) -> Iterator[None]:
+    """Turn what the file system raises into one line that names the flag."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be used: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Make the folder; take it away again if what follows fails and leaves it empty."""
+    new = []
+    try:
+        with _told(str(path)):
+            new = [folder for folder in (path, *path.parents) if not folder.exists()]
+            path.mkdir(parents=True, exist_ok=True)
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        yield
+    except BaseException:
+        for folder in new:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+        raise
+
+
+def _prepare(config: TrainConfig, mesh: Mesh, dtype: Any, param_dtype: Any, tokenizer: Any
+             ) -> Setup:
+    """Bring the corpus into packed rows."""
     output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file; give a folder")
-    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
-                if f.name not in TrainConfig.HARMLESS}
-    refuse_other_run(output, settings)
-    with report.counting("prepare") as progress:
+    with _folder(output), report.counting("prepare") as progress:
         data = pack.prepare(config.corpus, config.valid, config.valid_share,
                             config.sequence_length, tokenizer, output / "data", progress)
     print(report.describe("train", data.train.manifest))
@@ -200,7 +249,7 @@ def _prepare(config: TrainConfig, mesh: Mesh, dtype: Any, param_dtype: Any, toke
     words = vocabulary(data.train.counts, tokenizer.all_special_ids, tokenizer.mask_token_id)
     steps = config.steps or max(1, math.ceil(3 * len(data.train) / config.batch_size))
     return Setup(config, mesh, dtype, param_dtype, tokenizer, data,
-                 jax.device_put(words, replicated(mesh)), steps, settings)
+                 jax.device_put(words, replicated(mesh)), steps, _settings(config))
 
 
 def _train(
@@ -219,13 +268,18 @@ def _train(
     return train(run, init_state(start, tx, config.seed), teacher_params).params
 
 
+@functools.cache  # the loop and the report take the same one
+def _eval_step(graphs: tuple[nnx.GraphDef, nnx.GraphDef | None]) -> Callable[..., Any]:
+    return jax.jit(make_eval_step(*graphs))
+
+
 def _evaluator(
     setup: Setup, graphs: tuple[nnx.GraphDef, nnx.GraphDef | None],
     teacher_params: dict[str, Any], rows: int | None = None,
 ) -> Callable[[dict[str, Any]], dict[str, float]]:
     """A function from parameters to held-out figures, on `rows` rows or all."""
     return functools.partial(
-        held_out, jax.jit(make_eval_step(*graphs)), teacher_params=teacher_params,
+        held_out, _eval_step(graphs), teacher_params=teacher_params,
         vocabulary=setup.vocabulary, packed=setup.data.valid, mesh=setup.mesh, rows=rows)
 
 

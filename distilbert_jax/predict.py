@@ -23,7 +23,12 @@ def fill_mask(
         (token id, probability), likeliest first.
     """
     ids = jnp.asarray(input_ids, jnp.int32)[None]
-    model = nnx.merge(graph, params)
-    hidden = model(ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])
-    share, words = jax.lax.top_k(jax.nn.softmax(model.mlm_logits(hidden)[0, position]), top)
+
+    @jax.jit
+    def answer(params: dict[str, Any]) -> list[jax.Array]:
+        model = nnx.merge(graph, params)
+        hidden = model(ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])
+        return jax.lax.top_k(jax.nn.softmax(model.mlm_logits(hidden[0, position])), top)
+
+    share, words = answer(params)
     return [(int(w), float(p)) for w, p in zip(words, share, strict=True)]

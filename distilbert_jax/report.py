@@ -54,7 +54,7 @@ def table(rows: list[tuple[str, ...]]) -> str:
     return "\n".join([line(COLUMNS), rule, *map(line, rows)])
 
 
-def plot(metrics: list[dict[str, float]], path: Path, title: str) -> None:
+def plot(metrics: list[dict[str, int | float]], path: Path, title: str) -> None:
     """Draw training losses, and held-out retention (without a teacher: top-1), over tokens seen."""
     import matplotlib
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from distilbert_jax.checkpoint import Checkpoints, abstract
 from distilbert_jax.config import TrainConfig
-from distilbert_jax.data.batches import read, row_indices
+from distilbert_jax.data.batches import read, row_indices, tokens_before
 from distilbert_jax.data.pack import PackedRows
 from distilbert_jax.masking import Vocabulary
 from distilbert_jax.sharding import by_rows, replicated, shardings
@@ -50,7 +50,7 @@ def train(run: Run, state: TrainState, teacher_params: dict[str, Any]) -> TrainS
 
     Args:
         run: step, data and places.
-        state: the beginning.
+        state: the beginning; the loop takes over whatever of it lies on a device.
         teacher_params: frozen, laid out on the mesh; {} without a teacher.
 
     Returns:
@@ -70,7 +70,8 @@ def train(run: Run, state: TrainState, teacher_params: dict[str, Any]) -> TrainS
         restored = checkpoints.restore(abstract(state, places))
         state = jax.device_put(state, places) if restored is None else restored
         start = int(state.step)
-        with MetricsLog(run.output, start) as log, _progress(run, start) as bar:
+        seen = tokens_before(config.seed, start, config.batch_size, run.rows)
+        with MetricsLog(run.output, start, seen) as log, _progress(run, start) as bar:
             if start:
                 bar.write(f"{run.label}: continuing from update {start} of {run.steps}")
             else:
@@ -82,14 +83,19 @@ def train(run: Run, state: TrainState, teacher_params: dict[str, Any]) -> TrainS
                 state, metrics = step_fn(state, teacher_params, run.vocabulary, batch)
                 _report(pending, bar, log)  # of the step before, while this one runs
                 pending, done = (step + 1, metrics), step + 1
-                if done % config.eval_every == 0 and done < run.steps:
+                evaluates = done % config.eval_every == 0 and done < run.steps
+                stops = stop.signal and done < run.steps
+                saves = done % config.save_every == 0 or done == run.steps or stops
+                if evaluates or saves:  # neither may be ahead of the log
+                    _report(pending, bar, log)
+                    pending = None
+                if evaluates:
                     log.write(done, run.evaluate(state.params))
-                if done % config.save_every == 0 or done == run.steps or stop.signal:
+                if saves:
                     checkpoints.save(state)
-                if stop.signal and done < run.steps:
+                if stops:
                     raise Interrupted(f"stopped at update {done} of {run.steps}; "
                                       "the same command goes on from there")
-            _report(pending, bar, log)
     return state
 
 
@@ -110,20 +116,23 @@ def _report(
 
 
 class MetricsLog:
-    """Figures of a run in `metrics.jsonl` and TensorBoard, cut back to `start` on continuation."""
+    """Figures of a run in `metrics.jsonl` and TensorBoard, cut back to `start` on continuation.
 
-    def __init__(self, output: Path, start: int):
+    `seen` are the real tokens of the updates before `start`.
+    """
+
+    def __init__(self, output: Path, start: int, seen: int):
         self._path = output / "metrics.jsonl"
-        lines = self._path.read_text().splitlines() if self._path.exists() and start else []
+        text = self._path.read_text() if self._path.exists() and start else ""
+        lines = text.split("\n")[:-1]  # a last line without its end was cut off by a crash
         kept = [line for line in lines if json.loads(line)["step"] <= start]
-        last = json.loads(kept[-1]) if kept else {}
-        self._seen, self._before = last.get("tokens_seen", 0.0), last.get("seconds", 0.0)
+        self._seen, self._before = seen, json.loads(kept[-1])["seconds"] if kept else 0.0
         self._began, self._recent = time.monotonic(), []
         self._file = self._path.open("w")
         self._file.writelines(line + "\n" for line in kept)
         from tensorboardX import SummaryWriter  # slow to import
 
-        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start or None)
+        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start + bool(start))
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -134,7 +143,7 @@ class MetricsLog:
 
     def count(self, tokens: float) -> None:
         """Note that an update of `tokens` real tokens has ended."""
-        self._seen += tokens
+        self._seen += int(tokens)
         self._recent = [*self._recent[-20:], (time.monotonic(), self._seen)]
 
     @property
@@ -153,7 +162,7 @@ class MetricsLog:
             self._board.add_scalar(name, value, step)
 
 
-def read_metrics(output: Path) -> list[dict[str, float]]:
+def read_metrics(output: Path) -> list[dict[str, int | float]]:
     """All lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from launch import launch, recipes
 
 from distilbert_jax.config import DistilConfig, PretrainConfig, parse
-from distilbert_jax.distil import distil, pretrain
+from distilbert_jax.distil import check, distil, pretrain, scratch_shape
 
 
 def main(argv: list[str]) -> None:
@@ -24,7 +24,9 @@ def main(argv: list[str]) -> None:
         teacher = PretrainConfig(
             **recipe.PRETRAIN, output=str(Path(config.output) / "teacher"),
             mesh=config.mesh, dtype=config.dtype, seed=config.seed)
-        config = dataclasses.replace(config, teacher=str(pretrain(teacher)))
+        config = dataclasses.replace(config, teacher=str(Path(teacher.output) / "model"))
+        check(config, scratch_shape(teacher))  # before the minutes that the teacher takes
+        pretrain(teacher)
     distil(config)
 
 

@@ -164,3 +164,20 @@ def problem(tiny_model, batch_of):
         student, teacher, student_params(teacher_params, [1]), teacher_params,
         [batch_of(rows, 16, seed) for seed in range(3)], make_optimizer(config, steps=4),
         Objective(alpha_ce=5.0, alpha_mlm=2.0, alpha_cos=1.0, alpha_mse=0.1))
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory, tiny_model):
+    """A folder: corpus.txt, each document of which repeats one word, and teacher, a noisy BERT."""
+    from distilbert_jax.data.tokenize import train_wordpiece
+    from distilbert_jax.export import export
+    from distilbert_jax.models import bert
+
+    folder = tmp_path_factory.mktemp("toy")
+    words = [a + b for a in "bdfgklmn" for b in "aeu"]
+    texts = [" ".join([word] * n) for word in words for n in range(4, 14)]
+    (folder / "corpus.txt").write_text("\n".join(texts) + "\n")
+    tokenizer = train_wordpiece(texts, 100)
+    config, params = tiny_model(num_hidden_layers=2, vocab_size=len(tokenizer))
+    export(folder / "teacher", params, config, bert, tokenizer, "A toy.\n")
+    return folder

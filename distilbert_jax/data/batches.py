@@ -39,6 +39,13 @@ def _permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
+def tokens_before(seed: int, step: int, batch_size: int, packed: PackedRows) -> int:
+    """Real tokens in all batches before `step`: whole epochs, and the rows of the one begun."""
+    epochs, begun = divmod(step * batch_size, len(packed))
+    begun_rows = np.sort(_permutation(seed, epochs, len(packed))[:begun])
+    return epochs * int(packed.counts.sum()) + int(packed.segments[begun_rows].sum())
+
+
 def read(packed: PackedRows, indices: np.ndarray) -> dict[str, np.ndarray]:
     """Gather rows as a batch.
 

@@ -1,0 +1,318 @@
+"""Bad input at the command line: one line that names it, exit code 2, and nothing on the disk."""
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distilbert_jax.train import Interrupted
+
+pytest.importorskip("transformers")
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+import launch  # noqa: E402
+import pretrain  # noqa: E402
+import run  # noqa: E402
+
+TEACHER = "--teacher teacher --corpus corpus.txt --output new --steps 1 --sequence-length 16 " \
+    "--batch-size 8"
+SCRATCH = TEACHER.replace("--teacher teacher ", "")
+ADAPT = TEACHER.replace("--teacher", "--model")
+
+
+@pytest.fixture
+def place(toy, tmp_path, monkeypatch):
+    """The working folder: teacher/ and corpus.txt; nothing else."""
+    shutil.copytree(toy / "teacher", tmp_path / "teacher")
+    shutil.copy(toy / "corpus.txt", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def tree(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
+            for path in folder.rglob("*")}
+
+
+def refused(program, words, capfd, monkeypatch):
+    """Run an entry point that must fail; what it says after "error: "."""
+    before = tree(Path())
+    monkeypatch.setattr(sys, "argv", [program.__file__, *words])
+    with pytest.raises(SystemExit) as end:
+        launch.launch(program.main)
+    error = capfd.readouterr().err
+    assert end.value.code == 2, error
+    assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n"), error
+    assert tree(Path()) == before
+    return error
+
+
+def with_config(**changes):
+    """A broken teacher: other values in its config.json."""
+    def change():
+        path = Path("teacher/config.json")
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return change
+
+
+def with_file(name, content):
+    def write():
+        Path(name).parent.mkdir(exist_ok=True, parents=True)
+        Path(name).write_bytes(content)
+    return write
+
+
+def without(*names):
+    return lambda: [Path(name).unlink() for name in names]
+
+
+def with_tensors(change):
+    def rewrite():
+        from safetensors.numpy import load_file, save_file
+
+        tensors = load_file("teacher/model.safetensors")
+        change(tensors)
+        save_file(tensors, "teacher/model.safetensors")
+    return rewrite
+
+
+def headless(tensors):
+    for name in [name for name in tensors if name.startswith("cls.")]:
+        del tensors[name]
+
+
+def wrong_shapes(tensors):
+    for name in ("bert.pooler.dense.weight", "bert.embeddings.LayerNorm.weight"):
+        tensors[name] = tensors["cls.predictions.bias"][:3].copy()
+
+
+def truncated():
+    path = Path("teacher/model.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def with_run(**settings):
+    """The output holds a checkpoint of a run with these settings and today's defaults."""
+    def write():
+        from distilbert_jax.config import DistilConfig
+        from distilbert_jax.distil import _settings
+
+        made = DistilConfig(**dict(
+            teacher="teacher", corpus=("corpus.txt",), sequence_length=16, batch_size=8) | settings)
+        with_file("new/checkpoints/3/settings/metadata",
+                  json.dumps(_settings(made)).encode())()
+    return write
+
+
+FOLDERS = [  # (what is made or broken, further words, parts of the message)
+    # the teacher
+    (None, "--teacher ./nowhere", ["model folder ./nowhere does not exist"]),
+    (None, "--teacher nobody/nothing", ["no folder nobody/nothing, and the hub did not give it"]),
+    (None, "--teacher corpus.txt", ["corpus.txt is a file; give the folder"]),
+    (without("teacher/config.json"), "", ["teacher/config.json does not exist"]),
+    (with_file("teacher/config.json", b'{"model_type": '), "", ["config.json cannot be read"]),
+    (with_file("teacher/config.json", b"\xff"), "", ["config.json cannot be read"]),
+    (with_file("teacher/config.json", b"[]"), "", ["config.json holds no JSON object"]),
+    (with_config(model_type="gpt2"), "", ["'gpt2' is not supported (known: bert, distilbert)"]),
+    (with_config(model_type="roberta"), "", ["'roberta' is not", "(known: bert, distilbert)"]),
+    (with_config(num_attention_heads=0), "", ["num_attention_heads 0 is not a positive"]),
+    (with_config(num_attention_heads=3), "", ["3 attention heads do not divide hidden size 16"]),
+    (with_config(hidden_act="swish"), "", ["'swish'", "(known: gelu, gelu_new, relu)"]),
+    (with_config(vocab_size=44), "", ["is [43, 16], config.json says [44, 16]"]),
+    (truncated, "", ["teacher/model.safetensors is damaged or incomplete"]),
+    (without("teacher/model.safetensors"), "", ["neither model.safetensors nor pytorch_model"]),
+    (with_tensors(wrong_shapes), "", ["tensors do not fit", "bert.embeddings.LayerNorm.weight is "
+                                      "[3], config.json says [16]", "bert.pooler.dense.weight"]),
+    (with_tensors(headless), "", ["no masked-language-model head", "pretrain.py --model teacher"]),
+    # its tokenizer
+    (without("teacher/tokenizer.json", "teacher/tokenizer_config.json"), "",
+     ["tokenizer in teacher"]),
+    (with_file("teacher/tokenizer.json", b"{"), "", ["no tokenizer in teacher"]),
+    (with_tensors(lambda tensors: (
+        tensors.update({name: tensors[name][:40].copy() for name in (
+            "bert.embeddings.word_embeddings.weight", "cls.predictions.bias")}),
+        with_config(vocab_size=40)())), "",
+     ["tokenizer in teacher has 43 tokens, the model 40"]),
+    # the corpus
+    (None, "--corpus absent.txt", ["'absent.txt': no such file", "known: FILE.txt"]),
+    (None, "--corpus absent/*.txt", ["'absent/*.txt': no such file"]),
+    (None, "--corpus wiki:foo", ["unknown kind of corpus 'wiki'", "known: hf, tfds"]),
+    (None, "--corpus corpus.txt absent.txt", ["'absent.txt'"]),
+    (None, "--valid absent.txt", ["'absent.txt': no such file"]),
+    (None, "--corpus hf:nobody/nothing", ["hf:nobody/nothing: cannot be read"]),
+    (None, "--corpus teacher", ["teacher: cannot be read"]),
+    (with_file("empty.txt", b""), "--corpus empty.txt", ["no text in empty.txt"]),
+    (with_file("blank.txt", b" \n\n\t\n"), "--corpus blank.txt", ["no text in blank.txt"]),
+    (with_file("blank.txt", b"\n"), "--valid blank.txt", ["no text in blank.txt"]),
+    (with_file("one.txt", b"ba be\n"), "--corpus one.txt", ["held-out share of 0.02", "--valid"]),
+    (with_file("latin.txt", b"fine\nK\xe4se\n"), "--corpus latin.txt",
+     ["latin.txt:2: not UTF-8 (byte 2 of the line is 0xe4)"]),
+    (with_file("cut.txt.gz", gzip.compress(b"ba be\n" * 999)[:-9]), "--corpus cut.txt.gz",
+     ["cut.txt.gz: damaged gzip file"]),
+    (with_file("a.jsonl", b'{"text": "ba"}\n{"text"\n'), "--corpus a.jsonl",
+     ["a.jsonl:2: not JSON"]),
+    (with_file("a.jsonl", b'{"title": "ba", "body": "be"}\n'), "--corpus a.jsonl",
+     ["a.jsonl:1: no column 'text'", "columns: title, body"]),
+    # the output
+    (with_file("new", b""), "", ["--output new", "File exists"]),
+    (with_file("file", b""), "--output file/new", ["--output file/new", "Not a directory"]),
+    (None, f"--output {'x' * 300}", ["--output xxx", "File name too long"]),
+    (None, "--output a/b/c --corpus teacher", ["teacher: cannot be read"]),
+    (with_run(seed=3, temperature=4.0), "",
+     ["new holds the checkpoints of another run", "--seed was 3, is 56",
+      "--temperature was 4.0, is 2.0", "choose another --output"]),
+    (with_file("new/checkpoints/3/settings/metadata", b'{"se'), "",
+     ["new/checkpoints/3/settings/metadata is damaged", "remove new/checkpoints/3"]),
+    (with_file("new/data/notes.txt", b"mine"), "", ["new/data exists and is not prepared data"]),
+]
+
+
+@pytest.mark.parametrize("made, words, parts", FOLDERS)
+def test_files_that_cannot_be(made, words, parts, place, capfd, monkeypatch):
+    if made:
+        made()
+    error = refused(run, [*TEACHER.split(), *words.split()], capfd, monkeypatch)
+    assert all(part in error for part in parts), error
+
+
+FLAGS = [  # (words, parts of the message), with every file as it should be
+    ("--mesh 8", ["--mesh 8 must look like 8x1"]),
+    ("--mesh 0x8", ["--mesh 0x8 must look like 8x1"]),
+    ("--mesh 16x1", ["--mesh 16x1 needs 16 devices, found 8", "JAX_NUM_CPU_DEVICES=16"]),
+    ("--mesh 8x1 --batch-size 12", ["--batch-size 12", "12 rows", "8 devices"]),
+    ("--accumulate 4", ["--batch-size 8 in 4 micro-batches is 2 rows", "8 devices"]),
+    ("--accumulate 3", ["--accumulate 3 must divide --batch-size 8"]),
+    ("--accumulate 0", ["--accumulate 0 must be at least 1"]),
+    ("--sequence-length 25", ["--sequence-length 25", "24 positions"]),
+    ("--sequence-length 7", ["--sequence-length 7 must be at least 8"]),
+    ("--sequence-length long", ["--sequence-length: invalid int value: 'long'"]),
+    ("--student-layers 3", ["--student-layers 3: the teacher has 2 layers"]),
+    ("--student-layers 0", ["--student-layers 0: the teacher has 2 layers"]),
+    ("--student-layers 0,2", ["--student-layers 0,2: the teacher has 2 layers, 0 to 1"]),
+    ("--student-layers 1,1", ["--student-layers 1,1 names a layer twice"]),
+    ("--student-layers half", ["--student-layers half must be a number or a list"]),
+    ("--steps 0", ["--steps 0 must be at least 1"]),
+    ("--steps 1.5", ["--steps: invalid int value: '1.5'"]),
+    ("--batch-size 0", ["--batch-size 0 must be at least 1"]),
+    ("--learning-rate -1", ["--learning-rate -1.0 must be positive"]),
+    ("--learning-rate nan", ["--learning-rate nan must be positive, finite"]),
+    ("--learning-rate inf", ["--learning-rate inf must be positive, finite"]),
+    ("--weight-decay -0.1", ["--weight-decay -0.1 must be 0 or a positive, finite number"]),
+    ("--clip 0", ["--clip 0.0 must be positive"]),
+    ("--temperature 0", ["--temperature 0.0 must be positive"]),
+    ("--temperature nan", ["--temperature nan must be positive"]),
+    ("--alpha-ce -1", ["--alpha-ce -1.0 must be 0 or a positive, finite number"]),
+    ("--alpha-cos nan", ["--alpha-cos nan must be 0 or a positive, finite number"]),
+    ("--alpha-ce 0 --alpha-mlm 0 --alpha-cos 0", ["all loss weights are 0"]),
+    ("--warmup 1", ["--warmup 1.0 must be in [0, 1)"]),
+    ("--dropout 1", ["--dropout 1.0 must be in [0, 1)"]),
+    ("--dropout nan", ["--dropout nan must be in [0, 1)"]),
+    ("--valid-share 0", ["--valid-share 0.0 must lie between 0 and 1"]),
+    ("--valid-share 1", ["--valid-share 1.0 must lie between 0 and 1"]),
+    ("--save-every 0", ["--save-every 0 must be at least 1"]),
+    ("--eval-every 0", ["--eval-every 0 must be at least 1"]),
+    ("--seed -1", ["--seed -1 must be at least 0"]),
+    ("--seed 4294967296", ["--seed 4294967296 must be at most 4294967295"]),
+    ("--dtype float16", ["unknown --dtype 'float16'", "bfloat16"]),
+    ("--init teachr", ["unknown --init 'teachr'; did you mean teacher?"]),
+    ("--recipe rxn-bert", ["unknown --recipe 'rxn-bert'; did you mean rxn_bert?", "quickstart"]),
+    ("--learning_rate 1", ["unknown flag '--learning_rate'; did you mean --learning-rate?"]),
+    ("--steps", ["--steps: expected one argument"]),
+    ("--corpus", ["--corpus: expected at least one argument"]),
+    ("--steps 1 stray", ["unrecognized arguments: stray"]),
+    ("--teacher=", ["--teacher is missing"]),
+]
+
+
+@pytest.mark.parametrize("words, parts", FLAGS)
+def test_flags_that_cannot_be(words, parts, place, capfd, monkeypatch):
+    error = refused(run, [*TEACHER.split(), *words.split()], capfd, monkeypatch)
+    assert all(part in error for part in parts), error
+
+
+OTHERS = [  # (program, what is made, all its words, parts of the message)
+    (run, None, "--teacher teacher", ["--corpus is missing"]),
+    (run, None, "--corpus corpus.txt", ["--teacher is missing"]),
+    (run, None, "--recipe rxn_bert --corpus corpus.txt", ["--teacher is missing"]),
+    # the quickstart, before its teacher is trained
+    (run, None, "--student-layers 9", ["--student-layers 9: the teacher has 4 layers"]),
+    (run, None, "--sequence-length 513", ["--sequence-length 513", "512 positions"]),
+    (run, None, "--batch-size 12", ["--batch-size 12", "8 devices"]),
+    (pretrain, None, "", ["--corpus is missing"]),
+    (pretrain, None, f"{SCRATCH} --model ./nowhere", ["model folder ./nowhere does not exist"]),
+    (pretrain, None, f"{SCRATCH} --hidden-size 30", ["--num-attention-heads 4 must divide "
+                                                     "--hidden-size 30"]),
+    (pretrain, None, f"{SCRATCH} --vocab-size 99", ["--vocab-size 99 must be at least 100"]),
+    (pretrain, None, f"{SCRATCH} --num-hidden-layers 0", ["--num-hidden-layers 0"]),
+    (pretrain, None, f"{SCRATCH} --teacher teacher", ["unknown flag '--teacher'"]),
+    (pretrain, None, f"{SCRATCH} --recipe quickstart", ["unknown flag '--recipe'"]),
+    (pretrain, None, f"{SCRATCH} --valid absent.txt", ["'absent.txt': no such file"]),
+    (pretrain, with_file("b.txt", b"\n"), f"{SCRATCH} --valid b.txt", ["no text in b.txt"]),
+    (pretrain, with_file("b.txt", b"\n"), f"{SCRATCH} --corpus b.txt", ["holds no words"]),
+    (pretrain, with_file("new", b""), SCRATCH, ["--output new", "File exists"]),
+    (pretrain, None, f"{ADAPT} --sequence-length 25", ["--sequence-length 25", "24 positions"]),
+    (pretrain, without("teacher/tokenizer.json"), ADAPT, ["tokenizer in teacher"]),
+]
+
+
+@pytest.mark.parametrize("program, made, words, parts", OTHERS)
+def test_whole_commands_that_cannot_be(program, made, words, parts, place, capfd, monkeypatch):
+    if made:
+        made()
+    error = refused(program, words.split(), capfd, monkeypatch)
+    assert all(part in error for part in parts), error
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_an_output_without_the_right_to_write(place, capfd, monkeypatch):
+    (place / "new").mkdir(mode=0o555)
+    error = refused(run, TEACHER.split(), capfd, monkeypatch)
+    assert "--output new cannot be used: Permission denied" in error
+
+
+@pytest.mark.parametrize("ending, code, said", [
+    (Interrupted("stopped at update 3"), 75, "stopped at update 3\n"),
+    (KeyboardInterrupt(), "interrupted", "")])
+def test_other_endings(ending, code, said, capfd):
+    def main(_):
+        raise ending
+
+    with pytest.raises(SystemExit) as end:
+        launch.launch(main)
+    assert end.value.code == code and capfd.readouterr().err == said
+
+
+def command(script, *words):
+    return subprocess.run([sys.executable, EXPERIMENTS / script, *words], capture_output=True,
+                          text=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("script, groups", [
+    ("run.py", ("data", "models", "losses", "training", "devices", "output")),
+    ("pretrain.py", ("data", "models", "training", "devices", "output"))])
+def test_help(script, groups, place):
+    done = command(script, "--help")
+    assert done.returncode == 0 and not done.stderr
+    assert all(f"\n{group}:\n" in done.stdout for group in groups)
+    recipes = {path.stem for path in (EXPERIMENTS / "recipes").glob("*.py")}
+    listed = " ".join(done.stdout.split())
+    assert (f"(known: {', '.join(sorted(recipes))})" in listed) == (script == "run.py")
+
+
+@pytest.mark.parametrize("made, words, message", [
+    (None, "--corpus hf:nobody/nothing", "hf:nobody/nothing: cannot be read: Couldn't reach"),
+    # without the type checker of the tests, which would find it first
+    (with_config(hidden_size=None), "", "teacher: config.json: hidden_size None is not a positive"),
+])
+def test_an_error_in_a_process_of_its_own(made, words, message, place):
+    if made:
+        made()
+    before = tree(place)
+    done = command("run.py", *TEACHER.split(), *words.split())
+    assert done.returncode == 2 and tree(place) == before
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1

@@ -1,0 +1,193 @@
+"""The two jobs from end to end on a toy language: what they leave behind, and that they learn."""
+
+import jax
+import numpy as np
+import pytest
+
+from distilbert_jax import convert, distil
+from distilbert_jax.benchmark import latency
+from distilbert_jax.config import DistilConfig, PretrainConfig, UserError
+from distilbert_jax.evaluation import held_out
+from distilbert_jax.train import read_metrics
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(held_out, "BATCH_TOKENS", 256)
+        patch.setattr(latency, "REPEATS", 1)
+        yield
+
+
+def common(toy, output):
+    return dict(corpus=(str(toy / "corpus.txt"),), valid_share=0.1, sequence_length=16,
+                batch_size=16, output=str(output), dropout=0.0)
+
+
+@pytest.fixture(scope="module")
+def learnt(toy, tmp_path_factory):
+    """A teacher that was trained from scratch, tokenizer included: its config and its folder."""
+    config = PretrainConfig(
+        **common(toy, tmp_path_factory.mktemp("learnt")), steps=90, eval_every=45,
+        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        learning_rate=1e-2)
+    return config, distil.pretrain(config)
+
+
+@pytest.fixture(scope="module")
+def distilled(toy, learnt, tmp_path_factory):
+    """One layer of that teacher, distilled: its config and its folder."""
+    config = DistilConfig(
+        **common(toy, tmp_path_factory.mktemp("distilled")), teacher=str(learnt[1]), steps=40,
+        eval_every=20, learning_rate=1e-2, init="random")
+    return config, distil.distil(config)
+
+
+def files(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_teacher_from_scratch_learns(learnt):
+    config, folder = learnt
+    assert files(folder.parent) == {"checkpoints", "data", "losses.png", "metrics.jsonl", "model",
+                                    "tensorboard", "tokenizer"}
+    lines = read_metrics(folder.parent)
+    losses = [line["train_loss"] for line in lines if "train_loss" in line]
+    assert losses[-1] < 0.5 * losses[0]
+    top1 = [line["top1"] for line in lines if "top1" in line]
+    assert top1[0] < 0.2 and top1[-1] > 0.5
+    model = convert.load(str(folder))
+    assert (model.config.hidden_size, model.config.num_hidden_layers) == (32, 2)
+    assert (folder / "README.md").read_text().startswith("# 2-layer BERT")
+
+
+def test_a_distillation_leaves_its_student_and_its_figures(distilled, learnt):
+    config, folder = distilled
+    output = folder.parent
+    assert files(output) == {"checkpoints", "data", "losses.png", "metrics.jsonl", "report.md",
+                             "student", "tensorboard"}
+    student, teacher = convert.load(str(folder)), convert.load(str(learnt[1]))
+    assert student.family.MODEL_TYPE == "distilbert" and student.config.num_hidden_layers == 1
+    report = (output / "report.md").read_text()
+    for row in ("teacher", "student", "student at start"):
+        assert f"\n| {row} " in report
+    assert "![losses](losses.png)" in report and "hidden: " in report
+    assert "library_name: transformers" in (folder / "README.md").read_text()
+    assert not np.array_equal(student.params["embeddings"]["word"]["embedding"],
+                              teacher.params["embeddings"]["word"]["embedding"])
+
+
+def test_a_distillation_learns(distilled):
+    """On documents that it was not trained on, against its start."""
+    _, folder = distilled
+    lines = read_metrics(folder.parent)
+    losses = [line["train_loss"] for line in lines if "train_loss" in line]
+    assert losses[-1] < losses[0]
+    held = [line for line in lines if "top1" in line]
+    assert held[-1]["top1"] > held[0]["top1"] and held[-1]["kl"] < held[0]["kl"]
+    table = [line.split("|") for line in (folder.parent / "report.md").read_text().splitlines()
+             if line.startswith("| student")]
+    trained, start = (float(row[5]) for row in table)
+    assert trained > start
+
+
+def test_the_same_command_again_finishes_without_training(distilled, monkeypatch, capsys):
+    config, folder = distilled
+    tensors = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").unlink()
+    lines = read_metrics(folder.parent)
+
+    def no_step(*_):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(distil, "make_train_step", lambda *_: no_step)
+    assert distil.distil(config) == folder
+    assert (folder / "model.safetensors").read_bytes() == tensors
+    assert read_metrics(folder.parent) == lines
+    assert "report: " in capsys.readouterr().out
+
+
+def test_more_steps_on_another_mesh_are_the_same_run(distilled, learnt):
+    """Of the settings, only those that have no meaning may change."""
+    config, _ = distilled
+    shape = convert.load(str(learnt[1])).config
+    changed = dict(vars(config), mesh="4x2", steps=50, save_every=5, eval_every=7, recipe="x")
+    distil.check(DistilConfig(**changed), shape)
+    with pytest.raises(UserError, match="another run .--seed was 56, is 3; --temperature was 2.0"):
+        distil.check(DistilConfig(**changed | {"seed": 3, "temperature": 3.0}), shape)
+
+
+def positions(params):
+    return params["embeddings"]["position"]["embedding"]
+
+
+CHOICES = {
+    "not folded": dict(student_layers="1,", freeze_position_embeddings=True,
+                       fold_token_type=False, accumulate=2, restrict_ce_to_mask=True,
+                       alpha_cos=0.0),
+    "folded": dict(student_layers="2", freeze_position_embeddings=True, alpha_mlm=0.0),
+    "random": dict(init="random", dtype="bfloat16", restrict_ce_to_mask=True, alpha_ce=0.0,
+                   alpha_mse=0.1, mesh="4x2", dropout=0.1),
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_choices(choice, toy, tmp_path):
+    given = CHOICES[choice]
+    config = DistilConfig(**common(toy, tmp_path / "out") | {
+        "teacher": str(toy / "teacher"), "steps": 2} | given)
+    student = convert.load(str(distil.distil(config)))
+    teacher = convert.load(config.teacher).params
+
+    last = read_metrics(tmp_path / "out")[-1]
+    names = {"ce": 5.0, "mlm": 2.0, "cos": 1.0, "mse": 0.0}
+    weights = {name: given.get(f"alpha_{name}", default) for name, default in names.items()}
+    assert {name for name in names if f"train_{name}" in last} == {
+        name for name, weight in weights.items() if weight}
+    assert last["train_loss"] == pytest.approx(
+        sum(w * last[f"train_{name}"] for name, w in weights.items() if w), rel=1e-4)
+
+    assert student.config.num_hidden_layers == (2 if config.student_layers == "2" else 1)
+    assert all(np.isfinite(leaf).all() and leaf.dtype == np.float32
+               for leaf in jax.tree.leaves(student.params))
+    type_0 = teacher["embeddings"]["token_type"]["embedding"][0]
+    start = positions(teacher) + (type_0 if config.fold_token_type else 0)
+    assert np.array_equal(positions(student.params), start) == config.freeze_position_embeddings
+    near = np.abs(positions(student.params) - start).max() < 0.01
+    assert near == (config.init == "teacher")
+
+
+@pytest.mark.parametrize("headless", [False, True])
+def test_adapting_a_model(headless, toy, tmp_path):
+    model = toy / "teacher"
+    if headless:
+        model = tmp_path / "headless"
+        write_without(toy / "teacher", model, "cls.")
+        assert not convert.load(str(model)).config.mlm_head
+    folder = distil.pretrain(PretrainConfig(
+        **common(toy, tmp_path / "out"), model=str(model), steps=1, learning_rate=1e-4))
+    before, after = convert.load(str(toy / "teacher")), convert.load(str(folder))
+    assert after.config.num_hidden_layers == before.config.num_hidden_layers == 2
+    assert "tokenizer" not in files(folder.parent)
+
+    def moved(part):
+        return max(np.abs(a - b).max() for a, b in zip(
+            *(jax.tree.leaves(m.params[part]) for m in (before, after)), strict=True))
+
+    assert 0 < moved("layers") < 1e-3
+    assert (moved("mlm_head") < 1e-3) != headless
+
+
+def write_without(source, target, prefix):
+    """Copy a folder, without the tensors of one prefix."""
+    from safetensors.numpy import load_file, save_file
+
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(source / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if not k.startswith(prefix)},
+              target / "model.safetensors")

@@ -1,0 +1,90 @@
+"""The exported folder: transformers reads all of it and gives our logits; whole or not at all."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_held_out import outputs
+
+from distilbert_jax import convert
+from distilbert_jax.data.tokenize import load_tokenizer
+from distilbert_jax.export import export
+from distilbert_jax.models.encoder import graphdef
+from distilbert_jax.student import student_config, student_params
+
+TEXTS = ["ba be bu da", "fa fe", "unheard words, ba"]
+
+
+@pytest.fixture(scope="module", params=convert.FAMILIES)
+def exported(request, toy, tmp_path_factory):
+    """Folder, config, params, family and tokenizer of the toy teacher or a student of it."""
+    teacher, family = convert.load(str(toy / "teacher")), convert.FAMILIES[request.param]
+    config, params = teacher.config, teacher.params
+    if request.param == "distilbert":
+        config, params = student_config(config, 1, dropout=0.25), student_params(params, [1])
+    tokenizer = load_tokenizer(str(toy / "teacher"), config.vocab_size)
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    for card in ("old", "new"):
+        export(folder, params, config, family, tokenizer, card)
+        (folder / f"stray-{card}").touch()
+    return folder, config, params, family, tokenizer
+
+
+def test_what_is_written(exported):
+    folder = exported[0]
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "README.md", "stray-new"}  # nothing is left of the older folder
+    assert (folder / "README.md").read_text() == "new"
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_transformers_gives_our_logits(exported):
+    torch = pytest.importorskip("torch", reason="PyTorch is the reference here")
+    import transformers
+
+    folder, config, params, family, tokenizer = exported
+    model_class = getattr(transformers, family.ARCHITECTURE)
+    assert json.loads((folder / "config.json").read_text())["architectures"] == [
+        family.ARCHITECTURE]
+    model, info = model_class.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.dtype == torch.float32
+
+    read = transformers.AutoTokenizer.from_pretrained(folder)
+    assert read(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
+    assert read.model_max_length == config.max_position_embeddings
+    batch = read(TEXTS, padding=True, return_tensors="np")
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    _, logits = outputs(graphdef(config, "float32"), params, {
+        "input_ids": ids, "segment_ids": mask,
+        "position_ids": np.broadcast_to(np.arange(ids.shape[1]), ids.shape)})
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits
+    real = mask > 0
+    np.testing.assert_allclose(
+        np.asarray(logits)[real], expected.numpy()[real], rtol=0, atol=2e-5)
+
+
+def test_we_read_what_we_wrote(exported):
+    folder, config, params, family, tokenizer = exported
+    back = convert.load(str(folder))
+    assert (back.family, back.config) == (family, config)
+    jax.tree.map(np.testing.assert_array_equal, back.params, params)
+    load_tokenizer(str(folder), config.vocab_size)
+
+
+def test_an_older_folder_stays_when_the_new_one_fails(exported, tmp_path):
+    _, config, params, family, tokenizer = exported
+    folder = tmp_path / "model"
+    export(folder, params, config, family, tokenizer, "old")
+    with pytest.raises(ValueError, match="operands|broadcast|cast|convert"):
+        export(folder, params | {"mlm_head": params["mlm_head"] | {"bias": np.array(["x"])}},
+               config, family, tokenizer, "new")
+    assert (folder / "README.md").read_text() == "old"
+    assert convert.load(str(folder)).config == config
+    export(folder, params, dataclasses.replace(config, pad_token_id=1), family, tokenizer, "new")
+    assert convert.load(str(folder)).config.pad_token_id == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

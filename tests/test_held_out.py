@@ -1,0 +1,144 @@
+"""Held-out figures: what the logits say, for the same hidden tokens, wherever they are computed."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_checkpoint import place
+from test_sharding import mesh_of
+
+from distilbert_jax.config import EVALUATION_MASKING
+from distilbert_jax.data.pack import PackedRows
+from distilbert_jax.evaluation import held_out as module
+from distilbert_jax.evaluation.held_out import held_out
+from distilbert_jax.masking import mask_tokens
+from distilbert_jax.models.encoder import graphdef
+from distilbert_jax.train_step import encode, make_eval_step
+
+pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
+
+
+@pytest.fixture(autouse=True)
+def float64_in_batches_of_8_rows(x64, monkeypatch):
+    monkeypatch.setattr(module, "BATCH_TOKENS", 8 * 16)
+
+
+@pytest.fixture(scope="module")
+def packed(batch_of):
+    """21 rows: two batches, and one of 5 rows and 3 of padding."""
+    lengths = np.random.default_rng(0).integers(3, 9, (21, 2))
+    ids = batch_of(lengths, 16)["input_ids"]
+    return PackedRows(ids, lengths.astype(np.uint16), np.zeros(72, np.int64), {})
+
+
+@pytest.fixture(scope="module")
+def graphs(problem):
+    with jax.enable_x64(True):
+        return [graphdef(c, "float64", "float64") for c in (problem.student, problem.teacher)]
+
+
+@pytest.fixture(scope="module")
+def steps(graphs):
+    """Evaluation of the student beside the teacher, and of each model alone."""
+    both = [(*graphs,), (graphs[1], graphs[1]), (graphs[1], None)]
+    return dict(zip(("both", "itself", "teacher"), map(jax.jit, (
+        make_eval_step(*pair) for pair in both)), strict=True))
+
+
+def figures(problem, vocabulary, packed, step, params=None, teacher=None, shape="8x1", rows=None):
+    placed = (place(p, shape) for p in (params or problem.params,
+                                        problem.teacher_params if teacher is None else teacher))
+    return held_out(step, *placed, vocabulary, packed, mesh_of(shape), rows)
+
+
+@pytest.fixture
+def measured(problem, vocabulary, packed, steps):
+    """The figures, and what the step was given: batches and keys."""
+    seen = []
+
+    def step(params, teacher_params, vocabulary, batch, key):
+        seen.append((jax.device_get(batch), key))
+        return steps["both"](params, teacher_params, vocabulary, batch, key)
+
+    return figures(problem, vocabulary, packed, step), seen
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def outputs(graph, params, batch):
+    model = nnx.merge(graph, params)
+    hidden = encode(model, batch)
+    return hidden, model.mlm_logits(hidden)
+
+
+def test_figures_from_logits(measured, problem, vocabulary, packed, graphs):
+    found, seen = measured
+    rows = np.concatenate([batch["input_ids"] for batch, _ in seen])
+    assert rows.shape == (24, 16)
+    real = rows[rows.any(1)]
+    assert sorted(map(tuple, real)) == sorted(map(tuple, packed.rows))  # each row once
+
+    nll, hits, kl, cosine = {0: [], 1: []}, {0: [], 1: []}, [], []
+    for raw, key in seen:
+        batch = mask_tokens(key, jax.tree.map(jnp.asarray, raw), vocabulary, EVALUATION_MASKING)
+        row, column = np.nonzero(np.asarray(batch["input_ids"] != raw["input_ids"]))
+        assert (np.asarray(batch["input_ids"])[row, column] == 4).all()  # all behind [MASK]
+        truth, real = raw["input_ids"][row, column], raw["segment_ids"] > 0
+        hidden, log_p = [], []
+        for who, params in enumerate((problem.params, problem.teacher_params)):
+            h, logits = map(np.asarray, outputs(graphs[who], params, batch))
+            z = logits[row, column]
+            z = z - z.max(-1, keepdims=True)
+            log_p.append(z - np.log(np.exp(z).sum(-1, keepdims=True)))
+            hidden.append(h[real])
+            nll[who] += list(-log_p[who][np.arange(len(truth)), truth])
+            hits[who] += list(log_p[who].argmax(-1) == truth)
+        kl += list((np.exp(log_p[1]) * (log_p[1] - log_p[0])).sum(-1))
+        cosine += list((hidden[0] * hidden[1]).sum(-1) / np.linalg.norm(hidden[0], axis=-1)
+                       / np.linalg.norm(hidden[1], axis=-1))
+    expected = {
+        "masked": len(kl), "kl": np.mean(kl), "cosine": np.mean(cosine),
+        "retention": sum(hits[0]) / max(sum(hits[1]), 1)}
+    for who, name in enumerate(("", "teacher_")):
+        expected |= {f"{name}mlm_loss": np.mean(nll[who]), f"{name}top1": np.mean(hits[who]),
+                     f"{name}perplexity": np.exp(np.mean(nll[who]))}
+    assert len(cosine) == packed.segments.sum()
+    assert found == pytest.approx(expected, rel=1e-6)  # sums come back as float32 weights
+
+
+def test_a_teacher_as_its_own_student(problem, vocabulary, packed, steps):
+    found = figures(problem, vocabulary, packed, steps["itself"], params=problem.teacher_params)
+    assert found["kl"] == pytest.approx(0, abs=1e-12)
+    assert found["cosine"] == pytest.approx(1, abs=1e-7)
+    assert found["top1"] == found["teacher_top1"]
+    assert found["retention"] == (1 if found["top1"] else 0)
+
+
+def test_the_same_tokens_are_hidden_from_every_model(
+        measured, problem, vocabulary, packed, steps):
+    alone = figures(problem, vocabulary, packed, steps["teacher"], params=problem.teacher_params,
+                    teacher={})
+    assert set(alone) == {"masked", "mlm_loss", "perplexity", "top1"}
+    for name in ("mlm_loss", "perplexity", "top1"):
+        assert alone[name] == pytest.approx(measured[0][f"teacher_{name}"], rel=1e-12)
+    assert alone["masked"] == measured[0]["masked"]
+
+
+def test_the_mesh_does_not_matter(measured, problem, vocabulary, packed, steps):
+    again = figures(problem, vocabulary, packed, steps["both"], shape="1x1")
+    assert again == pytest.approx(measured[0], rel=1e-10)
+
+
+def test_fewer_rows_are_always_the_same_ones(problem, vocabulary, packed, steps):
+    few = [figures(problem, vocabulary, packed, steps["both"], rows=5) for _ in range(2)]
+    assert few[0] == few[1]
+    none = np.zeros((3, 16), packed.rows.dtype), np.zeros((3, 2), np.uint16)
+    padded = dataclasses.replace(
+        packed, rows=np.concatenate([packed.rows, none[0]]),
+        segments=np.concatenate([packed.segments, none[1]]))
+    everything = figures(problem, vocabulary, packed, steps["both"], rows=1000)
+    assert everything["masked"] == figures(
+        problem, vocabulary, padded, steps["both"])["masked"]  # rows of padding count nothing

@@ -1,0 +1,74 @@
+"""The report: counts, a table that is aligned, a plot, and where the numbers come from."""
+
+import platform
+
+import jax
+import numpy as np
+import pytest
+
+from distilbert_jax import report
+
+
+def test_count_parameters():
+    params = {"a": np.zeros((3, 4)), "b": {"c": np.zeros(5), "d": np.zeros(())}}
+    assert report.count_parameters(params) == 3 * 4 + 5 + 1
+
+
+@pytest.fixture
+def rows():
+    params = {"layers": {0: np.zeros((500, 1000)), 1: np.zeros((1000, 500))}}
+    return [report.model_row("teacher", params, {"top1": 0.8, "perplexity": 2.5}, 0.8, 12.345),
+            report.model_row("a much longer name than the others",
+                             {"layers": {0: np.zeros(7)}}, {"top1": 0.6, "perplexity": 1e7},
+                             0.8, 0.1)]
+
+
+def test_model_row(rows):
+    assert rows[0] == (
+        "teacher", "2", "1,000,000", "4.0", "80.00", "2.500", "100.00", "12.35")
+    assert rows[1][4:7] == ("60.00", "10000000.000", "75.00")
+    hopeless = report.model_row("x", {"layers": {}}, {"top1": 0.0, "perplexity": 9.0}, 0.0, 1.0)
+    assert hopeless[6] == "0.00"  # of a teacher that knows nothing
+
+
+def test_the_table_is_aligned(rows):
+    lines = report.table(rows).splitlines()
+    assert len(lines) == 4 and len({len(line) for line in lines}) == 1
+    bars = [[i for i, c in enumerate(line) if c == "|"] for line in lines]
+    assert all(b == bars[0] for b in bars) and len(bars[0]) == len(report.COLUMNS) + 1
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == list(report.COLUMNS)
+    assert cells[2:] == [list(row) for row in rows]
+    assert all(cell.strip("-") == (":" if i else "") for i, cell in enumerate(cells[1]))
+
+
+@pytest.mark.parametrize("held", [
+    {"retention": 0.5, "top1": 0.3}, {"top1": 0.3}])  # with a teacher, and without
+def test_plot(held, tmp_path):
+    metrics = [{"step": 0, "tokens_seen": 0, **held},
+               {"step": 1, "tokens_seen": 10, "train_loss": 3.0, "train_mlm": 2.0},
+               {"step": 2, "tokens_seen": 20, "train_loss": 2.0, "train_mlm": 1.5},
+               {"step": 2, "tokens_seen": 20, **held}]
+    report.plot(metrics, tmp_path / "losses.png", "title")
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_versions():
+    text = report.versions()
+    assert f"jax {jax.__version__}" in text and platform.python_version() in text
+    assert f"{jax.device_count()} x " in text and "\n" not in text
+
+
+def test_describe():
+    manifest = {"documents": 1234, "characters": 56789, "pieces": 1300, "tokens": 9876,
+                "unknown": 3, "rows": 80, "utilisation": 0.9645}
+    assert report.describe("train", manifest) == (
+        "train: 1,234 documents, 56,789 characters → 1,300 pieces, 9,876 tokens (3 unknown) → "
+        "80 rows, 96.5% full")
+
+
+def test_counting(capsys):
+    with report.counting("prepare") as progress:
+        progress(3, 100)
+        progress(5, 250)
+    assert not capsys.readouterr().err  # done before it was worth a bar
