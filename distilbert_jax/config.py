@@ -9,6 +9,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+GROUPS = ("models", "data", "training", "losses", "devices", "output")  # of --help, in this order
+
 
 class UserError(Exception):
     """An error that the user can mend; the command line prints its one line and exits with 2."""
@@ -209,11 +211,12 @@ def parse(config_class: type, description: str, argv: Sequence[str],
         UserError: unknown flag or recipe, or a value that cannot be.
     """
     parser = _Parser(
-        description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    groups: dict[str, Any] = {}
+        description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [FLAG VALUE ...]")
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for field in dataclasses.fields(config_class):
         meta = dict(field.metadata)
-        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
+        group = groups[meta["group"]]
         text = meta["help"].replace("%", "%%")
         if field.default not in (None, "", ()) and "default:" not in text:
             text += f" (default: {field.default})"

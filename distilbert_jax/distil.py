@@ -34,7 +34,7 @@ from distilbert_jax.models import bert, distilbert
 from distilbert_jax.models.encoder import EncoderConfig, graphdef, init_params
 from distilbert_jax.optimizer import make_optimizer
 from distilbert_jax.predict import fill_mask
-from distilbert_jax.sharding import make_mesh, replicated, shardings
+from distilbert_jax.sharding import make_mesh, replicated, shardings, use_all_cores
 from distilbert_jax.train import Run, read_metrics, train
 from distilbert_jax.train_step import (
     Objective,
@@ -187,8 +187,11 @@ def check(config: TrainConfig, shape: EncoderConfig) -> tuple[Mesh, Any, Any]:
         refuse_other_run(Path(config.output), _settings(config))
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
+    micro = config.batch_size // config.accumulate
+    if not config.mesh:
+        use_all_cores(micro)
     mesh = make_mesh(config.mesh)
-    micro, data = config.batch_size // config.accumulate, mesh.shape["data"]
+    data = mesh.shape["data"]
     if micro % data:
         raise UserError(f"--batch-size {config.batch_size} in {config.accumulate} micro-batches is "
                         f"{micro} rows, which {data} devices of --mesh do not divide")

@@ -1,5 +1,8 @@
 """Names of devices → where every array lies: "8x1" → mesh, rows of a table → NamedSharding."""
 
+import contextlib
+import math
+import os
 import re
 from typing import Any
 
@@ -29,6 +32,19 @@ def make_mesh(shape: str) -> Mesh:
         raise UserError(f"--mesh {shape} needs {data * model} devices, found {here} "
                         f"(simulate them with JAX_NUM_CPU_DEVICES={data * model})")
     return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def use_all_cores(rows: int) -> None:
+    """Give the CPU a device for each core, up to 8 that divide `rows`; call it before JAX starts.
+
+    One device for all cores leaves them idle between matrix products: on two cores, two devices
+    trained 1.25 to 1.5 times as fast. A number of devices set in the environment wins, and other
+    platforms are not touched.
+    """
+    said = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not said and "JAX_NUM_CPU_DEVICES" not in os.environ:
+        with contextlib.suppress(RuntimeError):  # JAX has started: the devices are what they are
+            jax.config.update("jax_num_cpu_devices", math.gcd(rows, min(os.cpu_count() or 1, 8)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,15 +1,13 @@
 """A real 12-layer BERT of chemical reactions, to 6 layers (or 3) on two CPU cores in an hour.
 
-Command:   export JAX_NUM_CPU_DEVICES=2
-           python experiments/run.py --recipe rxn_bert --teacher ../shared/data/rxn-bert \\
+Command:   python experiments/run.py --recipe rxn_bert --teacher ../shared/data/rxn-bert \\
                --corpus ../shared/data/uspto-reactions/train.txt.gz \\
                --valid ../shared/data/uspto-reactions/valid.txt.gz --output output/rxn-6
-           and with --student-layers 3 --steps 1300 --output output/rxn-3
+           and with --student-layers 3 --output output/rxn-3
 Hardware:  2 CPU cores, float32. Score: see the README.
 
 Rows of 192 tokens hold 99 of 100 reactions whole. Dropout is off: a run that sees no row twice has
-nothing to overfit, and on a CPU the masks of dropout cost more than a layer does. A JAX device for
-each core gave 1.25 times the tokens/s of one device for both.
+nothing to overfit, and on a CPU the masks of dropout cost more than a layer does.
 """
 
 DISTIL = dict(
