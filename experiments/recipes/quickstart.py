@@ -8,7 +8,7 @@ PRETRAIN = dict(
     corpus=("python-docs",), valid_share=0.05, sequence_length=64,
     vocab_size=1024, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
     steps=600,  # x 32 rows x 64 tokens = 1.2 M tokens
-    batch_size=32, learning_rate=2e-3, warmup=0.1, weight_decay=0.01, dropout=0.0,
+    batch_size=32, learning_rate=1e-3, warmup=0.1, weight_decay=0.01, dropout=0.0,
     eval_every=150, save_every=300,
 )
 
