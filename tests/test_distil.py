@@ -135,7 +135,8 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-def test_choices(choice, toy, tmp_path):
+def test_choices(choice, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(distil, "_write_report", lambda *_: None)  # seen above, and slow
     given = CHOICES[choice]
     config = DistilConfig(**common(toy, tmp_path / "out") | {
         "teacher": str(toy / "teacher"), "steps": 2} | given)
@@ -161,7 +162,8 @@ def test_choices(choice, toy, tmp_path):
 
 
 @pytest.mark.parametrize("headless", [False, True])
-def test_adapting_a_model(headless, toy, tmp_path):
+def test_adapting_a_model(headless, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(distil.report, "plot", lambda *_: None)
     model = toy / "teacher"
     if headless:
         model = tmp_path / "headless"
