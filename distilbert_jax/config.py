@@ -222,7 +222,7 @@ def parse(config_class: type, description: str, argv: Sequence[str],
             text += f" (default: {field.default})"
         if field.name == "recipe":
             text += f" (known: {', '.join(sorted(recipes))})"
-        if field.type is bool or isinstance(field.default, bool):
+        if isinstance(field.default, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         else:
             value_type = int if field.name == "steps" else type(field.default)

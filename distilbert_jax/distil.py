@@ -317,7 +317,9 @@ def _card(config: DistilConfig, layers: list[int], figures: dict[str, float],
         f"{figures['teacher_top1']:.2%}; retention {figures['retention']:.2%}\n"
         f"- corpus: {' '.join(config.corpus)}\n- losses: {weights}\n"
         f"- {report.versions()}\n\n"
-        "```python\nfrom transformers import AutoModelForMaskedLM, AutoTokenizer\n```\n")
+        "```python\nfrom transformers import AutoModelForMaskedLM, AutoTokenizer\n\n"
+        "model = AutoModelForMaskedLM.from_pretrained(\"student\")  # this folder\n"
+        "tokenizer = AutoTokenizer.from_pretrained(\"student\")\n```\n")
 
 
 def _write_report(

@@ -26,7 +26,6 @@ def held_out(
     packed: PackedRows,
     mesh: Mesh,
     rows: int | None = None,
-    label: str = "evaluate",
 ) -> dict[str, float]:
     """Evaluate on `rows` randomly chosen rows, or on all.
 
@@ -37,7 +36,6 @@ def held_out(
         packed: the held-out rows.
         mesh: where batches are laid.
         rows: how many, always the same ones; None for all.
-        label: of the progress bar.
 
     Returns:
         `mlm_loss` [nats per masked token], `perplexity`, `top1` (share in [0, 1]), `masked`
@@ -51,7 +49,7 @@ def held_out(
     order = np.random.default_rng(SEED).permutation(len(packed))[:rows]
     key = jax.random.key(SEED)
     total: dict[str, float] = {}
-    bar = tqdm(total=len(order), desc=label, unit=" rows", leave=False, delay=1)
+    bar = tqdm(total=len(order), desc="evaluate", unit=" rows", leave=False, delay=1)
     for number, start in enumerate(range(0, len(order), size)):
         batch = _filled(read(packed, np.sort(order[start:start + size])), size)
         batch = jax.device_put(batch, by_rows(mesh))
