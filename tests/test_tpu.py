@@ -60,10 +60,12 @@ class Cloud:
             "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "FAKE": str(folder),
             "TPU_SETTINGS": str(folder / "settings.sh"), "TPU_POLL_SECONDS": "0.02"}
 
-    def play(self, **files):
+    def play(self, states="", **files):
+        """Write what the fake plays; `states` are words, one for each time it is asked."""
+        if states:
+            files["states"] = states.replace(" ", "\n")
         for name, text in files.items():
-            (self.folder / name.replace("_", "-")).write_text(text.replace(" ", "\n") + "\n"
-                                                              if name == "states" else text + "\n")
+            (self.folder / name.replace("_", "-")).write_text(text + "\n")
 
     def jobs(self, *codes):
         for worker in (0, 1):
@@ -207,10 +209,13 @@ def test_create_waits_until_active(cloud):
     assert [call[1] for call in cloud.calls()].count("create") == 1
 
 
-@pytest.mark.parametrize("state", ["FAILED", "SUSPENDED"])
-def test_create_ends_when_the_request_is_lost(cloud, state):
+@pytest.mark.parametrize("state, message", [
+    ("FAILED", "distil is FAILED (No capacity): run tpu/delete; another ZONE"),
+    ("SUSPENDED", "distil is SUSPENDED and will not come back: run tpu/delete"),
+])
+def test_create_ends_when_the_request_is_lost(cloud, state, message):
     cloud.play(states=f"NOT_FOUND PROVISIONING {state}")
-    assert f"distil is {state} and will not come back: run tpu/delete" in cloud.refused("create")
+    assert message in cloud.refused("create")
 
 
 @pytest.mark.parametrize("said, message", [
@@ -426,7 +431,9 @@ def test_keep_alive_from_nothing(cloud):
 def test_keep_alive_bears_many_preemptions_but_not_a_failing_request(ready):
     """A preemption clears the count of failures; a request that fails adds to it."""
     ready.play(states=" ".join(["SUSPENDED NOT_FOUND"] * 4 + ["FAILED NOT_FOUND"] * 3))
-    assert "(last: FAILED/)" in ready.refused("run", "--keep-alive")
+    done = ready("run", "--keep-alive")
+    assert "gave up after 3 failures (last: FAILED/)" in done.stderr and done.returncode == 2
+    assert "the request failed: No capacity" in done.stderr
     assert steps(ready) == ["install", "check", *["delete", "create"] * 6]
 
 
@@ -481,6 +488,8 @@ def every_command(cloud):
             ["run", "--keep-alive"], ["logs"], ["logs", "--all"], ["status"], ["delete", "--yes"]):
         commands += printed(cloud.good(script, "--dry-run", *words).stderr)
     assert not cloud.calls()
+    cloud.play(states="FAILED")
+    commands += printed(cloud("create").stderr)  # asks why
     readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
     commands += [line for line in readme.splitlines() if line.startswith("gcloud ")]
     return sorted(set(commands))

@@ -1,6 +1,6 @@
 # shellcheck disable=SC2034 # what is set here is read by those that source this
 # Sourced by the scripts of this folder: settings, gcloud calls that are printed before they run,
-# and one line for an error. Runs on a laptop, also in the bash 3.2 of macOS.
+# and one line for an error. Runs on a laptop; kept to what the bash 3.2 of macOS knows.
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 POLL_SECONDS=${TPU_POLL_SECONDS:-30}
@@ -104,6 +104,11 @@ queued_state() { # ACTIVE, WAITING_FOR_RESOURCES, ...; NONE where there is no su
     --format='value(state.state)' && return
   grep -q NOT_FOUND "$SAID" || die "$(why)"
   echo NONE
+}
+
+failure() { # why the queued resource is FAILED, in the words of the service
+  call compute tpus queued-resources describe "$NAME" "${WHERE[@]}" \
+    --format='value(state.failedData.error.message)' | head -n 1
 }
 
 call_workers() { # WHICH WORD...: tpu/worker with these words on worker WHICH, or on all
