@@ -86,7 +86,7 @@ class Cloud:
     def __call__(self, script, *words, answer=""):
         return subprocess.run(
             [str(self.clone / "tpu" / script), *words], env=self.env, input=answer, text=True,
-            capture_output=True, timeout=20, cwd=self.folder)
+            capture_output=True, timeout=60, cwd=self.folder)
 
     def good(self, script, *words, **more):
         done = self(script, *words, **more)
@@ -119,7 +119,7 @@ class Cloud:
                 pass
 
 
-def until(true, seconds=10):
+def until(true, seconds=60):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
