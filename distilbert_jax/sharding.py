@@ -1,13 +1,22 @@
 """Names of devices → where every array lies: "8x1" → mesh, rows of a table → NamedSharding."""
 
 import contextlib
+import functools
 import math
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    use_abstract_mesh,
+)
 
 from distilbert_jax.config import UserError
 from distilbert_jax.models.encoder import SHARDING_ROWS, path_name
@@ -55,6 +64,37 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def by_rows(mesh: Mesh) -> NamedSharding:
     """The first axis, rows of a batch, divided over the data axis."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def on_mesh(step: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """`step`, to be jitted, with `mesh` in context, for those parts that divide their own work."""
+    if mesh is None:
+        return step
+
+    @functools.wraps(step)
+    def placed(*args: Any) -> Any:
+        with use_abstract_mesh(mesh.abstract_mesh):
+            return step(*args)
+
+    return placed
+
+
+def head_specs(
+    mesh: Mesh | AbstractMesh, rows: int, words: int
+) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
+    """How the projection onto the vocabulary is divided.
+
+    Words lie on the model axis, as in SHARDING_ROWS; where it does not divide them, it takes its
+    part of the rows instead, if those can be divided so.
+
+    Returns:
+        Of axes that count `rows`, of axes that count `words`, and of what lies whole everywhere.
+    """
+    whole, data, model = PartitionSpec(), mesh.shape["data"], mesh.shape["model"]
+    if model > 1 and words % model == 0:
+        return PartitionSpec("data"), PartitionSpec("model"), whole
+    both = rows % (data * model) == 0
+    return PartitionSpec(("data", "model") if both else "data"), whole, whole
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
