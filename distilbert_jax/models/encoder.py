@@ -76,7 +76,8 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         heads = (*x.shape[:2], self.num_heads, -1)
         q, k, v = (f(x).reshape(heads) for f in (self.query, self.key, self.value))  # [B, T, N, H]
-        context = attention(q, k, v, segment_ids, _dropper(self.dropout, rngs))
+        drops = rngs is not None and self.dropout.rate > 0
+        context = attention(q, k, v, segment_ids, _dropper(self.dropout, rngs) if drops else None)
         return self.output(context.reshape(x.shape))
 
 
