@@ -92,12 +92,13 @@ def _on_mesh(student, teacher, targets, terms, temperature, with_gradients):
     over = functools.partial(
         _over_chunks, temperature=temperature, with_gradients=with_gradients)
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
-        rows, words, whole = head_specs(mesh, len(student.states), len(student.embedding))
-        head = Head(rows, words, words)
+    free = set(mesh.axis_names) - set(mesh.manual_axes)
+    if free and mesh.size > 1:
+        rows, words = head_specs(mesh, len(student.states), len(student.embedding))
+        head, whole = Head(rows, words, words), jax.P()
         over = jax.shard_map(
-            functools.partial(over, row_axes=rows[0], word_axis=words[0] if words else None),
-            in_specs=(head, teacher and head, rows, whole), check_vma=False,
+            functools.partial(over, row_axes=rows[0], word_axis=words[0]),
+            in_specs=(head, teacher and head, rows, whole), check_vma=False, axis_names=free,
             out_specs=(whole, head if with_gradients else None))
     sums, gradients = over(student, teacher, targets, scales)
     means = {name: sums[name] / weight for name, (_, weight) in terms.items()}

@@ -80,21 +80,20 @@ def on_mesh(step: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
 
 
 def head_specs(
-    mesh: Mesh | AbstractMesh, rows: int, words: int
-) -> tuple[PartitionSpec, PartitionSpec, PartitionSpec]:
-    """How the projection onto the vocabulary is divided.
+    mesh: AbstractMesh, rows: int, words: int
+) -> tuple[PartitionSpec, PartitionSpec]:
+    """How the projection onto the vocabulary is divided: axes that count rows, that count words.
 
-    Words lie on the model axis, as in SHARDING_ROWS; where it does not divide them, it takes its
-    part of the rows instead, if those can be divided so.
-
-    Returns:
-        Of axes that count `rows`, of axes that count `words`, and of what lies whole everywhere.
+    Words lie on the model axis, as in SHARDING_ROWS; where it does not divide them it takes its
+    part of the rows instead, if it divides those. Axes already divided by hand are left out.
     """
-    whole, data, model = PartitionSpec(), mesh.shape["data"], mesh.shape["model"]
-    if model > 1 and words % model == 0:
-        return PartitionSpec("data"), PartitionSpec("model"), whole
-    both = rows % (data * model) == 0
-    return PartitionSpec(("data", "model") if both else "data"), whole, whole
+    free = [axis for axis in mesh.axis_names
+            if axis not in mesh.manual_axes and mesh.shape[axis] > 1]
+    of_words = "model" if "model" in free and words % mesh.shape["model"] == 0 else None
+    of_rows = tuple(axis for axis in free if axis != of_words)
+    while rows % math.prod(mesh.shape[axis] for axis in of_rows):
+        of_rows = of_rows[:-1]
+    return PartitionSpec(of_rows or None), PartitionSpec(of_words)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

@@ -131,9 +131,9 @@ def test_every_mesh(shape, words, x64):
     expected = loss(dense_losses)(student, teacher, targets)
     mesh = mesh_of(shape)
     with jax.set_mesh(mesh):
-        divided = fused_head.head_specs(mesh, ROWS, words)[1]
-        rows, words_of = (jax.NamedSharding(mesh, spec) for spec in (jax.P("data"), divided))
-        head = Head(rows, words_of, words_of)
+        divided = fused_head.head_specs(mesh.abstract_mesh, ROWS, words)[1]
+        rows, of_words = (jax.NamedSharding(mesh, spec) for spec in (jax.P("data"), divided))
+        head = Head(rows, of_words, of_words)
         placed = jax.device_put((student, teacher, targets), (head, head, rows))
         call = loss(fused_losses).lower(*placed).compile()
         found = call(*placed)
@@ -145,9 +145,36 @@ def test_every_mesh(shape, words, x64):
                              call.as_text())
     reduced = [result for result, kind in collectives if kind == "all-reduce"]
     gathered = [result for result, kind in collectives if kind != "all-reduce"]
-    assert sum(gradient in result for result in reduced) == 1
+    rows_are_divided = data > 1 or words % model > 0
+    assert sum(gradient in result for result in reduced) == rows_are_divided
     # What may be gathered: hidden states of rows that were divided over both axes.
     assert all(f"{LENGTH},{WIDTH}]" in result for result in gathered), gathered
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (JAX_NUM_CPU_DEVICES=8)")
+@pytest.mark.parametrize("shape", ["8x1", "4x2"])
+def test_rows_divided_by_the_caller(shape, x64):
+    """Then sums and gradients are those of the device's own rows, and the caller adds them up."""
+    (student, _), teacher, targets = make()
+    weight = targets.soft_weights.sum()
+
+    def call(losses, student, teacher, targets):
+        terms = {"ce": (5.0, weight), "mlm": (2.0, weight)}
+        return jax.value_and_grad(losses, has_aux=True)(
+            student, teacher, targets, terms, TEMPERATURE)
+
+    def own_rows(student, teacher, targets):
+        values, gradients = call(fused_losses, student, teacher, targets)
+        values, parameters = jax.lax.psum((values, gradients[1:]), "data")
+        return values, Head(gradients.states, *parameters)
+
+    rows, whole = jax.P("data"), jax.P()
+    head = Head(rows, whole, whole)
+    with jax.set_mesh(mesh_of(shape)):
+        found = jax.jit(jax.shard_map(
+            own_rows, in_specs=(head, head, rows), out_specs=(whole, head), check_vma=False,
+            axis_names={"data"}))(student, teacher, targets)
+    assert_close(jax.device_get(found), call(dense_losses, student, teacher, targets), 1e-12)
 
 
 def test_memory(monkeypatch):

@@ -133,13 +133,18 @@ def _device(mesh: AbstractMesh) -> tuple[str, str]:
 def _on_mesh(kernel: Callable[..., Array], query: Array, mesh: AbstractMesh
              ) -> Callable[..., Array]:
     """Kernels are not divided by the compiler: each device takes its own rows and heads."""
-    if mesh.empty or mesh.size == 1:
+    free = set(mesh.axis_names) - set(mesh.manual_axes)
+    if not free or mesh.size == 1:
         return kernel
-    rows = "data" if query.shape[0] % mesh.shape["data"] == 0 else None
-    heads = "model" if query.shape[2] % mesh.shape["model"] == 0 else None
+
+    def divides(axis: str, size: int) -> str | None:
+        return axis if axis in free and size % mesh.shape[axis] == 0 else None
+
+    rows, heads = divides("data", query.shape[0]), divides("model", query.shape[2])
     states = P(rows, None, heads, None)
     return jax.shard_map(
-        kernel, in_specs=(states, states, states, P(rows)), out_specs=states, check_vma=False)
+        kernel, in_specs=(states, states, states, P(rows)), out_specs=states, check_vma=False,
+        axis_names=free)
 
 
 @functools.cache
