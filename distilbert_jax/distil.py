@@ -266,14 +266,17 @@ def _train(
     run = Run(
         config=config, steps=setup.steps, settings=setup.settings, output=Path(config.output),
         mesh=setup.mesh, rows=setup.data.train, vocabulary=setup.vocabulary, label=label,
-        train_step=make_train_step(*graphs, tx, objective, masking, config.accumulate),
+        train_step=make_train_step(
+            *graphs, tx, objective, masking, config.accumulate, setup.mesh),
         evaluate=_evaluator(setup, graphs, teacher_params, EVALUATION_ROWS))
     return train(run, init_state(start, tx, config.seed), teacher_params).params
 
 
 @functools.cache  # the loop and the report take the same one
-def _eval_step(graphs: tuple[nnx.GraphDef, nnx.GraphDef | None]) -> Callable[..., Any]:
-    return jax.jit(make_eval_step(*graphs))
+def _eval_step(
+    graphs: tuple[nnx.GraphDef, nnx.GraphDef | None], mesh: Mesh
+) -> Callable[..., Any]:
+    return jax.jit(make_eval_step(*graphs, mesh))
 
 
 def _evaluator(
@@ -282,7 +285,7 @@ def _evaluator(
 ) -> Callable[[dict[str, Any]], dict[str, float]]:
     """A function from parameters to held-out figures, on `rows` rows or all."""
     return functools.partial(
-        held_out, _eval_step(graphs), teacher_params=teacher_params,
+        held_out, _eval_step(graphs, setup.mesh), teacher_params=teacher_params,
         vocabulary=setup.vocabulary, packed=setup.data.valid, mesh=setup.mesh, rows=rows)
 
 

@@ -1,13 +1,22 @@
 """Names of devices → where every array lies: "8x1" → mesh, rows of a table → NamedSharding."""
 
 import contextlib
+import functools
 import math
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    use_abstract_mesh,
+)
 
 from distilbert_jax.config import UserError
 from distilbert_jax.models.encoder import SHARDING_ROWS, path_name
@@ -55,6 +64,36 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def by_rows(mesh: Mesh) -> NamedSharding:
     """The first axis, rows of a batch, divided over the data axis."""
     return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def on_mesh(step: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """`step`, to be jitted, with `mesh` in context, for those parts that divide their own work."""
+    if mesh is None:
+        return step
+
+    @functools.wraps(step)
+    def placed(*args: Any) -> Any:
+        with use_abstract_mesh(mesh.abstract_mesh):
+            return step(*args)
+
+    return placed
+
+
+def head_specs(
+    mesh: AbstractMesh, rows: int, words: int
+) -> tuple[PartitionSpec, PartitionSpec]:
+    """How the projection onto the vocabulary is divided: axes that count rows, that count words.
+
+    Words lie on the model axis, as in SHARDING_ROWS; where it does not divide them it takes its
+    part of the rows instead, if it divides those. Axes already divided by hand are left out.
+    """
+    free = [axis for axis in mesh.axis_names
+            if axis not in mesh.manual_axes and mesh.shape[axis] > 1]
+    of_words = "model" if "model" in free and words % mesh.shape["model"] == 0 else None
+    of_rows = tuple(axis for axis in free if axis != of_words)
+    while rows % math.prod(mesh.shape[axis] for axis in of_rows):
+        of_rows = of_rows[:-1]
+    return PartitionSpec(of_rows or None), PartitionSpec(of_words)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

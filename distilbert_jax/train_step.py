@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from distilbert_jax import losses
 from distilbert_jax.config import EVALUATION_MASKING, Masking
+from distilbert_jax.fused_head import Head, Targets, fused_losses
 from distilbert_jax.masking import Vocabulary, mask_tokens
+from distilbert_jax.sharding import on_mesh
 
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
@@ -66,51 +69,74 @@ def at_masked(x: Float[Array, "B T C"], batch: Batch) -> Float[Array, "B K C"]:
     return jnp.take_along_axis(x, batch["masked_positions"][..., None], axis=1)
 
 
-def loss_sums(
+def loss_weights(batch: Batch, objective: Objective) -> Metrics:
+    """Loss → the number of positions that it is the mean over, at least 1."""
+    tokens = jnp.maximum((batch["segment_ids"] > 0).sum().astype(jnp.float32), 1)
+    masked = jnp.maximum(batch["label_weights"].sum(), 1)
+    soft = masked if objective.restrict_ce_to_mask else tokens
+    return {"ce": soft, "mse": soft, "mlm": masked, "cos": tokens}
+
+
+def total_loss(
     student: nnx.Module, teacher: nnx.Module | None, batch: Batch, objective: Objective,
-    rngs: nnx.Rngs | None = None,
-) -> dict[str, Float[Array, ""]]:
-    """The unweighted sums of the losses that `objective` asks for (REFERENCE A.7).
+    weight: Metrics, rngs: nnx.Rngs | None = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss that is trained (REFERENCE A.7), and the means it is made of.
 
     KL and squared error run over all real tokens, or only the masked ones; MLM over the masked
-    ones; cosine over all real tokens.
+    ones; cosine over all real tokens. Logits exist for a few positions at a time only; where no
+    loss needs them everywhere, the masked positions are gathered first.
 
     Args:
         student: trained model, teacher: frozen one or None.
         batch: masked, from mask_tokens.
-        objective: which losses.
+        objective: weights of the losses; one of weight 0 is not computed.
+        weight: from loss_weights, of the whole batch if this is a part of it.
         rngs: the student's dropout; None for none.
 
     Returns:
-        Among ce, mse (per position), mlm (per masked position), cos (per token): scalar sums.
+        The total, to be differentiated, and the means, which are not, among ce, mse (per
+        position), mlm (per masked position), cos (per token).
     """
+    factors = {name: getattr(objective, f"alpha_{name}") for name in weight}
+    terms = {name: (factor, weight[name]) for name, factor in factors.items()
+             if factor and (teacher or name == "mlm")}
     real = (batch["segment_ids"] > 0).astype(jnp.float32)
-    masked = batch["label_weights"]
     hidden = encode(student, batch, rngs)
-    everywhere = objective.logits_everywhere
-    logits = student.mlm_logits(hidden if everywhere else at_masked(hidden, batch))
-    sums = {}
-    if objective.alpha_mlm:
-        at = at_masked(logits, batch) if everywhere else logits
-        sums["mlm"] = losses.mlm_sum(at, batch["labels"], masked)
-    if teacher is None:
-        return sums
-    target = jax.lax.stop_gradient(encode(teacher, batch))
-    if objective.alpha_ce or objective.alpha_mse:
-        weights = real if everywhere else masked
-        soft = teacher.mlm_logits(target if everywhere else at_masked(target, batch))
-        if objective.alpha_ce:
-            sums["ce"] = losses.kl_sum(logits, soft, weights, objective.temperature)
-        if objective.alpha_mse:
-            sums["mse"] = losses.mse_sum(logits, soft, weights)
-    if objective.alpha_cos:
-        sums["cos"] = losses.cosine_sum(hidden, target, real)
-    return sums
+    target = jax.lax.stop_gradient(encode(teacher, batch)) if teacher else None
+    total, means = jnp.zeros(()), {}
+    if "cos" in terms:
+        factor, tokens = terms.pop("cos")
+        means["cos"] = losses.cosine_sum(hidden, target, real) / tokens
+        total = factor * means["cos"]
+    if terms:
+        everywhere = objective.logits_everywhere
+
+        def head(model, hidden):
+            return Head(*model.mlm_projection(hidden if everywhere else at_masked(hidden, batch)))
+
+        soft = head(teacher, target) if terms.keys() & {"ce", "mse"} else None
+        fused, projected = fused_losses(
+            head(student, hidden), soft, _targets(batch, real, everywhere), terms,
+            objective.temperature)
+        total, means = total + fused, means | projected
+    return total, means
+
+
+def _targets(batch: Batch, real: Float[Array, "B T"], everywhere: bool) -> Targets:
+    """Labels and weights at the masked positions [B, K], or at all [B, T]."""
+    labels, weights = batch["labels"], batch["label_weights"]
+    if not everywhere:
+        return Targets(labels, weights, weights)
+    spread = jax.vmap(lambda at, x: jnp.zeros(real.shape[1], x.dtype).at[at].set(x))
+    positions = batch["masked_positions"]
+    return Targets(spread(positions, labels), spread(positions, weights), real)
 
 
 def make_train_step(
     student_graph: nnx.GraphDef, teacher_graph: nnx.GraphDef | None,
     tx: optax.GradientTransformation, objective: Objective, masking: Masking, accumulate: int = 1,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, dict[str, Any], Vocabulary, Batch], tuple[TrainState, Metrics]]:
     """Build the pure update function.
 
@@ -123,6 +149,7 @@ def make_train_step(
         objective: weights of the losses.
         masking: rates of masking.
         accumulate: micro-batches per update; divides the rows of the batch.
+        mesh: where the arguments of the step lie, if not on one device.
 
     Returns:
         train_step(state, teacher_params, vocabulary, batch) → (state, metrics); metrics are the
@@ -133,27 +160,24 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         mask_key, dropout_key = jax.random.split(key)
         batch = mask_tokens(mask_key, batch, vocabulary, masking)
-        tokens = (batch["segment_ids"] > 0).sum().astype(jnp.float32)
-        masked = jnp.maximum(batch["label_weights"].sum(), 1)
-        soft = masked if objective.restrict_ce_to_mask else jnp.maximum(tokens, 1)
-        weight = {"ce": soft, "mse": soft, "mlm": masked, "cos": jnp.maximum(tokens, 1)}
+        weight = loss_weights(batch, objective)
         teacher = nnx.merge(teacher_graph, teacher_params) if teacher_graph is not None else None
 
         def loss(params, micro, number):
             rngs = nnx.Rngs(dropout=jax.random.fold_in(dropout_key, number))
-            sums = loss_sums(nnx.merge(student_graph, params), teacher, micro, objective, rngs)
-            means = {name: value / weight[name] for name, value in sums.items()}
-            return sum(getattr(objective, f"alpha_{n}") * v for n, v in means.items()), means
+            student = nnx.merge(student_graph, params)
+            return total_loss(student, teacher, micro, objective, weight, rngs)
 
         grad = jax.value_and_grad(loss, has_aux=True)
         (total, means), grads = _accumulated(grad, state.params, batch, accumulate)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = means | {
-            "loss": total, "grad_norm": optax.tree.norm(grads), "tokens": tokens}
+            "loss": total, "grad_norm": optax.tree.norm(grads),
+            "tokens": (batch["segment_ids"] > 0).sum().astype(jnp.float32)}
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
-    return train_step
+    return on_mesh(train_step, mesh)
 
 
 def _accumulated(grad: Callable, params: dict[str, Any], batch: Batch, accumulate: int) -> Any:
@@ -173,7 +197,7 @@ def _accumulated(grad: Callable, params: dict[str, Any], batch: Batch, accumulat
 
 
 def make_eval_step(
-    student_graph: nnx.GraphDef, teacher_graph: nnx.GraphDef | None
+    student_graph: nnx.GraphDef, teacher_graph: nnx.GraphDef | None, mesh: Mesh | None = None
 ) -> Callable[[dict[str, Any], dict[str, Any], Vocabulary, Batch, Array], Metrics]:
     """Build the pure evaluation function.
 
@@ -208,4 +232,4 @@ def make_eval_step(
             "kl": losses.kl_sum(logits, soft, masked, 1.0),
             "cosine": real.sum() - losses.cosine_sum(hidden, target, real)}
 
-    return eval_step
+    return on_mesh(eval_step, mesh)

@@ -146,9 +146,9 @@ class Problem:
     tx: optax.GradientTransformation
     objective: Objective
 
-    def step(self, accumulate=1):
+    def step(self, accumulate=1, mesh=None):
         graphs = (graphdef(c, "float64", "float64") for c in (self.student, self.teacher))
-        return make_train_step(*graphs, self.tx, self.objective, Masking(), accumulate)
+        return make_train_step(*graphs, self.tx, self.objective, Masking(), accumulate, mesh)
 
     def state(self):
         return init_state(jax.tree.map(jnp.asarray, self.params), self.tx, seed=0)

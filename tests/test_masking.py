@@ -14,7 +14,7 @@ from scipy import stats
 from distilbert_jax.config import EVALUATION_MASKING, Masking
 from distilbert_jax.masking import mask_tokens, num_predictions, vocabulary
 from distilbert_jax.models.encoder import graphdef
-from distilbert_jax.train_step import Objective, loss_sums
+from distilbert_jax.train_step import Objective, loss_weights, total_loss
 
 # A right sampler fails a statistical test here with this probability (and never flickers: the
 # keys are fixed).
@@ -125,9 +125,10 @@ def test_rows_without_ordinary_tokens_weigh_nothing_and_stay_finite(tiny_model):
     graph = graphdef(config, jnp.float32)
     student, teacher = (nnx.merge(graph, params) for _ in range(2))
     objective = Objective(alpha_ce=5.0, alpha_mlm=2.0, alpha_cos=1.0, alpha_mse=1.0)
-    sums = nnx.jit(loss_sums, static_argnums=3)(student, teacher, batch, objective)
-    assert set(sums) == {"ce", "mlm", "cos", "mse"} and sums["mlm"] == 0
-    assert all(jnp.isfinite(value) for value in sums.values())
+    total, means = nnx.jit(total_loss, static_argnums=3)(
+        student, teacher, batch, objective, loss_weights(batch, objective))
+    assert set(means) == {"ce", "mlm", "cos", "mse"} and means["mlm"] == 0
+    assert all(jnp.isfinite(value) for value in (total, *means.values()))
 
 
 def test_a_pure_function_of_the_key():

@@ -102,7 +102,7 @@ def run(problem, vocabulary, shape):
     places, whole = shardings(state, mesh), replicated(mesh)
     teacher_places = shardings(problem.teacher_params, mesh)
     step = jax.jit(
-        problem.step(), donate_argnums=0, out_shardings=(places, whole),
+        problem.step(mesh=mesh), donate_argnums=0, out_shardings=(places, whole),
         in_shardings=(places, teacher_places, whole, by_rows(mesh)))
     state = jax.device_put(state, places)
     teacher = jax.device_put(problem.teacher_params, teacher_places)

@@ -1,13 +1,21 @@
 """One attention call for every model: queries, keys, values [B, T, N, H] in, contexts out.
 
-A packed row holds several documents; `segment_ids` keeps each to itself.
+A packed row holds several documents; `segment_ids` keeps each to itself. The platform chooses the
+backend: XLA everywhere, cuDNN's flash attention on NVIDIA, splash attention (Pallas) on TPU.
 """
 
+import functools
+import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
+
+BLOCKS = (512, 384, 256, 128)  # positions that splash attention takes at a time; one divides T
 
 
 def attention(
@@ -15,25 +23,131 @@ def attention(
     key: Float[Array, "B T N H"],
     value: Float[Array, "B T N H"],
     segment_ids: Int[Array, "B T"],
-    dropout: Callable[[Array], Array],
+    dropout: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention within segments (Vaswani et al. 2017, section 3.2.1).
+
+    Where the platform has a kernel of its own, that is taken; what it cannot do, dropout among it,
+    is done by XLA, with one line in the log.
 
     Args:
         query, key, value: [B, T, N, H], in the compute dtype.
         segment_ids: [B, T]; a position attends to the positions of its own number only. Padding
             is segment 0: it attends to padding, so that no row of the softmax is empty.
-        dropout: applied to the attention probabilities; the identity outside training.
+        dropout: applied to the attention probabilities; None for none.
 
     Returns:
         Contexts [B, T, N, H] in the dtype of `value`; the softmax is at least float32.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    platform, device = _device(mesh)
+    if platform not in KERNELS:
+        return _xla(query, key, value, segment_ids, dropout)
+    kernel, refuse = KERNELS[platform]
+    reason = "attention dropout" if dropout else refuse(query, device)
+    if reason:
+        _tell(f"attention without the kernel for {platform}, which lacks: {reason}")
+        return _xla(query, key, value, segment_ids, dropout)
+    return _on_mesh(kernel, query, mesh)(query, key, value, segment_ids)
+
+
+def _xla(query, key, value, segment_ids, dropout):
     # Heads before positions: on CPU the two products are then plain batched matrix products.
     query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
     wide = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.einsum("BNTH,BNSH->BNTS", query, key, preferred_element_type=wide)
     scores = scores / jnp.sqrt(jnp.asarray(query.shape[-1], wide))
-    same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B, 1, T, S]
-    probabilities = jax.nn.softmax(jnp.where(same, scores, jnp.finfo(wide).min), axis=-1)
-    probabilities = dropout(probabilities).astype(value.dtype)
-    return jnp.einsum("BNTS,BNSH->BNTH", probabilities, value).transpose(0, 2, 1, 3)
+    scores = jnp.where(_same_segment(segment_ids), scores, jnp.finfo(wide).min)
+    probabilities = jax.nn.softmax(scores, axis=-1)
+    if dropout:
+        probabilities = dropout(probabilities)
+    return jnp.einsum(
+        "BNTS,BNSH->BNTH", probabilities.astype(value.dtype), value).transpose(0, 2, 1, 3)
+
+
+def _cudnn(query, key, value, segment_ids):
+    # It takes segments as a mask, not by number.
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=_same_segment(segment_ids), implementation="cudnn")
+
+
+def _cudnn_lacks(query: Any, capability: str) -> str:
+    """Why cuDNN cannot take it, by the rules that jax 0.10.2 checks; empty if it can."""
+    length, _, size = query.shape[1:]
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return str(query.dtype)
+    if size % 8 or size > 128:
+        return f"heads of {size} (multiples of 8 up to 128)"
+    if length % 2:
+        return f"{length} positions (even numbers)"
+    major = capability.split(".")[0]  # AMD's are called gfx90a
+    modern = major.isdigit() and int(major) >= 8
+    return "" if modern else f"compute capability {capability} (8.0 or later)"
+
+
+def _splash(query, key, value, segment_ids, interpret=False):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import
+
+    length, heads, size = query.shape[1:]
+    block = next(block for block in BLOCKS if length % block == 0)
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([splash.FullMask((length, length))] * heads), interpret=interpret,
+        block_sizes=splash.BlockSizes(
+            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
+            block_q_dq=block, block_kv_dq=block))
+    # It does not scale, and takes heads before positions, one row at a time.
+    heads_first = [x.transpose(0, 2, 1, 3) for x in (query / size**0.5, key, value)]
+    segments = splash.SegmentIds(segment_ids, segment_ids)
+    return jax.vmap(kernel)(*heads_first, segments).transpose(0, 2, 1, 3)
+
+
+def _splash_lacks(query: Any, device: str) -> str:
+    """Why splash attention cannot take it; empty if it can."""
+    length, _, size = query.shape[1:]
+    if query.dtype not in (jnp.bfloat16, jnp.float32):
+        return str(query.dtype)
+    if query.dtype == jnp.bfloat16 and device in ("TPU v2", "TPU v3"):
+        return f"bfloat16 on {device}"
+    if size % 64:
+        return f"heads of {size} (multiples of 64)"
+    return f"{length} positions (multiples of 128)" if length % BLOCKS[-1] else ""
+
+
+# Platform → its kernel, and a function (query, what the device is) → what the kernel lacks for it.
+KERNELS: dict[str, tuple[Callable[..., Array], Callable[[Any, str], str]]] = {
+    "gpu": (_cudnn, _cudnn_lacks), "tpu": (_splash, _splash_lacks)}
+
+
+def _same_segment(segment_ids: Int[Array, "B T"]) -> Array:
+    return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B, 1, T, S]
+
+
+def _device(mesh: AbstractMesh) -> tuple[str, str]:
+    """Platform, and compute capability or kind, of the mesh in context or else of any device."""
+    device = mesh.abstract_device or jax.devices()[0]
+    if device.platform == "gpu":
+        return "gpu", jax.devices()[0].compute_capability
+    return device.platform, device.device_kind
+
+
+def _on_mesh(kernel: Callable[..., Array], query: Array, mesh: AbstractMesh
+             ) -> Callable[..., Array]:
+    """Kernels are not divided by the compiler: each device takes its own rows and heads."""
+    free = set(mesh.axis_names) - set(mesh.manual_axes)
+    if not free or mesh.size == 1:
+        return kernel
+
+    def divides(axis: str, size: int) -> str | None:
+        return axis if axis in free and size % mesh.shape[axis] == 0 else None
+
+    rows, heads = divides("data", query.shape[0]), divides("model", query.shape[2])
+    states = P(rows, None, heads, None)
+    return jax.shard_map(
+        kernel, in_specs=(states, states, states, P(rows)), out_specs=states, check_vma=False,
+        axis_names=free)
+
+
+@functools.cache
+def _tell(line: str) -> None:
+    """Log a line once."""
+    logging.getLogger(__name__).warning(line)

@@ -79,7 +79,8 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         heads = (*x.shape[:2], self.num_heads, -1)
         q, k, v = (f(x).reshape(heads) for f in (self.query, self.key, self.value))  # [B, T, N, H]
-        context = attention(q, k, v, segment_ids, _dropper(self.dropout, rngs))
+        drops = rngs is not None and self.dropout.rate > 0
+        context = attention(q, k, v, segment_ids, _dropper(self.dropout, rngs) if drops else None)
         return self.output(context.reshape(x.shape))
 
 
@@ -147,7 +148,7 @@ class Embeddings(nnx.Module):
 
 
 class MLMHead(nnx.Module):
-    """The masked-language-model head; its projection is the word embedding, plus this bias."""
+    """The masked-language-model head up to its projection: word embedding, plus this bias."""
 
     def __init__(self, config: EncoderConfig, dtypes: dict[str, Any], rngs: nnx.Rngs):
         self.transform = _linear(config.hidden_size, config.hidden_size, config, dtypes, rngs)
@@ -155,15 +156,8 @@ class MLMHead(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(config.vocab_size, dtypes["param_dtype"]))
         self.activation = ACTIVATIONS[config.hidden_act]
 
-    def __call__(
-        self, hidden: Float[Array, "*B D"], word_embedding: Float[Array, "V D"]
-    ) -> Float[Array, "*B V"]:
-        x = self.norm(self.activation(self.transform(hidden)))
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        logits = jnp.einsum(
-            "...D,VD->...V", x, word_embedding.astype(x.dtype), preferred_element_type=wide
-        )
-        return logits + self.bias[...].astype(wide)
+    def __call__(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        return self.norm(self.activation(self.transform(hidden)))
 
 
 class Encoder(nnx.Module):
@@ -208,9 +202,19 @@ class Encoder(nnx.Module):
             x = layer(x, segment_ids, rngs)
         return x
 
+    def mlm_projection(
+        self, hidden: Float[Array, "*B D"]
+    ) -> tuple[Float[Array, "*B D"], Float[Array, "V D"], Float[Array, " V"]]:
+        """What the logits are made of: states in the compute dtype, word embedding, bias."""
+        return self.mlm_head(hidden), self.embeddings.word.embedding[...], self.mlm_head.bias[...]
+
     def mlm_logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits of the masked language model, at least float32: [..., D] → [..., V]."""
-        return self.mlm_head(hidden, self.embeddings.word.embedding[...])
+        states, embedding, bias = self.mlm_projection(hidden)
+        wide = jnp.promote_types(states.dtype, jnp.float32)
+        logits = jnp.einsum(
+            "...D,VD->...V", states, embedding.astype(states.dtype), preferred_element_type=wide)
+        return logits + bias.astype(wide)
 
     def pooled(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B D"]:
         """BERT's pooler: tanh of a projection of the first position, [B, T, D] → [B, D]."""

@@ -1,0 +1,87 @@
+"""Memory and time of the fused vocabulary head, beside the same losses on all logits at once."""
+
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from distilbert_jax import losses
+from distilbert_jax.fused_head import Figures, Head, Targets, Terms, fused_losses
+
+
+def dense_losses(
+    student: Head, teacher: Head | None, targets: Targets, terms: Terms, temperature: float
+) -> tuple[Float[Array, ""], Figures]:
+    """What fused_losses computes, by losses.py."""
+    def logits(head: Head) -> Float[Array, "B T V"]:
+        wide = jnp.promote_types(head.states.dtype, jnp.float32)
+        embedding = head.embedding.astype(head.states.dtype)
+        return head.bias + jnp.einsum(
+            "BTD,VD->BTV", head.states, embedding, preferred_element_type=wide)
+
+    ours = logits(student)
+    theirs = None if teacher is None else jax.lax.stop_gradient(logits(teacher))
+    means = {}
+    for name, (_, weight) in terms.items():
+        if name == "mlm":
+            value = losses.mlm_sum(ours, targets.labels, targets.label_weights)
+        elif name == "ce":
+            value = losses.kl_sum(ours, theirs, targets.soft_weights, temperature)
+        else:
+            value = losses.mse_sum(ours, theirs, targets.soft_weights)
+        means[name] = value / weight
+    return sum(terms[name][0] * mean for name, mean in means.items()), means
+
+
+def compare(
+    rows: int, length: int, words: int, width: int, dtype: str, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Cost of the losses KL and MLM with all gradients on [rows, length] positions, on one device.
+
+    Args:
+        rows, length, words, width: B, T, V and D of both models.
+        dtype: of the states; parameters are float32.
+        repeats: timed runs, the two in turn; 0 compiles only and allocates nothing.
+
+    Returns:
+        dense, fused → `bytes`: the compiled program's peak of temporary memory; and `ms`: the
+        median time, where timed.
+    """
+    shapes = jax.eval_shape(lambda: _problem(rows, length, words, width, dtype))
+    calls = {}
+    for name, function in (("dense", dense_losses), ("fused", fused_losses)):
+        def step(student: Head, teacher: Head, targets: Targets, function: Any = function) -> Any:
+            terms = {"ce": (5.0, targets.soft_weights.sum()),
+                     "mlm": (2.0, targets.label_weights.sum())}
+            return jax.value_and_grad(function, has_aux=True)(
+                student, teacher, targets, terms, 2.0)
+
+        calls[name] = jax.jit(step).lower(*shapes).compile()
+    found = {name: {"bytes": float(call.memory_analysis().temp_size_in_bytes)}
+             for name, call in calls.items()}
+    problem = _problem(rows, length, words, width, dtype) if repeats else None
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            jax.block_until_ready(call(*problem))
+            times[name].append(1e3 * (time.perf_counter() - began))
+    return {name: figures | ({"ms": statistics.median(times[name])} if repeats else {})
+            for name, figures in found.items()}
+
+
+def _problem(rows: int, length: int, words: int, width: int, dtype: str) -> tuple[Any, ...]:
+    """Random student and teacher; every sixth position is masked."""
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+
+    def head() -> Head:
+        return Head(
+            jax.random.normal(next(keys), (rows, length, width), dtype),
+            jax.random.normal(next(keys), (words, width)) / width**0.5, jnp.zeros(words))
+
+    labels = jax.random.randint(next(keys), (rows, length), 0, words)
+    masked = jnp.broadcast_to(1.0 * (jnp.arange(length) % 6 == 0), labels.shape)
+    return head(), head(), Targets(labels, masked, jnp.ones(labels.shape))

@@ -1,0 +1,189 @@
+"""The fused head gives the numbers of losses.py, on every mesh, and never holds all logits."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_sharding import mesh_of
+
+from distilbert_jax import fused_head
+from distilbert_jax.benchmark.head import compare, dense_losses
+from distilbert_jax.fused_head import Head, Targets, fused_losses
+
+ROWS, LENGTH, WIDTH, TEACHER_WIDTH, TEMPERATURE = 8, 13, 16, 24, 1.7
+TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 1e-2}
+TERMS = {
+    "all": {"ce": 5.0, "mlm": 2.0, "mse": 0.1}, "distilled": {"ce": 5.0, "mlm": 2.0},
+    "labels": {"mlm": 1.0}, "logits": {"mse": 0.5}}
+
+
+@pytest.fixture(autouse=True)
+def short_chunks(monkeypatch):
+    """104 positions are then five chunks, the last of them not full."""
+    monkeypatch.setattr(fused_head, "LEAST", 24)
+
+
+def rounded(x, dtype):
+    """Float64 numbers that `dtype` can hold."""
+    return np.asarray(np.asarray(x, jnp.dtype(dtype)), np.float64)
+
+
+def make(words=72, dtype="float64"):
+    """(student's hidden states and parameters, teacher, targets), as float64 numbers of `dtype`."""
+    random = np.random.default_rng(0)
+
+    def normal(*shape):
+        return rounded(random.normal(0, 0.5, shape), dtype)
+
+    def head(width):
+        return Head(normal(ROWS, LENGTH, width), normal(words, width), normal(words))
+
+    real = np.arange(LENGTH) < random.integers(4, LENGTH + 1, ROWS)[:, None]
+    masked = real & (random.random(real.shape) < 0.3)
+    targets = random.integers(0, words, real.shape), np.float32(masked), np.float32(real)
+    return (head(WIDTH), normal(WIDTH, WIDTH)), head(TEACHER_WIDTH), Targets(
+        *map(jnp.asarray, targets))
+
+
+def value_and_gradients(losses, student, teacher, targets, factors, dtype="float64"):
+    """(total, means) and gradients in hidden states, transform, embedding and bias."""
+    wide = jnp.promote_types(dtype, jnp.float32)
+
+    def cast(head):
+        return Head(head.states.astype(dtype), head.embedding.astype(wide), head.bias.astype(wide))
+
+    def loss(student, teacher):
+        head, transform = student
+        states = head.states if transform is None else jnp.tanh(
+            head.states @ transform.astype(dtype))
+        terms = {name: (factor, getattr(
+            targets, "label_weights" if name == "mlm" else "soft_weights").sum())
+            for name, factor in factors.items()}
+        return losses(head._replace(states=states), teacher, targets, terms, TEMPERATURE)
+
+    student = cast(student[0]), jax.tree.map(lambda x: x.astype(wide), student[1])
+    teacher = cast(teacher) if factors.keys() & {"ce", "mse"} else None
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(student, teacher)
+
+
+def assert_close(found, expected, tolerance):
+    """Relative to the size of each array as a whole."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for ours, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs)
+        assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("terms", TERMS)
+def test_numbers_of_the_readable_truth(terms, dtype, x64):
+    """Against float64 on the same, rounded, values."""
+    problem = make(dtype=dtype)
+    found = value_and_gradients(fused_losses, *problem, TERMS[terms], dtype)
+    expected = value_and_gradients(dense_losses, *problem, TERMS[terms])
+    assert set(found[0][1]) == set(TERMS[terms])
+    assert_close(found, expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_student_close_to_its_teacher(dtype, x64):
+    """Where the two softmaxes nearly cancel, and an error of either would show."""
+    (student, _), _, targets = make(dtype=dtype)
+    random = np.random.default_rng(1)
+    teacher = Head(*(rounded(x + 0.05 * random.normal(size=x.shape), dtype) for x in student))
+    found, expected = (
+        value_and_gradients(losses, (student, None), teacher, targets, {"ce": 1.0}, as_dtype)
+        for losses, as_dtype in ((fused_losses, dtype), (dense_losses, "float64")))
+    assert_close(found, expected, TOLERANCE[dtype])
+
+
+def test_only_the_total_and_only_the_student_have_a_gradient(x64):
+    (student, _), teacher, targets = jax.tree.map(jnp.asarray, make())
+    terms = {"ce": (1.0, jnp.ones(())), "mlm": (1.0, jnp.ones(()))}
+
+    def loss(student, teacher, terms):
+        total, means = fused_losses(student, teacher, targets, terms, TEMPERATURE)
+        return 3 * total + 7 * means["ce"]
+
+    ours, theirs, weights = jax.grad(loss, argnums=(0, 1, 2))(student, teacher, terms)
+    expected = jax.grad(lambda s: dense_losses(s, teacher, targets, terms, TEMPERATURE)[0])(student)
+    assert_close(ours, jax.tree.map(lambda g: 3 * g, expected), 1e-12)
+    assert not any(np.any(x) for x in jax.tree.leaves((theirs, weights)))
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (JAX_NUM_CPU_DEVICES=8)")
+@pytest.mark.parametrize("words", [72, 73])  # 73: no mesh divides them
+@pytest.mark.parametrize("shape", ["8x1", "4x2", "2x4", "1x8"])
+def test_every_mesh(shape, words, x64):
+    """The same numbers; gradients are added up once, and neither words nor logits gathered."""
+    (student, _), teacher, targets = make(words)
+    data, model = map(int, shape.split("x"))
+
+    def loss(losses):
+        def call(student, teacher, targets):
+            terms = {"ce": (5.0, targets.soft_weights.sum()),
+                     "mlm": (2.0, targets.label_weights.sum())}
+            return losses(student, teacher, targets, terms, TEMPERATURE)
+        return jax.jit(jax.value_and_grad(call, has_aux=True))
+
+    expected = loss(dense_losses)(student, teacher, targets)
+    mesh = mesh_of(shape)
+    with jax.set_mesh(mesh):
+        divided = fused_head.head_specs(mesh.abstract_mesh, ROWS, words)[1]
+        rows, of_words = (jax.NamedSharding(mesh, spec) for spec in (jax.P("data"), divided))
+        head = Head(rows, of_words, of_words)
+        placed = jax.device_put((student, teacher, targets), (head, head, rows))
+        call = loss(fused_losses).lower(*placed).compile()
+        found = call(*placed)
+    assert_close(jax.device_get(found), expected, 1e-12)
+
+    parts = words // (model if words % model == 0 else 1)
+    gradient = f"f64[{parts},{WIDTH}]"
+    collectives = re.findall(r"= (.*) (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(",
+                             call.as_text())
+    reduced = [result for result, kind in collectives if kind == "all-reduce"]
+    gathered = [result for result, kind in collectives if kind != "all-reduce"]
+    rows_are_divided = data > 1 or words % model > 0
+    assert sum(gradient in result for result in reduced) == rows_are_divided
+    # What may be gathered: hidden states of rows that were divided over both axes.
+    assert all(f"{LENGTH},{WIDTH}]" in result for result in gathered), gathered
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (JAX_NUM_CPU_DEVICES=8)")
+@pytest.mark.parametrize("shape", ["8x1", "4x2"])
+def test_rows_divided_by_the_caller(shape, x64):
+    """Then sums and gradients are those of the device's own rows, and the caller adds them up."""
+    (student, _), teacher, targets = make()
+    weight = targets.soft_weights.sum()
+
+    def call(losses, student, teacher, targets):
+        terms = {"ce": (5.0, weight), "mlm": (2.0, weight)}
+        return jax.value_and_grad(losses, has_aux=True)(
+            student, teacher, targets, terms, TEMPERATURE)
+
+    def own_rows(student, teacher, targets):
+        values, gradients = call(fused_losses, student, teacher, targets)
+        values, parameters = jax.lax.psum((values, gradients[1:]), "data")
+        return values, Head(gradients.states, *parameters)
+
+    rows, whole = jax.P("data"), jax.P()
+    head = Head(rows, whole, whole)
+    with jax.set_mesh(mesh_of(shape)):
+        found = jax.jit(jax.shard_map(
+            own_rows, in_specs=(head, head, rows), out_specs=(whole, head), check_vma=False,
+            axis_names={"data"}))(student, teacher, targets)
+    assert_close(jax.device_get(found), call(dense_losses, student, teacher, targets), 1e-12)
+
+
+def test_memory(monkeypatch):
+    monkeypatch.setattr(fused_head, "LEAST", 256)
+    found = compare(rows=32, length=128, words=4096, width=64, dtype="float32", repeats=0)
+    assert found["dense"]["bytes"] > 3 * 4 * 32 * 128 * 4096
+    assert found["dense"]["bytes"] > 10 * found["fused"]["bytes"]
+
+
+def test_times_are_taken_in_turn():
+    found = compare(rows=2, length=8, words=40, width=8, dtype="bfloat16", repeats=1)
+    assert all(found[name]["ms"] > 0 for name in ("dense", "fused"))
