@@ -182,7 +182,7 @@ def test_a_full_disk(tmp_path, config, tokenizer, small_blocks, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "_write", full)
-        with pytest.raises(UserError, match="data.partial cannot be written .No space left on"):
+        with pytest.raises(UserError, match="data cannot be written: No space left on"):
             prepare(config(), tokenizer, tmp_path / "data")
     prepare(config(), tokenizer, tmp_path / "data")
     assert names(tmp_path) == ["corpus.txt", "data"]

@@ -65,8 +65,8 @@ def test_real_korean_and_english_by_words(shared):
 
 
 @few(max_examples=25)
-@given(documents=st.lists(TEXT, min_size=3, max_size=30), length=st.integers(8, 40), which=st.integers(0, 2),
-       block=st.integers(1, 200), share=st.floats(0.05, 0.95))
+@given(documents=st.lists(TEXT, min_size=3, max_size=30), length=st.integers(8, 40),
+       which=st.integers(0, 2), block=st.integers(1, 200), share=st.floats(0.05, 0.95))
 def test_a_corpus_is_prepared_or_refused_in_one_line(
         tmp_path_factory, tokenizers, documents, length, which, block, share):
     folder, tokenizer = tmp_path_factory.mktemp("any"), tokenizers[which]

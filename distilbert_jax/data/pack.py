@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -213,7 +214,7 @@ def sha256(path: pathlib.Path) -> str:
 
 def is_prepared(folder: str | pathlib.Path) -> bool:
     """Whether the folder claims to be prepared data."""
-    return pathlib.Path(folder, MANIFEST).is_file()
+    return os.path.isfile(os.path.join(folder, MANIFEST))
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:

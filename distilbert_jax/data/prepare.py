@@ -86,18 +86,18 @@ def prepare(config: DataConfig, tokenizer: "transformers.PreTrainedTokenizerFast
         "corpus": sources.describe(config.corpus), "mix": list(config.mix),
         "valid": sources.describe(config.valid) if config.valid else config.valid_share,
         "block_characters": BLOCK_CHARACTERS}
-    if not _holds(folder, request):
-        partial = folder.with_name(folder.name + ".partial")
-        try:
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        if not _holds(folder, request):
             with _begun(partial, request):
                 job = Job(partial, spec, config.sequence_length)
                 if not _fill(job, config, progress, part):
                     return None
                 _complete(partial, folder)
-        except OSError as error:
-            if not pack.is_prepared(folder):  # else another machine was quicker
-                raise UserError(f"{partial} cannot be written ({error.strerror or error}); the "
-                                "same command goes on from there") from error
+    except OSError as error:
+        if not pack.is_prepared(folder):  # else another machine was quicker
+            raise UserError(f"{folder} cannot be written: {error.strerror or error}; mend that, "
+                            "and the same command goes on") from error
     return pack.load(folder)
 
 
