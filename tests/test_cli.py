@@ -328,6 +328,8 @@ OTHERS = [  # (program, what is made, all its words, parts of the message)
     (prepare, None, f"{PREPARE} --teacher teacher", ["unknown flag '--teacher'"]),
     (prepare, with_file("new", b""), PREPARE, ["new exists and is not prepared data"]),
     (prepare, with_file("file", b""), f"{PREPARE} --output file/new", ["file/new", "Not a dir"]),
+    (prepare, None, f"{PREPARE} --output .", [". exists and is not prepared data"]),
+    (prepare, None, f"{PREPARE} --output /", ["/ exists and is not prepared data"]),
     (prepare, None, f"{PREPARE} --output {'x' * 300}", ["File name too long"]),
     (prepare, prepared("--valid-share", "0.3"), f"{PREPARE} --output ready",
      ["ready was prepared with another valid (0.3, now 0.02): delete it or name another"]),

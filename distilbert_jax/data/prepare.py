@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -86,7 +87,7 @@ def prepare(config: DataConfig, tokenizer: "transformers.PreTrainedTokenizerFast
         "corpus": sources.describe(config.corpus), "mix": list(config.mix),
         "valid": sources.describe(config.valid) if config.valid else config.valid_share,
         "block_characters": BLOCK_CHARACTERS}
-    partial = folder.with_name(folder.name + ".partial")
+    partial = pathlib.Path(os.path.abspath(folder) + ".partial")
     try:
         if not _holds(folder, request):
             with _begun(partial, request):
@@ -444,7 +445,7 @@ def _file(path: pathlib.Path) -> dict[str, Any]:
 
 def _write(path: pathlib.Path, content: str | np.ndarray) -> None:
     """Write a file that is whole or absent, whoever else writes it and whenever this is killed."""
-    new = path.with_name(f"{path.name}.tmp-{os.uname().nodename}-{os.getpid()}")
+    new = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
     with new.open("wb") as file:
         if isinstance(content, str):
             file.write(content.encode())
