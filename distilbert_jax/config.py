@@ -6,6 +6,7 @@ Every other module receives these dataclasses; nothing here imports jax.
 import argparse
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
@@ -60,18 +61,70 @@ EVALUATION_MASKING = Masking(mask=1.0, keep=0.0, smoothing=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """What distillation and masked-language-model training have in common."""
+class DataConfig:
+    """Which documents there are, and how they are brought into rows."""
 
     corpus: tuple[str, ...] = _option(
-        (), "data", "text or JSON-lines files (globs, .gz), a saved datasets folder, "
-        "hf:NAME[:CONFIG], tfds:NAME, or python-docs; one line of text is one document", nargs="+")
+        (), "data", "text, JSON-lines or parquet files (globs; .gz, .zst), a saved datasets "
+        "folder, hf:NAME[:CONFIG], tfds:NAME, python-docs, or one folder that prepare.py made; "
+        "one line of text is one document", nargs="+")
+    mix: tuple[float, ...] = _option(
+        (), "data", "a weight for each word of --corpus: documents are drawn in this ratio until "
+        "one is used up; default: one corpus after the other", nargs="+", type=float)
     valid: tuple[str, ...] = _option(
         (), "data", "held-out corpus, named like --corpus; default: a part of the corpus, chosen "
         "by the hash of each document", nargs="+")
     valid_share: float = _option(
         0.02, "data", "share of the documents held out when --valid is not given")
     sequence_length: int = _option(128, "data", "tokens in a packed row")
+    workers: int = _option(
+        0, "data", "processes that prepare the corpus; the result is the same; default: one for "
+        "each core")
+
+    LARGEST_LENGTH = 2**16 - 1  # lengths of segments are stored as uint16
+
+    def __post_init__(self) -> None:
+        for name, least in (("sequence_length", 8), ("workers", 0)):
+            check(self, name, getattr(self, name) >= least, f"must be at least {least}")
+        check(self, "sequence_length", self.sequence_length <= self.LARGEST_LENGTH,
+              f"must be at most {self.LARGEST_LENGTH}")
+        check(self, "valid_share", 0 < self.valid_share < 1, "must lie between 0 and 1")
+        if self.mix and len(self.mix) != len(self.corpus):
+            raise UserError(f"--mix has {len(self.mix)} weights, --corpus {len(self.corpus)} "
+                            "words: give one weight for each")
+        if not all(0 < weight < float("inf") for weight in self.mix):
+            raise UserError(f"--mix {' '.join(map(str, self.mix))} must be positive, finite")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareConfig(DataConfig):
+    """The preparation of a corpus on its own, for any number of runs."""
+
+    tokenizer: str = _option(
+        "", "models", "Hugging Face folder whose tokenizer is used, as a rule the teacher's")
+    shard: str = _option(
+        "0/1", "data", "i/n: prepare the i-th of n parts, counted from 0, on this machine; all n "
+        "write into the same folder, and the last to end completes it")
+    output: str = _option("prepared", "output", "folder for the prepared corpus")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard)
+        if not match or int(match[1]) >= int(match[2]):
+            raise UserError(f"--shard {self.shard} must look like 0/4: a part, counted from 0, of "
+                            "how many")
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """`shard` as numbers: which, of how many."""
+        which, parts = map(int, self.shard.split("/"))
+        return which, parts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(DataConfig):
+    """What distillation and masked-language-model training have in common."""
+
     steps: int | None = _option(
         None, "training", "updates; default: three passes over the corpus")
     batch_size: int = _option(128, "training", "rows per update, over all devices")
@@ -94,11 +147,13 @@ class TrainConfig:
     eval_every: int = _option(250, "output", "updates between held-out evaluations")
 
     # Fields that may differ between a run and its continuation; all others are its meaning.
-    HARMLESS = ("steps", "mesh", "output", "save_every", "eval_every", "recipe")
+    HARMLESS = ("steps", "mesh", "output", "save_every", "eval_every", "recipe",
+                "workers")
     LARGEST_SEED = 2**32 - 1
 
     def __post_init__(self) -> None:
-        at_least = {"sequence_length": 8, "batch_size": 1, "accumulate": 1, "save_every": 1,
+        super().__post_init__()
+        at_least = {"batch_size": 1, "accumulate": 1, "save_every": 1,
                     "eval_every": 1, "seed": 0}
         if self.steps is not None:
             at_least["steps"] = 1
@@ -111,7 +166,6 @@ class TrainConfig:
               "must be 0 or a positive, finite number")
         for name in ("warmup", "dropout"):
             check(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
-        check(self, "valid_share", 0 < self.valid_share < 1, "must lie between 0 and 1")
         check(self, "accumulate", self.batch_size % self.accumulate == 0,
               f"must divide --batch-size {self.batch_size}")
         choose(self.dtype, ("auto", "float32", "bfloat16", "float64"), "--dtype")
@@ -199,7 +253,8 @@ def parse(config_class: type, description: str, argv: Sequence[str],
     """Read the command line into `config_class`.
 
     Args:
-        config_class: DistilConfig or PretrainConfig; each field with metadata is one flag.
+        config_class: DistilConfig, PretrainConfig or PrepareConfig; each field with metadata
+            is one flag.
         description: first line of `--help`.
         argv: the words after the program's name.
         recipes: recipe name → the defaults it sets; flags that are given win over them.
@@ -226,7 +281,8 @@ def parse(config_class: type, description: str, argv: Sequence[str],
             kind = {"action": argparse.BooleanOptionalAction}
         else:
             value_type = int if field.name == "steps" else type(field.default)
-            kind = {"type": str if value_type is tuple else value_type, "metavar": "X"}
+            value_type = meta.get("type", str if value_type is tuple else value_type)
+            kind = {"type": value_type, "metavar": "X"}
             kind |= {"nargs": meta["nargs"]} if "nargs" in meta else {}
         group.add_argument(flag(field.name), help=text, **kind)
     given = vars(parser.parse_args(argv))

@@ -26,6 +26,7 @@ from distilbert_jax.benchmark.latency import latencies
 from distilbert_jax.checkpoint import refuse_other_run
 from distilbert_jax.config import DistilConfig, Masking, PretrainConfig, TrainConfig, UserError
 from distilbert_jax.data import pack, sources
+from distilbert_jax.data.prepare import is_prepared, prepare
 from distilbert_jax.data.tokenize import load_tokenizer, train_wordpiece
 from distilbert_jax.evaluation.held_out import held_out
 from distilbert_jax.export import export
@@ -182,7 +183,8 @@ def check(config: TrainConfig, shape: EncoderConfig) -> tuple[Mesh, Any, Any]:
     if config.sequence_length > shape.max_position_embeddings:
         raise UserError(f"--sequence-length {config.sequence_length} is beyond the model's "
                         f"{shape.max_position_embeddings} positions")
-    sources.describe([*config.corpus, *config.valid])
+    sources.check([*config.corpus, *config.valid])
+    is_prepared(config.corpus)
     with _told(config.output):
         refuse_other_run(Path(config.output), _settings(config))
     if config.dtype == "float64":
@@ -208,7 +210,10 @@ def _settings(config: TrainConfig) -> dict[str, Any]:
 
 def _learnt_tokenizer(config: PretrainConfig) -> Any:
     """The tokenizer trained on the corpus, without its held-out part."""
-    documents = (d for d in sources.documents(config.corpus)
+    if is_prepared(config.corpus):
+        raise UserError(f"--corpus {config.corpus[0]} is prepared for another tokenizer, and none "
+                        "can be learnt from it: give texts, or --model")
+    documents = (d for d in sources.Documents(config.corpus, config.mix)
                  if config.valid or not sources.is_held_out(d, config.valid_share))
     return train_wordpiece(documents, config.vocab_size)
 
@@ -245,10 +250,8 @@ def _prepare(config: TrainConfig, mesh: Mesh, dtype: Any, param_dtype: Any, toke
     """Bring the corpus into packed rows."""
     output = Path(config.output)
     with _folder(output), report.counting("prepare") as progress:
-        data = pack.prepare(config.corpus, config.valid, config.valid_share,
-                            config.sequence_length, tokenizer, output / "data", progress)
-    print(report.describe("train", data.train.manifest))
-    print(report.describe("held out", data.valid.manifest))
+        data = prepare(config, tokenizer, output / "data", progress)
+    print(report.describe_data(data.manifest))
     words = vocabulary(data.train.counts, tokenizer.all_special_ids, tokenizer.mask_token_id)
     steps = config.steps or max(1, math.ceil(3 * len(data.train) / config.batch_size))
     return Setup(config, mesh, dtype, param_dtype, tokenizer, data,

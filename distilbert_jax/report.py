@@ -96,12 +96,17 @@ def versions() -> str:
             f"optax {optax.__version__}")
 
 
-def describe(name: str, manifest: dict[str, Any]) -> str:
-    """One line that says what the preparation of a part counted."""
-    m = manifest
-    return (f"{name}: {m['documents']:,} documents, {m['characters']:,} characters → "
+def describe_data(manifest: dict[str, Any]) -> str:
+    """A line for each part of a prepared corpus, and one for where its documents come from."""
+    length = manifest["request"]["sequence_length"]
+    lines = [f"{word}: {count:,} documents" for word, count in manifest["documents"]]
+    for name, part in (("train", "train"), ("held out", "valid")):
+        m = manifest[part]
+        lines.append(
+            f"{name}: {m['documents']:,} documents, {m['characters']:,} characters → "
             f"{m['pieces']:,} pieces, {m['tokens']:,} tokens ({m['unknown']:,} unknown) → "
-            f"{m['rows']:,} rows, {m['utilisation']:.1%} full")
+            f"{m['rows']:,} rows, {m['tokens'] / (m['rows'] * length):.1%} full")
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import (
     AbstractMesh,
     AxisType,
@@ -94,6 +95,20 @@ def head_specs(
     while rows % math.prod(mesh.shape[axis] for axis in of_rows):
         of_rows = of_rows[:-1]
     return PartitionSpec(of_rows or None), PartitionSpec(of_words)
+
+
+def local_rows(mesh: Mesh, count: int) -> np.ndarray:
+    """Which of the `count` rows of a batch lie on a device of this process: [rows], ascending."""
+    mine = np.zeros(count, bool)
+    for (rows,) in by_rows(mesh).addressable_devices_indices_map((count,)).values():
+        mine[rows] = True
+    return np.flatnonzero(mine)
+
+
+def place_rows(local: dict[str, np.ndarray], mesh: Mesh, count: int) -> dict[str, jax.Array]:
+    """A batch of `count` rows on the mesh, of which each process gives those of `local_rows`."""
+    return {name: jax.make_array_from_process_local_data(
+        by_rows(mesh), x, (count, *x.shape[1:])) for name, x in local.items()}
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

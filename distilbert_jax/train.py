@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from distilbert_jax.checkpoint import Checkpoints, abstract
 from distilbert_jax.config import TrainConfig
-from distilbert_jax.data.batches import read, row_indices, tokens_before
+from distilbert_jax.data.batches import Prefetch, read, row_indices, tokens_before
 from distilbert_jax.data.pack import PackedRows
 from distilbert_jax.masking import Vocabulary
-from distilbert_jax.sharding import by_rows, replicated, shardings
+from distilbert_jax.sharding import by_rows, local_rows, place_rows, replicated, shardings
 from distilbert_jax.train_step import TrainState
 
 LOG_EVERY = 10  # updates
@@ -71,23 +71,22 @@ def train(run: Run, state: TrainState, teacher_params: dict[str, Any]) -> TrainS
         state = jax.device_put(state, places) if restored is None else restored
         start = int(state.step)
         seen = tokens_before(config.seed, start, config.batch_size, run.rows)
-        with MetricsLog(run.output, start, seen) as log, _progress(run, start) as bar:
+        with (MetricsLog(run.output, start, seen) as log, _progress(run, start) as bar,
+              Prefetch(_reader(run), range(start, run.steps)) as batches):
             if start:
                 bar.write(f"{run.label}: continuing from update {start} of {run.steps}")
             else:
                 log.write(0, run.evaluate(state.params))
             pending: tuple[int, dict[str, Any]] | None = None
             for step in range(start, run.steps):
-                indices = row_indices(config.seed, step, config.batch_size, len(run.rows))
-                batch = jax.device_put(read(run.rows, indices), by_rows(mesh))
-                state, metrics = step_fn(state, teacher_params, run.vocabulary, batch)
-                _report(pending, bar, log)  # of the step before, while this one runs
+                state, metrics = step_fn(state, teacher_params, run.vocabulary, next(batches))
+                _report(pending, bar, log, batches)  # of the step before, while this one runs
                 pending, done = (step + 1, metrics), step + 1
                 evaluates = done % config.eval_every == 0 and done < run.steps
                 stops = stop.signal and done < run.steps
                 saves = done % config.save_every == 0 or done == run.steps or stops
                 if evaluates or saves:  # neither may be ahead of the log
-                    _report(pending, bar, log)
+                    _report(pending, bar, log, batches)
                     pending = None
                 if evaluates:
                     log.write(done, run.evaluate(state.params))
@@ -99,8 +98,21 @@ def train(run: Run, state: TrainState, teacher_params: dict[str, Any]) -> TrainS
     return state
 
 
+def _reader(run: Run) -> Callable[[int], dict[str, jax.Array]]:
+    """A function from a step to its batch, of which this process reads only its own rows."""
+    size = run.config.batch_size
+    own = local_rows(run.mesh, size)
+
+    def batch(step: int) -> dict[str, jax.Array]:
+        indices = row_indices(run.config.seed, step, size, len(run.rows))
+        return place_rows(read(run.rows, indices[own]), run.mesh, size)
+
+    return batch
+
+
 def _report(
-    pending: tuple[int, dict[str, Any]] | None, bar: "tqdm[Any]", log: "MetricsLog"
+    pending: tuple[int, dict[str, Any]] | None, bar: "tqdm[Any]", log: "MetricsLog",
+    batches: Prefetch,
 ) -> None:
     """Bring one step's metrics to the host, into the bar and, now and then, into the log."""
     if pending is None:
@@ -112,7 +124,8 @@ def _report(
                         refresh=False)
     bar.update()
     if step % LOG_EVERY == 0 or step == bar.total:
-        log.write(step, {f"train_{name}": value for name, value in figures.items()})
+        log.write(step, {f"train_{name}": value for name, value in figures.items()} | {
+            "waiting": batches.waiting()})  # share of the time, for data
 
 
 class MetricsLog:

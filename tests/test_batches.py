@@ -1,6 +1,9 @@
 """Batches: a pure function of (seed, step) that drops nothing and restores every segment."""
 
+import time
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -37,25 +40,22 @@ def test_far_step_is_as_near_as_the_first():
 
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=40), st.randoms(use_true_random=False))
 def test_read_restores_every_piece_once(lengths, random):
-    pieces = [np.array([random.randint(1, 99) for _ in range(n)], np.uint8) for n in lengths]
-    packed_rows = list(pack.pack(pieces, 8))
-    rows = np.zeros((len(packed_rows), 8), np.uint8)
-    segments = np.zeros((len(packed_rows), max(map(len, packed_rows))), np.uint16)
-    for r, row in enumerate(packed_rows):
-        rows[r, :sum(map(len, row))] = np.concatenate(row)
-        segments[r, :len(row)] = [len(piece) for piece in row]
-    packed = pack.PackedRows(rows, segments, np.zeros(100, np.int64), {})
+    pieces = [[random.randint(1, 99) for _ in range(n)] for n in lengths]
+    shard = pack.pack(np.array(sum(pieces, []), np.uint8), np.array(lengths), 8, pad_id=0)
+    packed = pack.PackedRows(shard["row"], shard["segments"], np.zeros(100, np.int64), {})
 
     batch = batches.read(packed, np.arange(len(packed)))
-    assert {(v.dtype, v.shape) for v in batch.values()} == {(np.dtype(np.int32), rows.shape)}
+    assert {(v.dtype, v.shape) for v in batch.values()} == {(np.dtype(np.int32), (len(shard), 8))}
     padding = batch["segment_ids"] == 0
     assert (~padding).sum() == sum(lengths)
     assert not batch["input_ids"][padding].any() and not batch["position_ids"][padding].any()
-    for r, row in enumerate(packed_rows):
-        for number, piece in enumerate(row, 1):
-            own = batch["segment_ids"][r] == number
-            np.testing.assert_array_equal(batch["input_ids"][r][own], piece)
-            np.testing.assert_array_equal(batch["position_ids"][r][own], np.arange(len(piece)))
+    found = []
+    for ids, segments, positions in zip(*batch.values(), strict=True):
+        for number in range(1, segments.max() + 1):
+            own = segments == number
+            found.append(ids[own].tolist())
+            np.testing.assert_array_equal(positions[own], np.arange(own.sum()))
+    assert sorted(found) == sorted(pieces)
 
 
 def test_read_gathers_in_the_order_asked():
@@ -63,3 +63,34 @@ def test_read_gathers_in_the_order_asked():
     packed = pack.PackedRows(rows, np.full((3, 1), 4, np.uint16), np.zeros(12, np.int64), {})
     batch = batches.read(packed, np.array([2, 0, 2]))
     np.testing.assert_array_equal(batch["input_ids"], rows[[2, 0, 2]])
+
+
+def test_prefetch_is_ahead_by_two_and_in_order():
+    made = []
+
+    def make(step):
+        made.append(step)
+        return step
+
+    with batches.Prefetch(make, range(3, 8)) as ahead:
+        assert next(ahead) == 3
+        ahead._ahead[-1].result()
+        assert made == [3, 4, 5]
+        assert list(ahead) == [4, 5, 6, 7]
+    assert made == [3, 4, 5, 6, 7]
+
+
+def test_prefetch_raises_where_the_batch_is_taken():
+    with batches.Prefetch(lambda step: 1 // (step - 1), range(5)) as ahead:
+        assert next(ahead) == -1
+        with pytest.raises(ZeroDivisionError):
+            next(ahead)
+
+
+def test_prefetch_tells_how_long_it_was_waited_for():
+    with batches.Prefetch(lambda _: time.sleep(0.2), range(3)) as ahead:
+        next(ahead)
+        assert ahead.waiting() > 0.8
+        time.sleep(0.5)
+        next(ahead)
+        assert ahead.waiting() < 0.2

@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
 import launch  # noqa: E402
+import prepare  # noqa: E402
 import pretrain  # noqa: E402
 import run  # noqa: E402
 
@@ -23,6 +24,7 @@ TEACHER = "--teacher teacher --corpus corpus.txt --output new --steps 1 --sequen
     "--batch-size 8"
 SCRATCH = TEACHER.replace("--teacher teacher ", "")
 ADAPT = TEACHER.replace("--teacher", "--model")
+PREPARE = "--tokenizer teacher --corpus corpus.txt --output new --sequence-length 16"
 
 
 @pytest.fixture
@@ -96,6 +98,31 @@ def truncated():
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def prepared(*words, tokenizer="teacher", change=lambda: None):
+    """The folder ready/ was prepared from the corpus, with further words."""
+    def make():
+        prepare.main([*PREPARE.split(), "--output", "ready", "--tokenizer", tokenizer, *words])
+        change()
+    return make
+
+
+def other_tokenizer():
+    """teacher/ has two words more."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained("teacher")
+    tokenizer.add_tokens(["extra", "words"])
+    tokenizer.save_pretrained("other")
+
+
+def flipped(name):
+    def flip():
+        whole = bytearray(Path(name).read_bytes())
+        whole[-1] ^= 1
+        Path(name).write_bytes(whole)
+    return flip
+
+
 def with_run(**settings):
     """The output holds a checkpoint of a run with these settings and today's defaults."""
     def write():
@@ -158,6 +185,25 @@ FOLDERS = [  # (what is made or broken, further words, parts of the message)
      ["a.jsonl:2: not JSON"]),
     (with_file("a.jsonl", b'{"title": "ba", "body": "be"}\n'), "--corpus a.jsonl",
      ["a.jsonl:1: no column 'text'", "columns: title, body"]),
+    (with_file("cut.txt.zst", b"ba be"), "--corpus cut.txt.zst",
+     ["cut.txt.zst: damaged zstd file"]),
+    (with_file("a.parquet", b"PAR1"), "--corpus a.parquet", ["a.parquet: cannot be read"]),
+    # prepared before
+    (prepared(), "--corpus ready corpus.txt", ["--corpus ready is a prepared folder: give it al"]),
+    (prepared(), "--corpus ready --valid corpus.txt", ["--valid does not go with --corpus ready"]),
+    (prepared(), "--corpus ready --mix 1", ["--mix does not go with --corpus ready"]),
+    (prepared(), "--corpus ready --sequence-length 24",
+     ["ready was prepared with another sequence_length (16, now 24): prepare it again"]),
+    (lambda: (other_tokenizer(), prepared(tokenizer="other")()), "--corpus ready",
+     ["ready was prepared with another tokenizer, masking vocabulary: prepare it again"]),
+    (prepared(change=without("ready/train-00000.npy")), "--corpus ready",
+     ["ready/train-00000.npy is damaged (0 bytes, not ", "delete ready and prepare it again"]),
+    (prepared(change=flipped("ready/train-00000.npy")), "--corpus ready",
+     ["ready/train-00000.npy is damaged (its SHA-256 is not the manifest's)"]),
+    (prepared(change=with_file("ready/manifest.json", b"{")), "--corpus ready",
+     ["ready/manifest.json is damaged"]),
+    (with_file("new/data.partial/notes.txt", b"mine"), "",
+     ["new/data.partial exists and is no unfinished preparation: remove it"]),
     # the output
     (with_file("new", b""), "", ["--output new", "File exists"]),
     (with_file("file", b""), "--output file/new", ["--output file/new", "Not a directory"]),
@@ -190,6 +236,11 @@ FLAGS = [  # (words, parts of the message), with every file as it should be
     ("--accumulate 0", ["--accumulate 0 must be at least 1"]),
     ("--sequence-length 25", ["--sequence-length 25", "24 positions"]),
     ("--sequence-length 7", ["--sequence-length 7 must be at least 8"]),
+    ("--sequence-length 65536", ["--sequence-length 65536 must be at most 65535"]),
+    ("--workers -1", ["--workers -1 must be at least 0"]),
+    ("--mix 0.5 0.5", ["--mix has 2 weights, --corpus 1 words"]),
+    ("--mix 0", ["--mix 0.0 must be positive, finite"]),
+    ("--mix nan", ["--mix nan must be positive, finite"]),
     ("--sequence-length long", ["--sequence-length: invalid int value: 'long'"]),
     ("--student-layers 3", ["--student-layers 3: the teacher has 2 layers"]),
     ("--student-layers 0", ["--student-layers 0: the teacher has 2 layers"]),
@@ -257,6 +308,33 @@ OTHERS = [  # (program, what is made, all its words, parts of the message)
     (pretrain, with_file("new", b""), SCRATCH, ["--output new", "File exists"]),
     (pretrain, None, f"{ADAPT} --sequence-length 25", ["--sequence-length 25", "24 positions"]),
     (pretrain, without("teacher/tokenizer.json"), ADAPT, ["tokenizer in teacher"]),
+    (pretrain, prepared(), f"{SCRATCH} --corpus ready", ["--corpus ready is prepared for another",
+                                                         "give texts, or --model"]),
+    (prepare, None, "", ["--tokenizer is missing"]),
+    (prepare, None, "--tokenizer teacher", ["--corpus is missing"]),
+    (prepare, None, f"{PREPARE} --tokenizer nowhere", ["no tokenizer in nowhere"]),
+    (prepare, without("teacher/tokenizer.json"), PREPARE, ["tokenizer in teacher"]),
+    (prepare, None, f"{PREPARE} --corpus absent.txt", ["'absent.txt': no such file"]),
+    (prepare, None, f"{PREPARE} --valid absent.txt", ["'absent.txt': no such file"]),
+    (prepare, with_file("b.txt", b"\n"), f"{PREPARE} --corpus b.txt", ["no text in b.txt"]),
+    (prepare, with_file("b.txt", b"\n"), f"{PREPARE} --valid b.txt --output a/b/c",
+     ["no text in b.txt"]),
+    (prepare, with_file("l.txt", b"ba\n\xe4\n"), f"{PREPARE} --corpus l.txt", ["l.txt:2: not UTF"]),
+    (prepare, None, f"{PREPARE} --shard 2/2", ["--shard 2/2 must look like 0/4"]),
+    (prepare, None, f"{PREPARE} --shard 1", ["--shard 1 must look like 0/4"]),
+    (prepare, None, f"{PREPARE} --mix 1 2", ["--mix has 2 weights, --corpus 1 words"]),
+    (prepare, None, f"{PREPARE} --sequence-length 70000", ["must be at most 65535"]),
+    (prepare, None, f"{PREPARE} --valid-share 1e-9", ["held-out share of 1e-09: give --valid"]),
+    (prepare, None, f"{PREPARE} --teacher teacher", ["unknown flag '--teacher'"]),
+    (prepare, with_file("new", b""), PREPARE, ["new exists and is not prepared data"]),
+    (prepare, with_file("file", b""), f"{PREPARE} --output file/new", ["file/new", "Not a dir"]),
+    (prepare, None, f"{PREPARE} --output .", [". exists and is not prepared data"]),
+    (prepare, None, f"{PREPARE} --output /", ["/ exists and is not prepared data"]),
+    (prepare, None, f"{PREPARE} --output {'x' * 300}", ["File name too long"]),
+    (prepare, prepared("--valid-share", "0.3"), f"{PREPARE} --output ready",
+     ["ready was prepared with another valid (0.3, now 0.02): delete it or name another"]),
+    (prepare, prepared(change=with_file("corpus.txt", b"ba be\n")), f"{PREPARE} --output ready",
+     ["ready was prepared with another corpus: delete it or name another"]),
 ]
 
 
@@ -294,7 +372,8 @@ def command(script, *words):
 
 @pytest.mark.parametrize("script, groups", [
     ("run.py", ("data", "models", "losses", "training", "devices", "output")),
-    ("pretrain.py", ("data", "models", "training", "devices", "output"))])
+    ("pretrain.py", ("data", "models", "training", "devices", "output")),
+    ("prepare.py", ("data", "models", "output"))])
 def test_help(script, groups, place):
     done = command(script, "--help")
     assert done.returncode == 0 and not done.stderr

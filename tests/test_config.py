@@ -6,6 +6,7 @@ import pytest
 
 from distilbert_jax.config import (
     DistilConfig,
+    PrepareConfig,
     PretrainConfig,
     UserError,
     choose,
@@ -33,10 +34,12 @@ def test_flags_of_every_kind():
 
 
 def test_every_field_is_a_flag_of_its_type():
-    for config_class in (DistilConfig, PretrainConfig):
+    for config_class in (DistilConfig, PretrainConfig, PrepareConfig):
         for field in dataclasses.fields(config_class):
             if isinstance(field.default, bool):
                 argv, value = [flag(field.name)], True
+            elif field.name == "mix":
+                argv, value = ["--corpus", "a", "b", "--mix", "0.7", "2"], (0.7, 2.0)
             else:
                 value = field.default or ("x",) if isinstance(field.default, tuple) else (
                     field.default or (3 if field.name == "steps" else
@@ -71,7 +74,11 @@ def test_command_lines_that_cannot_be(argv, message):
 
 
 @pytest.mark.parametrize("config_class, name, values", [
-    (DistilConfig, "sequence_length", (7,)),
+    (DistilConfig, "sequence_length", (7, 65536)),
+    (DistilConfig, "workers", (-1,)),
+    (DistilConfig, "mix", ((1.0,),)),
+    (PrepareConfig, "sequence_length", (7, 65536)),
+    (PrepareConfig, "shard", ("", "1", "2/2", "0/0", "-1/2", "1/-2", "0/2/3", "a/b", " 0/2")),
     (DistilConfig, "steps", (0, -1)),
     (DistilConfig, "batch_size", (0,)),
     (DistilConfig, "accumulate", (0, 3)),  # 3 does not divide 128

@@ -59,12 +59,15 @@ def test_versions():
     assert f"{jax.device_count()} x " in text and "\n" not in text
 
 
-def test_describe():
-    manifest = {"documents": 1234, "characters": 56789, "pieces": 1300, "tokens": 9876,
-                "unknown": 3, "rows": 80, "utilisation": 0.9645}
-    assert report.describe("train", manifest) == (
-        "train: 1,234 documents, 56,789 characters → 1,300 pieces, 9,876 tokens (3 unknown) → "
-        "80 rows, 96.5% full")
+def test_describe_data():
+    part = {"documents": 1234, "characters": 56789, "pieces": 1300, "tokens": 9876,
+            "unknown": 3, "rows": 80}
+    manifest = {"request": {"sequence_length": 128}, "documents": [["a.txt", 1000], ["b", 1468]],
+                "train": part, "valid": part}
+    counted = ("1,234 documents, 56,789 characters → 1,300 pieces, 9,876 tokens (3 unknown) → "
+               "80 rows, 96.4% full")
+    assert report.describe_data(manifest).split("\n") == [
+        "a.txt: 1,000 documents", "b: 1,468 documents", f"train: {counted}", f"held out: {counted}"]
 
 
 def test_counting(capsys):

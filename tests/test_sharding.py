@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,14 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from distilbert_jax.config import UserError
 from distilbert_jax.models.encoder import SHARDING_ROWS, abstract_params, path_name
-from distilbert_jax.sharding import by_rows, make_mesh, replicated, shardings
+from distilbert_jax.sharding import (
+    by_rows,
+    local_rows,
+    make_mesh,
+    place_rows,
+    replicated,
+    shardings,
+)
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() != 8, reason="needs 8 devices (JAX_NUM_CPU_DEVICES=8)")
@@ -133,3 +141,46 @@ def test_every_mesh_takes_the_same_steps(shape, problem, vocabulary, on_one_devi
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11),
                      getattr(state, part), getattr(expected, part))
     assert state.step == 3
+
+
+def test_one_process_gives_all_rows():
+    batch = np.arange(48).reshape(16, 3)
+    for shape in ("8x1", "4x2", "1x8"):
+        mesh = mesh_of(shape)
+        assert local_rows(mesh, 16).tolist() == list(range(16))
+        placed = place_rows({"ids": batch}, mesh, 16)["ids"]
+        assert placed.sharding == by_rows(mesh)
+        np.testing.assert_array_equal(placed, batch)
+
+
+TWO_PROCESSES = """
+import sys, jax, numpy as np
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from distilbert_jax.sharding import local_rows, make_mesh, place_rows
+for shape in ("4x1", "2x2", "1x4"):
+    mesh, batch = make_mesh(shape), np.arange(24).reshape(8, 3)
+    own = local_rows(mesh, 8)
+    placed = place_rows({"ids": batch[own]}, mesh, 8)["ids"]
+    assert placed.shape == batch.shape
+    for shard in placed.addressable_shards:
+        np.testing.assert_array_equal(shard.data, batch[shard.index])
+    total = jax.jit(lambda x: (x * np.arange(8)[:, None]).sum())(placed)
+    assert int(total) == (batch * np.arange(8)[:, None]).sum()
+    print(shape, own.tolist())
+"""
+
+
+def test_each_of_two_processes_reads_only_its_own_rows():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    processes = [subprocess.Popen(
+        [sys.executable, "-c", TWO_PROCESSES, address, str(number)], stdout=subprocess.PIPE,
+        text=True, cwd=Path(__file__).parents[1],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"}) for number in range(2)]
+    said = [[line for line in process.communicate(timeout=120)[0].splitlines()
+             if not line.startswith("[Gloo]")] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    everything, (first, second) = list(range(8)), (list(range(4)), list(range(4, 8)))
+    assert said == [[f"4x1 {first}", f"2x2 {first}", f"1x4 {everything}"],
+                    [f"4x1 {second}", f"2x2 {second}", f"1x4 {everything}"]]

@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from distilbert_jax.config import UserError
@@ -14,10 +16,17 @@ TEXTS = ["First document.", "Zweites: Käse", "세 번째"]
 
 
 def write(path, content: bytes):
-    opened = gzip.open(path, "wb") if path.suffix == ".gz" else path.open("wb")
-    with opened as file:
-        file.write(content)
+    if path.suffix == ".zst":
+        content = zstd(content)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     return str(path)
+
+
+def zstd(content):
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as file:
+        file.write(content)
+    return sink.getvalue().to_pybytes()
 
 
 def json_lines(texts, key="text"):
@@ -28,17 +37,52 @@ def json_lines(texts, key="text"):
     ("a.txt", "\ufeff" + "  \r\n\n".join(TEXTS)),
     ("a.txt.gz", "\n".join(TEXTS)),
     ("a.jsonl", json_lines(TEXTS).decode()),
+    ("a.txt.zst", "\n".join(TEXTS)),
+    ("a.jsonl.zst", json_lines(TEXTS).decode()),
     ("a.json.gz", json_lines(TEXTS, key="content").decode() + "\n" + '{"text": null}'),
 ])
 def test_files(tmp_path, name, content):
-    assert list(sources.documents([write(tmp_path / name, content.encode())])) == TEXTS
+    assert list(sources.Documents([write(tmp_path / name, content.encode())])) == TEXTS
+
+
+def test_parquet(tmp_path):
+    def write(name, columns):
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / name, row_group_size=2)
+        return str(tmp_path / name)
+
+    numbers = list(range(4))
+    title = ["title"] * 4
+    texts = [*TEXTS, None]
+    for columns in ({"id": numbers, "text": texts, "title": title}, {"id": numbers, "body": texts},
+                    {"text": pyarrow.array(texts, pyarrow.large_string())}):
+        assert list(sources.Documents([write("a.parquet", columns)])) == TEXTS
+    for columns in ({"title": title, "body": texts}, {"text": numbers}):
+        with pytest.raises(UserError, match=f"columns: {', '.join(columns)}"):
+            list(sources.Documents([write("b.parquet", columns)]))
+
+
+def test_mix_keeps_its_ratio_from_the_start_until_one_is_used_up(tmp_path):
+    for name, count in (("a", 70), ("b", 1000), ("c", 1000)):
+        write(tmp_path / f"{name}.txt", "".join(f"{name}{i}\n" for i in range(count)).encode())
+    names = [str(tmp_path / f"{name}.txt") for name in "abc"]
+    corpus = sources.Documents(names, (1.0, 0.5, 3.5))
+    found = list(corpus)
+    assert corpus.taken[0] == 70 and len(found) == sum(corpus.taken)
+    assert found.index("a69") < 350 < len(found) < 355  # it ends where a71 would have been drawn
+    for end in range(1, len(found) + 1):
+        for name, share in (("a", 0.2), ("b", 0.1), ("c", 0.7)):
+            here = [text for text in found[:end] if text[0] == name]
+            assert abs(len(here) - share * end) < 1 + 1e-9
+            assert here == [f"{name}{i}" for i in range(len(here))]
+    together = sources.Documents(names)
+    assert len(list(together)) == 2070 and together.taken == [70, 1000, 1000]
 
 
 def test_glob_is_sorted_and_order_of_words_is_kept(tmp_path):
     for name in ("b", "a", "c"):
         write(tmp_path / f"{name}.txt", name.encode())
     words = [str(tmp_path / "c.txt"), str(tmp_path / "[ab].txt")]
-    assert list(sources.documents(words)) == ["c", "a", "b"]
+    assert list(sources.Documents(words)) == ["c", "a", "b"]
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -48,13 +92,17 @@ def test_glob_is_sorted_and_order_of_words_is_kept(tmp_path):
     ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: the text holds half a surrogate pair"),
     ("a.jsonl", b'{"title": "x", "body": "y"}\n', "(columns: title, body)"),
     ("a.jsonl", b'{"text": 0}\n', "a.jsonl:1: no column 'text'"),
-    ("a.txt.gz", None, "a.txt.gz: damaged gzip file"),
+    ("a.txt.gz", gzip.compress(b"text " * 1000)[:-12], "a.txt.gz: damaged gzip file"),
+    ("a.txt.gz", b"text", "a.txt.gz: damaged gzip file"),
+    ("a.txt.zst", zstd(b"text " * 1000)[:-12], "a.txt.zst: damaged zstd file"),
+    ("a.txt.zst", b"text", "a.txt.zst: damaged zstd file"),
+    ("a.parquet", b"text", "a.parquet: cannot be read: Parquet"),
 ])
 def test_faults_in_files(tmp_path, name, content, message):
     path = tmp_path / name
-    path.write_bytes(gzip.compress(b"text " * 1000)[:-12] if content is None else content)
+    path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        list(sources.documents([str(path)]))
+        list(sources.Documents([str(path)]))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -67,14 +115,14 @@ def test_faults_in_files(tmp_path, name, content, message):
 ])
 def test_absent_sources_are_told_at_once(name, message):
     with pytest.raises(UserError) as caught:
-        sources.documents([name])
+        sources.Documents([name])
     assert message in str(caught.value)
 
 
 def test_library_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(UserError, match="tfds:x: needs tensorflow-datasets .*pip install tensor"):
-        next(sources.documents(["tfds:x"]))
+        next(iter(sources.Documents(["tfds:x"])))
 
 
 def test_importing_data_loads_no_library():
@@ -92,12 +140,12 @@ def test_saved_datasets_folder(tmp_path):
     datasets.DatasetDict(train=data).save_to_disk(str(tmp_path / "split"))
     datasets.DatasetDict(test=data).save_to_disk(str(tmp_path / "no-train"))
     datasets.Dataset.from_dict({"label": [0]}).save_to_disk(str(tmp_path / "no-text"))
-    assert list(sources.documents([str(tmp_path / "one")])) == TEXTS
-    assert list(sources.documents([str(tmp_path / "split")])) == TEXTS
+    assert list(sources.Documents([str(tmp_path / "one")])) == TEXTS
+    assert list(sources.Documents([str(tmp_path / "split")])) == TEXTS
     for folder, message in (("no-train", "known: test"), ("no-text", "columns: label"),
                             (".", "cannot be read: Directory")):
         with pytest.raises(UserError, match=message):
-            list(sources.documents([str(tmp_path / folder)]))
+            list(sources.Documents([str(tmp_path / folder)]))
 
 
 def test_hub_name_and_config(monkeypatch):
@@ -109,7 +157,7 @@ def test_hub_name_and_config(monkeypatch):
         return datasets.Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert list(sources.documents(["hf:org/name:config"])) == TEXTS
+    assert list(sources.Documents(["hf:org/name:config"])) == TEXTS
     assert asked == [(("org/name", "config"), {"split": "train", "streaming": True})]
 
 
@@ -118,7 +166,7 @@ def test_hub_out_of_reach():
     if not datasets.config.HF_HUB_OFFLINE:
         pytest.skip("HF_HUB_OFFLINE is not set: would ask the network")
     with pytest.raises(UserError, match="hf:nobody/nothing: cannot be read: Couldn't reach"):
-        next(sources.documents(["hf:nobody/nothing"]))
+        next(iter(sources.Documents(["hf:nobody/nothing"])))
 
 
 def test_tfds_without_tensorflow(tmp_path):
@@ -140,15 +188,15 @@ def test_tfds_without_tensorflow(tmp_path):
 
     TinyTexts(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     tfds.core.add_data_dir(str(tmp_path))
-    assert sorted(sources.documents(["tfds:tiny_texts"])) == sorted(TEXTS)
+    assert sorted(sources.Documents(["tfds:tiny_texts"])) == sorted(TEXTS)
     with pytest.raises(UserError, match="tfds:no_such_thing: cannot be read: .*not found"):
-        next(sources.documents(["tfds:no_such_thing"]))
+        next(iter(sources.Documents(["tfds:no_such_thing"])))
 
 
 def test_python_docs_is_clean_and_repeatable(monkeypatch):
     monkeypatch.setattr(python_docs, "MOST_CHARACTERS", 100_000)
-    first = list(sources.documents(["python-docs"]))
-    assert first == list(sources.documents(["python-docs"]))
+    first = list(sources.Documents(["python-docs"]))
+    assert first == list(sources.Documents(["python-docs"]))
     text = " ".join(first)
     assert 90_000 < sum(map(len, first)) <= 100_000
     assert len(set(first)) == len(first)
@@ -183,9 +231,16 @@ def test_held_out_by_hash():
     assert all(sources.is_held_out(t, 0.2) for t in chosen)
 
 
-def test_describe_tells_a_changed_file(tmp_path):
+def test_describe_knows_a_file_by_its_content(tmp_path):
+    (tmp_path / "copy").mkdir()
     path = write(tmp_path / "a.txt", b"one")
     before = sources.describe([path, "python-docs", "hf:a:b"])
-    assert before[0][:2] == [path, 3] and before[1:] == [["python-docs:"], ["hf:a:b"]]
-    write(tmp_path / "a.txt", b"three")
-    assert sources.describe([path])[0] != before[0]
+    assert before[0][:2] == ["a.txt", 3] and before[1:] == [["python-docs:"], ["hf:a:b"]]
+    assert sources.describe([write(tmp_path / "copy" / "a.txt", b"one")]) == before[:1]
+    assert sources.describe([write(tmp_path / "b.txt", b"one")]) != before[:1]
+    for content in (b"three", b"two"):
+        assert sources.describe([write(tmp_path / "a.txt", content)]) != before[:1]
+    long = b"x" * 3 * sources.ENDS
+    ends = [sources.describe([write(tmp_path / "a.txt", content)])
+            for content in (long, long[:-1] + b"y", b"y" + long[1:])]
+    assert ends[0] not in ends[1:] and ends[1] != ends[2]

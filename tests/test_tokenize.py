@@ -24,6 +24,14 @@ def folder(tmp_path):
     return tmp_path
 
 
+def pieces(tokenizer, documents, length):
+    """The pieces of documents, as lists."""
+    spec = tokenize.spec(tokenizer)
+    ids, sizes = tokenize.cut(*tokenize.Encoder(spec)(documents), length, spec)
+    assert ids.dtype == spec.dtype and sizes.sum() == len(ids)
+    return [piece.tolist() for piece in np.split(ids, sizes.cumsum()[:-1])] if len(sizes) else []
+
+
 def test_folder_with_vocab_and_config_only(folder):
     tokenizer = tokenize.load_tokenizer(str(folder), len(VOCABULARY))
     assert tokenizer.get_vocab() == {token: i for i, token in enumerate(VOCABULARY)}
@@ -64,41 +72,51 @@ def test_real_tokenizers(shared, name):
     text = "CCO.CC(=O)O>>CC(=O)OCC " * 100
     whole = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(whole) > 512  # neither cut nor padded
-    cut = list(tokenize.pieces(tokenizer, [text], 128))
-    assert np.concatenate([piece[1:-1] for piece in cut]).tolist() == whole
+    cut = pieces(tokenizer, [text], 128)
+    assert [token for piece in cut for token in piece[1:-1]] == whole
 
 
 def test_fingerprint_ignores_truncation_only(shared, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(shared / "minilm-l6")
     assert tokenizer.backend_tokenizer.truncation
     loaded = tokenize.load_tokenizer(str(shared / "minilm-l6"), None)
-    assert tokenize.fingerprint(loaded) == tokenize.fingerprint(tokenizer)
+    assert tokenize.spec(loaded).fingerprint == tokenize.spec(tokenizer).fingerprint
     for name in ("vocab.txt", "config.json"):
         shutil.copy(shared / "minilm-l6" / name, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false}')
     cased = tokenize.load_tokenizer(str(tmp_path), None)
-    assert tokenize.fingerprint(cased) != tokenize.fingerprint(loaded)
+    assert tokenize.spec(cased).fingerprint != tokenize.spec(loaded).fingerprint
 
 
 def test_pieces_lose_nothing():
     tokenizer = tokenize.train_wordpiece(TEXTS, 200)
     documents = [*TEXTS, "the " * 50, " ", "dog"]
     for length in (3, 8, 512):
-        found = list(tokenize.pieces(tokenizer, documents, length))
+        found = pieces(tokenizer, documents, length)
         cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
         expected = []
         for document in documents:
             ids = tokenizer.encode(document, add_special_tokens=False)
             expected += [[cls, *ids[i:i + length - 2], sep]
                          for i in range(0, len(ids), length - 2)]
-        assert [piece.tolist() for piece in found] == expected
-        assert {piece.dtype for piece in found} == {np.dtype(np.uint8)}
+        assert found == expected
+    assert tokenize.spec(tokenizer).dtype == np.uint8
+
+
+def test_words_are_looked_up_only_where_that_gives_the_same():
+    """Of BERT's own tokenizers, unless an added token may reach over a space."""
+    tokenizer = tokenize.train_wordpiece(TEXTS, 200)
+    assert tokenize.Encoder(tokenize.spec(tokenizer))._by_words
+    tokenizer.add_tokens(["lazy dog"])
+    assert not tokenize.Encoder(tokenize.spec(tokenizer))._by_words
+    (piece,) = pieces(tokenizer, ["the lazy dog"], 64)
+    assert piece[-2] == tokenizer.convert_tokens_to_ids("lazy dog")
 
 
 def test_special_tokens_in_text_are_ordinary_text():
     tokenizer = tokenize.train_wordpiece([*TEXTS, "[sep] [mask]"], 200)
-    (piece,) = tokenize.pieces(tokenizer, ["dog [SEP] [MASK]"], 64)
-    assert not set(piece[1:-1].tolist()) & set(tokenizer.all_special_ids)
+    (piece,) = pieces(tokenizer, ["dog [SEP] [MASK]"], 64)
+    assert not set(piece[1:-1]) & set(tokenizer.all_special_ids)
     assert tokenizer.encode("[MASK]", add_special_tokens=False) == [tokenizer.mask_token_id]
 
 
@@ -115,7 +133,7 @@ def test_learnt_vocabulary(tmp_path):
     tokenizer.model_max_length = 33
     tokenizer.save_pretrained(tmp_path)
     again = tokenize.load_tokenizer(str(tmp_path), len(tokenizer))
-    assert tokenize.fingerprint(again) == tokenize.fingerprint(tokenizer)
+    assert tokenize.spec(again).fingerprint == tokenize.spec(tokenizer).fingerprint
     assert again.model_max_length == 33
 
 
@@ -127,9 +145,10 @@ def test_learnt_vocabulary_never_exceeds_what_was_asked():
 def test_learnt_vocabulary_is_the_same_in_another_process():
     texts = ["abcd bcda cdab dabc " * 3, "many words tie here and none is common"]
     code = ("from distilbert_jax.data import tokenize\n"
-            f"print(tokenize.fingerprint(tokenize.train_wordpiece({texts!r}, 40)))")
+            f"print(tokenize.spec(tokenize.train_wordpiece({texts!r}, 40)).fingerprint)")
     other = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert other.stdout.strip() == tokenize.fingerprint(tokenize.train_wordpiece(texts, 40))
+    here = tokenize.spec(tokenize.train_wordpiece(texts, 40))
+    assert other.stdout.strip() == here.fingerprint
 
 
 def test_no_words():

@@ -3,7 +3,12 @@
 The fourth step of the walk; a resumed run needs to know nothing but its step.
 """
 
+import collections
+import concurrent.futures
 import functools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -73,3 +78,53 @@ def read(packed: PackedRows, indices: np.ndarray) -> dict[str, np.ndarray]:
     return {"input_ids": input_ids,
             "segment_ids": begins.cumsum(axis=1, dtype=np.int32) * real,
             "position_ids": (column - first) * real}
+
+
+class Prefetch:
+    """The batches of some steps, in order, made by a thread while the steps before them run.
+
+    Use it in a `with` block; leaving it drops what was made ahead. What the thread raises is
+    raised where the batch is taken.
+    """
+
+    READY = 2  # batches made ahead
+
+    def __init__(self, make: Callable[[int], Any], steps: Iterable[int]) -> None:
+        """`make` gives the batch of a step."""
+        self._make, self._steps = make, iter(steps)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._ahead: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
+        self._waited, self._since = 0.0, time.monotonic()
+
+    def __enter__(self) -> "Prefetch":
+        self._fill()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if not self._ahead:
+            raise StopIteration
+        began = time.monotonic()
+        batch = self._ahead.popleft().result()
+        self._waited += time.monotonic() - began
+        self._fill()
+        return batch
+
+    def waiting(self) -> float:
+        """Share of the time since the last call, or the beginning, spent waiting for a batch."""
+        now = time.monotonic()
+        share = self._waited / max(now - self._since, 1e-9)
+        self._waited, self._since = 0.0, now
+        return share
+
+    def _fill(self) -> None:
+        while len(self._ahead) < self.READY:
+            step = next(self._steps, None)
+            if step is None:
+                return
+            self._ahead.append(self._thread.submit(self._make, step))

@@ -1,45 +1,142 @@
-"""Pieces of token ids → rows of one length, written to disk once.
+"""Pieces of token ids → rows of one length, and the files that hold them.
 
-The third step of the walk. `folder/train` and `folder/valid` hold, for R rows of T tokens,
+The third step of the walk. A prepared folder holds two parts, "train" and "valid":
 
-    rows.npy      [R, T]  token ids, smallest unsigned type, padded with the tokenizer's pad id
-    segments.npy  [R, S]  uint16, lengths of the pieces of each row in tokens, filled up with 0
-    counts.npy    [V]     int64, occurrences of each token
-    manifest.json         what was asked for ("request") and what came out
+    train-00007.npy   one shard: for each of its rows "row", T token ids in the smallest unsigned
+                      type, padded with the tokenizer's pad id, and "segments", the lengths of its
+                      pieces as uint16, filled up with 0
+    counts.npy        [2, V] int64, occurrences of each token in train and in valid
+    manifest.json     what was asked for ("request"), what came out, and every file's SHA-256
 """
 
+import concurrent.futures
 import dataclasses
 import functools
-import itertools
+import hashlib
 import json
+import os
 import pathlib
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from distilbert_jax.config import UserError
-from distilbert_jax.data import sources, tokenize
 
-if TYPE_CHECKING:
-    import transformers
-
-FORMAT = 1  # raise it when the files change their meaning
+FORMAT = 2  # raise it when the files change their meaning
 PARTS = ("train", "valid")
-SHORTEST_PIECE = 3  # [CLS], one token, [SEP]
-COUNT_ROWS = 8192  # rows counted at once
-PROGRESS_PIECES = 4096  # pieces between two calls of progress
+MANIFEST = "manifest.json"
+OPEN_SHARDS = 256  # mapped at once; each takes an open file
 
-Progress = Callable[[int, int], None]
+
+def best_fit(sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Give each piece a place in a row: best-fit decreasing.
+
+    Each piece, longest first, goes to the row with the least room that still holds it. Rows are
+    kept by their free room, and one integer has a bit set for each room that exists, so a piece
+    costs a few operations however many rows are open.
+
+    Args:
+        sizes: tokens of each piece [P], at least 1.
+        length: tokens in a row, T.
+
+    Returns:
+        The row of each piece, from 0, and where in the row it begins: int64 [P] each.
+
+    Raises:
+        ValueError: a piece is longer than a row.
+    """
+    if len(sizes) and sizes.max() > length:
+        raise ValueError(f"a piece of {sizes.max()} tokens does not fit a row of {length}")
+    row_of, begin = np.empty((2, len(sizes)), np.int64)
+    with_room: list[list[int]] = [[] for _ in range(length + 1)]
+    rooms = 0  # bit n is set where with_room[n] is not empty
+    rows = 0
+    order = np.argsort(-sizes, kind="stable")
+    for piece, size in zip(order.tolist(), sizes[order].tolist(), strict=True):
+        fitting = rooms >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            row = with_room[room].pop()
+            if not with_room[room]:
+                rooms &= ~(1 << room)
+        else:
+            room, row, rows = length, rows, rows + 1
+        row_of[piece], begin[piece] = row, length - room
+        with_room[room - size].append(row)
+        rooms |= 1 << room - size
+    return row_of, begin
+
+
+def pack(ids: np.ndarray, sizes: np.ndarray, length: int, pad_id: int) -> np.ndarray:
+    """Fill rows with whole pieces.
+
+    Args:
+        ids: the pieces, one after the other, unsigned [N].
+        sizes: tokens of each piece [P].
+        length: tokens in a row, T.
+        pad_id: what rows are filled up with.
+
+    Returns:
+        The shard: [R] of "row", T ids, and "segments", as many lengths as the fullest row has.
+    """
+    row_of, begin = best_fit(sizes, length)
+    count = int(row_of.max(initial=-1)) + 1
+    order = np.lexsort((begin, row_of))  # pieces as they stand in the rows
+    each = np.bincount(row_of, minlength=count)  # pieces of each row
+    column = np.arange(len(order)) - np.repeat(each.cumsum() - each, each)
+
+    shard = np.zeros(count, [("row", ids.dtype, length),
+                             ("segments", np.uint16, int(each.max(initial=1)))])
+    shard["segments"][row_of[order], column] = sizes[order]
+    rows = np.full(count * length, pad_id, ids.dtype)
+    shift = row_of * length + begin - (sizes.cumsum() - sizes)  # from `ids` to `rows`
+    rows[np.repeat(shift, sizes) + np.arange(len(ids))] = ids
+    shard["row"] = rows.reshape(count, length)
+    return shard
+
+
+@functools.lru_cache(OPEN_SHARDS)
+def _shard(path: pathlib.Path, digest: str) -> np.ndarray:
+    """Map a shard; `digest` tells it from another one that lay there before."""
+    return np.load(path, mmap_mode="r")
+
+
+class Column:
+    """One field of many shards as one array [R, W], read from disk by row number."""
+
+    def __init__(self, folder: pathlib.Path, shards: Sequence[dict[str, Any]], field: str,
+                 width: int, dtype: np.dtype) -> None:
+        """`shards` as in the manifest; narrower fields are filled up with 0."""
+        self._files = [(folder / shard["file"], shard["sha256"]) for shard in shards]
+        self._ends = np.cumsum([shard["rows"] for shard in shards])
+        self._field = field
+        self.shape, self.dtype = (int(self._ends[-1]), width), dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, indices: int | np.ndarray) -> np.ndarray:
+        """Rows by number: [W] of one, [..., W] of an array of them."""
+        flat = np.ravel(indices)
+        if len(flat) and not 0 <= flat.min() <= flat.max() < len(self):
+            raise IndexError(f"row {flat.min()} or {flat.max()} of {len(self)}")
+        found = np.zeros((len(flat), self.shape[1]), self.dtype)
+        which = np.searchsorted(self._ends, flat, side="right")
+        for number in np.unique(which):
+            here = np.flatnonzero(which == number)
+            shard = _shard(*self._files[number])[self._field]
+            rows = flat[here] - (self._ends[number] - len(shard))
+            found[here, :shard.shape[1]] = shard[rows]
+        return found.reshape(*np.shape(indices), self.shape[1])
 
 
 @dataclasses.dataclass(frozen=True)
 class PackedRows:
-    """One prepared part, on disk."""
+    """One prepared part."""
 
-    rows: np.ndarray  # [R, T] unsigned, mapped from disk
-    segments: np.ndarray  # [R, S] uint16, mapped from disk
+    rows: Column | np.ndarray  # [R, T] unsigned
+    segments: Column | np.ndarray  # [R, S] uint16
     counts: np.ndarray  # [V] int64
     manifest: dict[str, Any]
 
@@ -50,288 +147,106 @@ class PackedRows:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Both parts of a prepared corpus."""
+    """A prepared folder."""
 
     train: PackedRows
     valid: PackedRows
+    manifest: dict[str, Any]
 
 
-def pack(pieces: Iterable[np.ndarray], length: int,
-         buffer: int = 65536) -> Iterator[list[np.ndarray]]:
-    """Fill rows with whole pieces, best-fit decreasing within each buffer of pieces.
-
-    Each piece, longest first, goes to the row with the least room that still holds it. Rows are
-    kept by their free room, and one integer has a bit set for each room that exists, so a piece
-    costs a few operations however many rows are open.
+def load(folder: str | pathlib.Path, verify: bool = True) -> Prepared:
+    """Open a prepared folder; rows are read from disk when they are asked for.
 
     Args:
-        pieces: token ids [n] each, n at least 1.
-        length: tokens in a row, T.
-        buffer: pieces packed together: more fill rows better and take more memory.
-
-    Yields:
-        The pieces of one row, in order; their lengths add up to at most `length`.
+        folder: see the head of this file.
+        verify: read every file once and compare its SHA-256; sizes are compared in any case.
 
     Raises:
-        ValueError: a piece is longer than a row.
-    """
-    pieces = iter(pieces)
-    while chunk := list(itertools.islice(pieces, buffer)):
-        yield from _best_fit_decreasing(chunk, length)
-
-
-def _best_fit_decreasing(pieces: list[np.ndarray], length: int) -> list[list[np.ndarray]]:
-    pieces = sorted(pieces, key=len, reverse=True)
-    if len(pieces[0]) > length:
-        raise ValueError(f"a piece of {len(pieces[0])} tokens does not fit a row of {length}")
-    rows: list[list[np.ndarray]] = []
-    with_room: list[list[list[np.ndarray]]] = [[] for _ in range(length + 1)]
-    rooms = 0  # bit n is set where with_room[n] is not empty
-    for piece in pieces:
-        size = len(piece)
-        fitting = rooms >> size
-        if fitting:
-            room = size + (fitting & -fitting).bit_length() - 1
-            row = with_room[room].pop()
-            if not with_room[room]:
-                rooms &= ~(1 << room)
-        else:
-            room, row = length, []
-            rows.append(row)
-        row.append(piece)
-        with_room[room - size].append(row)
-        rooms |= 1 << room - size
-    return rows
-
-
-def prepare(corpus: Sequence[str], valid: Sequence[str], valid_share: float, sequence_length: int,
-            tokenizer: "transformers.PreTrainedTokenizerFast", folder: str | pathlib.Path,
-            progress: Progress | None = None) -> Prepared:
-    """Tokenise and pack a corpus into `folder`, or reuse what an equal request left there.
-
-    The corpus is read once and never held in memory. The work happens in a sibling folder,
-    FOLDER.partial, which is renamed when it is complete.
-
-    Args:
-        corpus: the words of --corpus.
-        valid: the words of --valid; none: documents of the corpus chosen by their hash.
-        valid_share: share of the documents held out when `valid` is empty.
-        sequence_length: tokens in a row, T.
-        tokenizer: see `tokenize.load_tokenizer`.
-        folder: where the prepared data belongs.
-        progress: called now and then with the documents and tokens so far.
-
-    Raises:
-        UserError: a source cannot be read, a part comes out empty, or the folder holds something
-            else: other data, data prepared for another request, or damaged data.
+        UserError: it is no prepared folder, or damaged; the message names the file.
     """
     folder = pathlib.Path(folder)
-    request = {
-        "format": FORMAT,
-        "corpus": sources.describe(corpus),
-        "valid": sources.describe(valid) if valid else valid_share,
-        "tokenizer": tokenize.fingerprint(tokenizer),
-        "sequence_length": sequence_length,
-    }
-    if not _holds(folder, request):
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            _write_parts(partial, corpus, valid, valid_share, tokenizer, request, progress)
-            partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return Prepared(*(load(folder / part) for part in PARTS))
+    manifest = read_manifest(folder)
+    try:
+        files = [manifest["counts"], *(shard for part in PARTS for shard in
+                                       manifest[part]["shards"])]
+        _check_files(folder, files, verify)
+        counts = np.load(folder / manifest["counts"]["file"])
+        parts = [_part(folder, manifest[part], manifest["request"]["sequence_length"], own)
+                 for part, own in zip(PARTS, counts, strict=True)]
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise _damaged(folder / MANIFEST, f"{type(error).__name__}: {error}") from error
+    return Prepared(*parts, manifest)
 
 
-def _holds(folder: pathlib.Path, request: dict[str, Any]) -> bool:
-    """Whether the request was prepared there before; False where nothing is in the way.
+def _part(folder: pathlib.Path, manifest: dict[str, Any], length: int, counts: np.ndarray
+          ) -> PackedRows:
+    shards = manifest["shards"]
+    rows = sum(shard["rows"] for shard in shards)
+    if (rows, counts.sum()) != (manifest["rows"], manifest["tokens"]):
+        raise ValueError("rows or tokens do not add up")
+    dtype = np.min_scalar_type(len(counts) - 1)
+    return PackedRows(
+        Column(folder, shards, "row", length, dtype),
+        Column(folder, shards, "segments", max(shard["segments"] for shard in shards),
+               np.dtype(np.uint16)),
+        counts, manifest)
+
+
+def _check_files(folder: pathlib.Path, files: Sequence[dict[str, Any]], verify: bool) -> None:
+    for file in files:
+        path = folder / file["file"]
+        size = path.stat().st_size if path.is_file() else 0
+        if size != file["bytes"]:
+            raise _damaged(path, f"{size} bytes, not {file['bytes']}")
+    if verify:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            digests = pool.map(lambda file: sha256(folder / file["file"]), files)
+            for file, digest in zip(files, digests, strict=True):
+                if digest != file["sha256"]:
+                    raise _damaged(folder / file["file"], "its SHA-256 is not the manifest's")
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_prepared(folder: str | pathlib.Path) -> bool:
+    """Whether the folder claims to be prepared data."""
+    return os.path.isfile(os.path.join(folder, MANIFEST))
+
+
+def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+    """The manifest of a prepared folder.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: there is none, or it is damaged.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
-    if not all((folder / part / "manifest.json").is_file() for part in PARTS):
-        raise UserError(f"{folder} exists and is not prepared data: name another folder")
-    found = _read_manifest(folder / PARTS[0]).get("request", {})
-    differ = [name for name in request if found.get(name) != request[name]]
-    if differ:
-        raise UserError(f"{folder} was prepared with another {', '.join(differ)}: "
-                        "delete it or name another folder")
-    return True
-
-
-def _write_parts(folder: pathlib.Path, corpus: Sequence[str], valid: Sequence[str],
-                 valid_share: float, tokenizer: "transformers.PreTrainedTokenizerFast",
-                 request: dict[str, Any], progress: Progress | None) -> None:
-    """Write both parts; held-out documents wait in a file until the training part is done."""
-    folder.mkdir(parents=True)
-    write = functools.partial(_write_part, tokenizer=tokenizer, request=request)
-    aside = folder / "held-out.jsonl"
-    documents = sources.documents(corpus)
-    empty = f"no text in {' '.join(corpus)}"
-    if valid:
-        empty_valid = f"no text in {' '.join(valid)}"
-    else:
-        documents = _set_aside(documents, valid_share, aside)
-        empty_valid = (f"no document of {' '.join(corpus)} fell into the held-out share of "
-                       f"{valid_share}: give --valid or a larger --valid-share")
-        empty += f" beside the held-out share of {valid_share}"
-    train = write(folder / "train", documents, empty, progress=progress)
-
-    def progress_valid(documents: int, tokens: int) -> None:
-        if progress:
-            progress(train["documents"] + documents, train["tokens"] + tokens)
-
-    write(folder / "valid", sources.documents(valid or [str(aside)]), empty_valid,
-          progress=progress_valid)
-    aside.unlink(missing_ok=True)
-
-
-def _set_aside(documents: Iterable[str], share: float, path: pathlib.Path) -> Iterator[str]:
-    """Pass the documents on, except the held-out ones, which go to a JSON-lines file."""
-    with path.open("w", encoding="utf-8") as file:
-        for document in documents:
-            if sources.is_held_out(document, share):
-                file.write(json.dumps({"text": document}) + "\n")
-            else:
-                yield document
-
-
-def _write_part(folder: pathlib.Path, documents: Iterable[str], empty: str,
-                tokenizer: "transformers.PreTrainedTokenizerFast", request: dict[str, Any],
-                progress: Progress | None) -> dict[str, Any]:
-    """Write the four files of one part and return its manifest; UserError(empty) if no rows."""
-    folder.mkdir()
-    length, vocab_size = request["sequence_length"], len(tokenizer)
-    tally = _Tally(progress)
-    pieces = tokenize.pieces(tokenizer, tally.documents_through(documents), length)
-    with (_Growing(folder / "rows.npy", length, np.min_scalar_type(vocab_size - 1),
-                   tokenizer.pad_token_id) as rows,
-          _Growing(folder / "wide.npy", length // SHORTEST_PIECE, np.dtype(np.uint16),
-                   0) as segments):
-        for row in pack(tally.pieces_through(pieces), length):
-            rows.append(np.concatenate(row))
-            segments.append([len(piece) for piece in row])
-    if not rows.count:
-        raise UserError(empty)
-    wide = np.load(folder / "wide.npy", mmap_mode="r")
-    np.save(folder / "segments.npy", wide[:, :segments.widest])
-    (folder / "wide.npy").unlink()
-
-    counts = _count(np.load(folder / "rows.npy", mmap_mode="r"), vocab_size)
-    counts[tokenizer.pad_token_id] -= rows.count * length - tally.tokens
-    np.save(folder / "counts.npy", counts)
-    manifest = {
-        "request": request,
-        "vocab_size": vocab_size,
-        "documents": tally.documents,
-        "characters": tally.characters,
-        "pieces": tally.pieces,
-        "tokens": tally.tokens,
-        "unknown": 0 if tokenizer.unk_token_id is None else int(counts[tokenizer.unk_token_id]),
-        "rows": rows.count,
-        "utilisation": tally.tokens / (rows.count * length),
-    }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"no prepared data in {folder}: {MANIFEST}: {error.strerror}") from error
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("request"), dict):
+        raise _damaged(path, "it holds no request")
     return manifest
 
 
-def _count(rows: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Occurrences of each id in rows [R, T], padding included: int64 [V]."""
-    counts = np.zeros(vocab_size, np.int64)
-    for start in range(0, len(rows), COUNT_ROWS):
-        counts += np.bincount(rows[start:start + COUNT_ROWS].ravel(), minlength=vocab_size)
-    return counts
+def refuse_other(folder: pathlib.Path, found: dict[str, Any], wanted: dict[str, Any],
+                 way_out: str) -> None:
+    """Raise a UserError where the request found in a folder is not what is wanted."""
+    differ = []
+    for name, now in wanted.items():
+        before = found.get(name)
+        if before != now:
+            short = isinstance(before, int | float) and isinstance(now, int | float)
+            differ.append(f"{name} ({before}, now {now})" if short else name)
+    if differ:
+        raise UserError(f"{folder} was prepared with another {', '.join(differ)}: {way_out}")
 
 
-class _Tally:
-    """Counts what passes through, and reports it now and then."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self.documents = self.characters = self.pieces = self.tokens = 0
-        self._progress = progress
-
-    def documents_through(self, documents: Iterable[str]) -> Iterator[str]:
-        for document in documents:
-            self.documents += 1
-            self.characters += len(document)
-            yield document
-
-    def pieces_through(self, pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        for piece in pieces:
-            self.pieces += 1
-            self.tokens += len(piece)
-            if self._progress and self.pieces % PROGRESS_PIECES == 0:
-                self._progress(self.documents, self.tokens)
-            yield piece
-
-
-class _Growing:
-    """A .npy file [rows, width] that is written row by row.
-
-    NumPy leaves room in the header for the number of rows to grow, so it is put right at the end.
-    """
-
-    def __init__(self, path: pathlib.Path, width: int, dtype: np.dtype, fill: int) -> None:
-        self.count = self.widest = 0
-        self._blank = np.full(width, fill, dtype)
-        self._path = path
-
-    def __enter__(self) -> "_Growing":
-        self._file = self._path.open("wb")
-        self._write_header()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.seek(0)
-        self._write_header()
-        self._file.close()
-
-    def append(self, values: Sequence[int] | np.ndarray) -> None:
-        row = self._blank.copy()
-        row[:len(values)] = values
-        self._file.write(row.tobytes())
-        self.count += 1
-        self.widest = max(self.widest, len(values))
-
-    def _write_header(self) -> None:
-        np.lib.format.write_array_header_1_0(self._file, {
-            "descr": np.lib.format.dtype_to_descr(self._blank.dtype), "fortran_order": False,
-            "shape": (self.count, len(self._blank))})
-
-
-def load(folder: str | pathlib.Path) -> PackedRows:
-    """Open one prepared part; rows and segments stay on disk.
-
-    Raises:
-        UserError: there is none, or its files do not agree with its manifest.
-    """
-    folder = pathlib.Path(folder)
-    manifest = _read_manifest(folder)
-    try:
-        rows = np.load(folder / "rows.npy", mmap_mode="r")
-        segments = np.load(folder / "segments.npy", mmap_mode="r")
-        counts = np.load(folder / "counts.npy")
-        expected = (manifest["rows"], manifest["request"]["sequence_length"])
-        for what, found, wanted in (
-                ("rows.npy", rows.shape, expected),
-                ("segments.npy", len(segments), manifest["rows"]),
-                ("counts.npy", counts.shape, (manifest["vocab_size"],)),
-                ("counts.npy", int(counts.sum()), manifest["tokens"])):
-            if found != wanted:
-                raise ValueError(f"{what} holds {found}, the manifest says {wanted}")
-    except (OSError, ValueError, EOFError, KeyError) as error:
-        raise UserError(f"prepared data in {folder} are damaged: {error}; delete them") from error
-    return PackedRows(rows, segments, counts, manifest)
-
-
-def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"no prepared data in {folder}: {path.name} is absent") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete the prepared data") from error
+def _damaged(path: pathlib.Path, why: str) -> UserError:
+    return UserError(f"{path} is damaged ({why}): delete {path.parent} and prepare it again")

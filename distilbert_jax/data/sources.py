@@ -11,53 +11,116 @@ import glob
 import gzip
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import os
 import pathlib
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 from distilbert_jax.config import UserError, choose
 from distilbert_jax.data.python_docs import python_docs
 
+ENDS = 65536  # bytes at either end of a file that identify it, beside its name and size
+PARQUET_ROWS = 1024  # records decoded at once
 
-def documents(names: Sequence[str]) -> Iterator[str]:
-    """All documents of a corpus, in order, stripped of surrounding white space, empty ones skipped.
 
-    Args:
-        names: the words of --corpus. A text file holds one document a line; a JSON-lines file
-            (.jsonl, .json) or a dataset holds one a record, under the key "text" or its only
-            key whose value is a string. Files that end in .gz are unpacked.
+class Documents:
+    """All documents of a corpus, in order; iterate it once.
 
-    Raises:
-        UserError: at once, for a source that does not exist; on the way, for one that cannot be
-            read: not UTF-8, bad JSON, damaged gzip, no text column, a library or a hub missing.
+    They are stripped of surrounding white space, and empty ones are skipped. A text file holds one
+    document a line; a JSON-lines file (.jsonl, .json), a parquet file or a dataset one a record,
+    under the key "text" or its only key whose value is a string. Text and JSON lines whose names
+    end in .gz or .zst are unpacked. Of several corpora one follows the other or, with weights,
+    each document comes from the corpus that is furthest behind its share, until that one is used
+    up.
     """
-    found = _resolve(names)
+
+    def __init__(self, names: Sequence[str], mix: Sequence[float] = ()) -> None:
+        """Look for the sources, without reading them.
+
+        Args:
+            names: the words of --corpus.
+            mix: a weight for each of them, or none.
+
+        Raises:
+            UserError: at once, for a source that does not exist; while iterating, for one that
+                cannot be read: not UTF-8, bad JSON, damaged compression, no text column, a
+                library or a hub missing.
+        """
+        self._texts = [_texts(_resolve(name)) for name in names]
+        self._mix = [weight / sum(mix) for weight in mix]
+        self.taken = [0] * len(names)  # documents, of each word so far
+
+    def __iter__(self) -> Iterator[str]:
+        return self._mixed() if self._mix else self._one_by_one()
+
+    def _one_by_one(self) -> Iterator[str]:
+        for number, texts in enumerate(self._texts):
+            for text in texts:
+                self.taken[number] += 1
+                yield text
+
+    def _mixed(self) -> Iterator[str]:
+        for drawn in itertools.count(1):
+            behind = [share * drawn - taken
+                      for share, taken in zip(self._mix, self.taken, strict=True)]
+            number = behind.index(max(behind))
+            text = next(self._texts[number], None)
+            if text is None:
+                return
+            self.taken[number] += 1
+            yield text
+
+
+def _texts(found: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """The documents of some sources, one after the other, stripped, empty ones skipped."""
     texts = itertools.chain.from_iterable(SOURCES[kind](where) for kind, where in found)
     return (text for text in map(str.strip, texts) if text)
 
 
+def check(names: Sequence[str]) -> None:
+    """Raise a UserError if a source does not exist."""
+    for name in names:
+        _resolve(name)
+
+
 def describe(names: Sequence[str]) -> list[list[str | int]]:
-    """What identifies a corpus: [path, bytes, newest modification in ns] on disk, else [name].
+    """What identifies a corpus: [name, bytes, hash] of each file, [name] of anything else.
+
+    A file that was copied or downloaded again is the same. The hash is of its first and last
+    ENDS bytes: a change between them that keeps the length is not seen.
 
     Raises:
-        UserError: a source does not exist.
+        UserError: a source does not exist, or cannot be read.
     """
     described: list[list[str | int]] = []
-    for kind, where in _resolve(names):
-        if kind in ("text", "json", "folder"):
-            path = pathlib.Path(where).absolute()
-            files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
-            stats = [file.stat() for file in files]
-            described.append([str(path), sum(stat.st_size for stat in stats),
-                              max((stat.st_mtime_ns for stat in stats), default=0)])
+    for kind, where in (found for name in names for found in _resolve(name)):
+        path = pathlib.Path(where)
+        if kind in FILES:
+            described.append(_describe_file(path, path.name))
+        elif kind == "folder":
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            described += [_describe_file(file, file.relative_to(path).as_posix())
+                          for file in files]
         else:
             described.append([f"{kind}:{where}"])
     return described
+
+
+def _describe_file(path: pathlib.Path, name: str) -> list[str | int]:
+    try:
+        with path.open("rb") as file:
+            ends = hashlib.sha256(file.read(ENDS))
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - ENDS, 0))
+            ends.update(file.read())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+    return [name, size, ends.hexdigest()]
 
 
 def is_held_out(document: str, share: float) -> bool:
@@ -69,12 +132,8 @@ def is_held_out(document: str, share: float) -> bool:
     return int.from_bytes(digest, "big") < share * 2**64
 
 
-def _resolve(names: Sequence[str]) -> list[tuple[str, str]]:
-    """The words as (a key of SOURCES, what its function is given), globs spelled out."""
-    return [found for name in names for found in _resolve_one(name)]
-
-
-def _resolve_one(name: str) -> list[tuple[str, str]]:
+def _resolve(name: str) -> list[tuple[str, str]]:
+    """A word as (key of SOURCES, what its function is given), globs spelled out."""
     if name == "python-docs":
         return [("python-docs", "")]
     paths = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
@@ -84,13 +143,15 @@ def _resolve_one(name: str) -> list[tuple[str, str]]:
     if colon and rest and "/" not in prefix:
         return [(choose(prefix, ("hf", "tfds"), "kind of corpus"), rest)]
     raise UserError(f"corpus {name!r}: no such file or folder (known: FILE.txt, FILE.jsonl, "
-                    "a saved datasets folder, hf:NAME[:CONFIG], tfds:NAME, python-docs)")
+                    "FILE.parquet, a saved datasets folder, hf:NAME[:CONFIG], tfds:NAME, "
+                    "python-docs)")
 
 
 def _file_kind(path: str) -> str:
     if os.path.isdir(path):
         return "folder"
-    return "json" if path.removesuffix(".gz").endswith((".jsonl", ".json")) else "text"
+    kind = pathlib.Path(path.removesuffix(".gz").removesuffix(".zst")).suffix
+    return {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(kind, "text")
 
 
 def _text_file(path: str) -> Iterator[str]:
@@ -115,9 +176,10 @@ def _json_lines(path: str) -> Iterator[str]:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a file, from 1, unpacked when its name ends in .gz."""
+    """Numbered lines of a file, from 1, unpacked when its name ends in .gz or .zst."""
+    packed = pathlib.Path(path).suffix
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+        with OPENERS.get(packed, ("", open))[1](path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
@@ -125,10 +187,32 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError as error:
         byte = f"byte {error.start + 1} of the line is 0x{error.object[error.start]:02x}"
         raise UserError(f"{path}:{number}: not UTF-8 ({byte}); convert the file") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: damaged gzip file ({error})") from error
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise UserError(f"{path}: {os.strerror(error.errno)}") from error
+        raise UserError(f"{path}: damaged {OPENERS[packed][0]} file ({error})") from error
+
+
+def _open_zst(path: str, _: str) -> io.BufferedReader:
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+
+
+def _parquet(path: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with _told(path), pyarrow.parquet.ParquetFile(path) as file:
+        fields = file.schema_arrow
+        strings = [field.name for field in fields if field.type in (
+            pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())]
+        columns = ["text"] if "text" in strings else strings
+        if len(columns) != 1:
+            raise _no_text(path, fields.names)
+        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
+            for text in batch[columns[0]].to_pylist():
+                yield text or ""
 
 
 def _is_unicode(text: str) -> bool:
@@ -151,9 +235,13 @@ def _text(record: Mapping[str, Any], where: str) -> str:
     if isinstance(value, bytes):
         return value.decode()
     if not isinstance(value, str):
-        raise UserError(f"{where}: no column 'text', and not just one that holds a string "
-                        f"(columns: {', '.join(map(str, record)) or 'none'})")
+        raise _no_text(where, record)
     return value
+
+
+def _no_text(where: str, columns: Iterable[str]) -> UserError:
+    return UserError(f"{where}: no column 'text', and not just one that holds a string "
+                     f"(columns: {', '.join(map(str, columns)) or 'none'})")
 
 
 def _saved_folder(path: str) -> Iterator[str]:
@@ -209,9 +297,13 @@ def _python_docs() -> tuple[str, ...]:
     return tuple(python_docs())
 
 
+OPENERS: dict[str, tuple[str, Callable[..., Any]]] = {
+    ".gz": ("gzip", gzip.open), ".zst": ("zstd", _open_zst)}
+FILES = ("text", "json", "parquet")
 SOURCES: dict[str, Callable[[str], Iterator[str]]] = {
     "text": _text_file,
     "json": _json_lines,
+    "parquet": _parquet,
     "folder": _saved_folder,
     "hf": _hub,
     "tfds": _tfds,

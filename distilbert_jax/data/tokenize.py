@@ -3,8 +3,12 @@
 The second step of the walk: text comes in, [CLS] … [SEP] in the smallest integer type goes out.
 """
 
+import array
 import copy
+import dataclasses
 import hashlib
+import itertools
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
@@ -14,11 +18,10 @@ import numpy as np
 from distilbert_jax.config import UserError
 
 if TYPE_CHECKING:
-    import tokenizers
     import transformers
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-BATCH_CHARACTERS = 1_000_000  # text handed to the tokenizer at once; it uses all cores
+BATCH_CHARACTERS = 250_000  # text handed to the tokenizer at once
 MOST_CHARACTERS_KNOWN = 1000  # size of the alphabet of a learnt vocabulary, as BERT's trainer has
 
 
@@ -128,56 +131,134 @@ def _known_words(words: Counter[str], room: int) -> dict[str, int]:
     return {word: count for word, count in words.items() if alphabet.issuperset(word)}
 
 
-def pieces(tokenizer: "transformers.PreTrainedTokenizerFast", documents: Iterable[str],
-           length: int) -> Iterator[np.ndarray]:
-    """Token ids of the documents, cut into pieces that fit a row; nothing is dropped.
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """All of a tokenizer that decides the rows, in a form that another process can be sent."""
 
-    A special token spelt out in the text, say "[MASK]", is read as ordinary text.
+    backend: str  # the Rust tokenizer as JSON, neither cutting nor padding
+    size: int
+    cls_id: int
+    sep_id: int
+    pad_id: int
+    mask_id: int
+    unk_id: int | None
+    special_ids: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The smallest unsigned type that holds every id."""
+        return np.min_scalar_type(self.size - 1)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides the ids: vocabulary, normaliser, pre-tokeniser, added tokens."""
+        return hashlib.sha256(self.backend.encode()).hexdigest()
+
+
+def spec(tokenizer: "transformers.PreTrainedTokenizerFast") -> Spec:
+    """Take down a fast tokenizer with cls, sep, pad and mask tokens."""
+    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend.no_truncation()
+    backend.no_padding()
+    return Spec(backend.to_str(), len(tokenizer), tokenizer.cls_token_id, tokenizer.sep_token_id,
+                tokenizer.pad_token_id, tokenizer.mask_token_id, tokenizer.unk_token_id,
+                tuple(sorted(tokenizer.all_special_ids)))
+
+
+class Encoder:
+    """Documents → token ids; a special token spelt out in the text is read as ordinary text.
+
+    BERT's own tokenizers treat what lies between two spaces by itself, so each word of a block is
+    looked at once however often it occurs; others are given whole documents. Ids are the same.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        import tokenizers
+
+        self._backend = tokenizers.Tokenizer.from_str(spec.backend)
+        self._backend.encode_special_tokens = True
+        self._dtype = spec.dtype
+        parts = json.loads(spec.backend)
+        kinds = [(parts[name] or {}).get("type") for name in (
+            "normalizer", "pre_tokenizer", "model")]
+        self._by_words = kinds == ["BertNormalizer", "BertPreTokenizer", "WordPiece"] and all(
+            token["special"] for token in parts["added_tokens"])
+
+    def __call__(self, documents: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encode, without [CLS] and [SEP].
+
+        Returns:
+            The ids of all documents, one after the other, unsigned [N], and how many each has,
+            int64 [documents].
+        """
+        return self._words(documents) if self._by_words else self._whole(documents)
+
+    def _words(self, documents: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        numbers, all_words, lasts = _Numbers(), array.array("i"), array.array("q")
+        for document in documents:
+            all_words.extend(map(numbers.__getitem__, document.split(" ")))
+            lasts.append(len(all_words) - 1)
+        words = np.array(all_words, np.int32)
+        ids, word_sizes = self._whole(list(numbers))  # of each different word
+        begins, sizes = (word_sizes.cumsum() - word_sizes)[words], word_sizes[words]
+        ends = sizes.cumsum()
+        ids = ids[np.repeat(begins - ends + sizes, sizes) + np.arange(sizes.sum())]
+        return ids, np.diff(ends[np.array(lasts, np.int64)], prepend=0)
+
+    def _whole(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids, sizes = [np.empty(0, self._dtype)], []
+        for batch in _batches(texts):
+            found = [encoding.ids for encoding in self._backend.encode_batch_fast(
+                batch, add_special_tokens=False)]
+            sizes += map(len, found)
+            ids.append(np.fromiter(itertools.chain.from_iterable(found), self._dtype))
+        return np.concatenate(ids), np.array(sizes, np.int64)
+
+
+class _Numbers(dict[str, int]):
+    """Gives each different word the next number."""
+
+    def __missing__(self, word: str) -> int:
+        number = self[word] = len(self)
+        return number
+
+
+def cut(ids: np.ndarray, sizes: np.ndarray, length: int, spec: Spec
+        ) -> tuple[np.ndarray, np.ndarray]:
+    """Cut documents into pieces that fit a row; nothing is dropped.
 
     Args:
-        tokenizer: a fast tokenizer with cls and sep tokens.
-        documents: read lazily, BATCH_CHARACTERS at a time.
+        ids: of all documents, one after the other [N].
+        sizes: how many each document has [documents].
         length: the most tokens in a piece, both special ones included.
+        spec: of the tokenizer.
 
-    Yields:
-        [CLS], at most length - 2 ids of one document, [SEP]: unsigned integers [n].
+    Returns:
+        The pieces, one after the other, each [CLS], at most length - 2 ids of one document,
+        [SEP]: [N + 2 pieces]; and how many tokens each has, int64 [pieces].
     """
-    backend = _bare_backend(tokenizer)
-    backend.encode_special_tokens = True
-    dtype = np.min_scalar_type(len(tokenizer) - 1)
-    for batch in _batches(documents):
-        for encoding in backend.encode_batch_fast(batch, add_special_tokens=False):
-            ids = np.array(encoding.ids, dtype)
-            for start in range(0, len(ids), length - 2):
-                inner = ids[start:start + length - 2]
-                piece = np.empty(len(inner) + 2, dtype)
-                piece[0] = tokenizer.cls_token_id
-                piece[1:-1] = inner
-                piece[-1] = tokenizer.sep_token_id
-                yield piece
+    room = length - 2
+    pieces = -(-sizes // room)  # of each document
+    number = np.arange(pieces.sum()) - np.repeat(pieces.cumsum() - pieces, pieces)
+    piece_sizes = np.minimum(np.repeat(sizes, pieces) - number * room, room) + 2
+    ends = piece_sizes.cumsum()
+    cut_ids = np.empty(piece_sizes.sum(), ids.dtype)
+    ours = np.ones(len(cut_ids), bool)
+    for places, token in ((ends - piece_sizes, spec.cls_id), (ends - 1, spec.sep_id)):
+        cut_ids[places] = token
+        ours[places] = False
+    cut_ids[ours] = ids
+    return cut_ids, piece_sizes
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
         if characters >= BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def fingerprint(tokenizer: "transformers.PreTrainedTokenizerFast") -> str:
-    """SHA-256 of all that decides the ids: vocabulary, normaliser, pre-tokeniser, added tokens."""
-    return hashlib.sha256(_bare_backend(tokenizer).to_str().encode()).hexdigest()
-
-
-def _bare_backend(tokenizer: "transformers.PreTrainedTokenizerFast") -> "tokenizers.Tokenizer":
-    """A copy of the Rust tokenizer that neither cuts nor pads."""
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
