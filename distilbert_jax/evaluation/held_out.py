@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from distilbert_jax.data.batches import read
 from distilbert_jax.data.pack import PackedRows
 from distilbert_jax.masking import Vocabulary
-from distilbert_jax.sharding import by_rows
+from distilbert_jax.progress import bar
+from distilbert_jax.sharding import place_rows, rows_here
 
 SEED = 20191001  # which tokens are hidden; the same for every model and run
 BATCH_TOKENS = 8192  # at most, in a power of two of rows; a larger data axis rounds it up
@@ -46,18 +46,19 @@ def held_out(
     data = mesh.shape["data"]
     size = 2 ** int(math.log2(max(1, BATCH_TOKENS // packed.rows.shape[1])))
     size = math.ceil(size / data) * data
+    here = rows_here(mesh, size)
     order = np.random.default_rng(SEED).permutation(len(packed))[:rows]
     key = jax.random.key(SEED)
     total: dict[str, float] = {}
-    bar = tqdm(total=len(order), desc="evaluate", unit=" rows", leave=False, delay=1)
+    progress = bar(total=len(order), desc="evaluate", unit=" rows", leave=False, delay=1)
     for number, start in enumerate(range(0, len(order), size)):
         batch = _filled(read(packed, np.sort(order[start:start + size])), size)
-        batch = jax.device_put(batch, by_rows(mesh))
+        batch = place_rows({name: x[here] for name, x in batch.items()}, mesh, size)
         sums = eval_step(params, teacher_params, vocabulary, batch, jax.random.fold_in(key, number))
         for name, value in jax.device_get(sums).items():
             total[name] = total.get(name, 0.0) + float(value)
-        bar.update(min(size, len(order) - start))
-    bar.close()
+        progress.update(min(size, len(order) - start))
+    progress.close()
     return _figures(total)
 
 
