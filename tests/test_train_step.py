@@ -225,12 +225,9 @@ def test_micro_batches_change_nothing(x64, problem, vocabulary, step):
                      result, results[0])
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("shape", ["1x1", "8x1", "4x2"])
+@pytest.mark.parametrize("shape, accumulate", [("1x1", 1), ("8x1", 1), ("4x2", 2)])
 def test_an_update_that_is_not_finite_is_skipped(shape, accumulate, x64, problem, vocabulary):
     """One row of one micro-batch on one device spoils the loss, or the gradient alone."""
-    if shape == "8x1" and accumulate > 1:
-        pytest.skip("8 rows in 4 micro-batches are 2, which 8 devices do not divide")
     mesh = mesh_of(shape)
     state, batch = problem.state(), problem.batches[0]
     places, whole = shardings(state, mesh), replicated(mesh)
@@ -278,17 +275,16 @@ EMPTY = {  # rows of a batch with too little in them
 
 
 @pytest.mark.parametrize("restrict", OBJECTIVES)
-@pytest.mark.parametrize("rows", EMPTY)
-def test_little_in_a_batch_is_finite(rows, restrict, x64, problem, vocabulary, batch_of):
-    problem = dataclasses.replace(problem, objective=OBJECTIVES[restrict])
-    state = problem.state()
-    after, metrics = jax.jit(problem.step())(
-        state, problem.teacher_params, vocabulary, batch_of(EMPTY[rows], 16))
-    assert metrics["skipped"] == 0
-    assert all(np.isfinite(x) for x in metrics.values())
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.params))
-    if rows == "nothing but padding":
-        assert metrics["loss"] == metrics["grad_norm"] == metrics["tokens"] == 0
+def test_little_in_a_batch_is_finite(restrict, x64, problem, vocabulary, batch_of):
+    step = jax.jit(dataclasses.replace(problem, objective=OBJECTIVES[restrict]).step())
+    for what, rows in EMPTY.items():
+        after, metrics = step(problem.state(), problem.teacher_params, vocabulary,
+                              batch_of(rows, 16))
+        assert metrics["skipped"] == 0, what
+        assert all(np.isfinite(x) for x in metrics.values()), what
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.params)), what
+        if what == "nothing but padding":
+            assert metrics["loss"] == metrics["grad_norm"] == metrics["tokens"] == 0
 
 
 def test_the_teacher_is_an_argument(x64, problem, vocabulary):
