@@ -1,95 +1,370 @@
-"""Orbax save and restore of a run: the TrainState, and the settings that give it its meaning."""
+"""Orbax save and restore of a run, sealed with checksums.
+
+OUTPUT/checkpoints/STEP holds the TrainState as Orbax wrote it, and
+
+    run.json     the settings that give the run its meaning, and the held-out figures at this step
+    sha256.json  size and SHA-256 of every other file
+
+Orbax writes into STEP.new; the folder gets these two files, in this order, and its name last, and
+only then are older ones removed. So whatever the moment of a crash, a folder without its seal is
+never taken for sound, and neither is one of which a bit has changed (Orbax alone restores that
+silently).
+"""
 
 import dataclasses
+import hashlib
 import json
+import logging
+import math
+import os
+import re
+import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from distilbert_jax.config import UserError, flag
+from distilbert_jax.config import UserError
+from distilbert_jax.models.encoder import path_name
+from distilbert_jax.progress import say
 from distilbert_jax.train_step import TrainState
 
-KEPT = 2  # checkpoints
+RUN, SEAL = "run.json", "sha256.json"
+BEST = "mlm_loss"  # the held-out figure whose lowest value is kept
 
 
 class Checkpoints:
     """The checkpoints of one run, in `OUTPUT/checkpoints`; use it in a `with` block.
 
-    Saving is asynchronous; leaving the block waits for the last save, without which Orbax loses
-    it silently.
+    Saving is asynchronous; leaving the block waits for the last save. With several processes all
+    of them call the same methods, and share the folder.
     """
 
-    def __init__(self, output: Path, settings: Mapping[str, Any]):
-        """`settings` are the fields that may not change between a run and its continuation."""
+    def __init__(self, output: Path, settings: Mapping[str, Any], keep: int = 2,
+                 on_save_error: str = "stop"):
+        """Open or make the folder.
+
+        Args:
+            output: of the run.
+            settings: what may not change between a run and its continuation: name → JSON.
+            keep: how many of the newest are kept; the best by held-out loss is, too.
+            on_save_error: "stop" raises a UserError, "continue" prints it.
+
+        Raises:
+            UserError: the folder cannot be made.
+        """
+        self._folder = (output / "checkpoints").absolute()
         self._settings = json.loads(json.dumps(settings))
-        self._manager = ocp.CheckpointManager(
-            (output / "checkpoints").absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True))
+        self._keep, self._on_save_error = keep, on_save_error
+        self._saving: tuple[int, threading.Thread] | None = None
+        self._error: Exception | None = None
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self._folder} cannot be used: {error.strerror}") from error
+        logging.getLogger("absl").setLevel("CRITICAL")  # Orbax's tracebacks; one line is ours
+        self._orbax = ocp.StandardCheckpointer()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        try:
+            self.wait()
+        except UserError as unsaved:
+            if error is None:
+                raise
+            say(str(unsaved))  # the first error is the one to end with
+        finally:
+            self._orbax.close()
 
-    def save(self, state: TrainState) -> None:
-        """Start to save `state` under its step, unless that step is saved already."""
-        step = int(state.step)
-        if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_fields(state)),
-                settings=ocp.args.JsonSave(self._settings)))
+    @property
+    def steps(self) -> list[int]:
+        """The updates that are saved, oldest first."""
+        return sorted(_folders(self._folder))
 
-    def restore(self, like: TrainState) -> TrainState | None:
-        """The newest state, laid out as the ShapeDtypeStructs of `like`; None at the beginning.
+    def save(self, state: TrainState, figures: Mapping[str, float] | None = None) -> None:
+        """Start to save `state` under its step, unless that step is saved already.
+
+        Args:
+            state: on its mesh; it may be donated as soon as this returns.
+            figures: held-out ones of this state; without them it is no candidate for the best.
 
         Raises:
-            UserError: the checkpoint cannot be read.
+            UserError: this save, or the one before, failed (with on_save_error "stop").
         """
-        step = self._manager.latest_step()
+        self.wait()
+        step = int(state.step)
+        if step in self.steps:
+            return
+        new = self._folder / f"{step}.new"
+        try:
+            self._orbax.save(new, _fields(state), force=True)
+        except Exception as error:  # Orbax and tensorstore have many
+            self._unsaved(step, error)
+            return
+        thread = threading.Thread(target=self._finish, args=(step, new, dict(figures or {})))
+        self._saving = step, thread
+        thread.start()
+
+    def wait(self) -> None:
+        """Wait until the save that was started is sealed.
+
+        Raises:
+            UserError: it failed (with on_save_error "stop").
+        """
+        if self._saving is None:
+            return
+        (step, thread), self._saving = self._saving, None
+        thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            self._unsaved(step, error)
+
+    def poll(self) -> None:
+        """Like `wait`, but only if there is nothing to wait for."""
+        if self._saving is not None and not self._saving[1].is_alive():
+            self.wait()
+
+    def restore(self, like: TrainState) -> TrainState | None:
+        """The newest sound state, laid out as the ShapeDtypeStructs of `like`.
+
+        Every checkpoint is verified; one that is not sound is named and, when there is a sound
+        one, removed.
+
+        Returns:
+            None where nothing was saved yet.
+
+        Raises:
+            UserError: there are checkpoints, but none is sound; the newest sound one was made
+                with other settings, or does not fit `like`.
+        """
+        step = self._newest_sound()
         if step is None:
             return None
+        folder = self._folder / str(step)
+        _refuse(self._folder.parent, _run(folder).get("settings", {}), self._settings)
         try:
-            read = self._manager.restore(step, args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(_fields(like))))
-        except Exception as error:  # Orbax and tensorstore have many; the folder is the remedy
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"checkpoint {self._manager.directory / str(step)} cannot be read "
-                            f"({reason}); remove that folder to go on from an older one") from error
-        return TrainState(**read.state)
+            return TrainState(**self._orbax.restore(folder, _fields(like)))
+        except Exception as error:
+            raise UserError(f"checkpoint {folder} cannot be read ({_reason(error)}); remove that "
+                            "folder to go on from an older one") from error
+
+    def _newest_sound(self) -> int | None:
+        """The same answer in every process; the first one looks."""
+        try:
+            step, fault = self._verified() if jax.process_index() == 0 else (0, "")
+        except OSError as error:
+            raise UserError(f"{self._folder} cannot be used: {error.strerror}") from error
+        if jax.process_count() > 1:
+            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        if step == -1:
+            raise UserError(
+                f"no checkpoint in {self._folder} is sound{fault}: put back a copy, or remove that "
+                "folder to train from the beginning")
+        return step or None
+
+    def _verified(self) -> tuple[int, str]:
+        """Remove what is half-written or damaged.
+
+        Returns:
+            The newest sound update, 0 without any checkpoint, -1 (and the reason) without a sound
+            one.
+        """
+        for path in self._folder.iterdir():
+            if re.fullmatch(r"\d+\.(new|old).*", path.name):  # of a save or removal cut short
+                shutil.rmtree(path, ignore_errors=True)
+        folders = _folders(self._folder)
+        faults = {step: fault for step, path in folders.items() if (fault := find_fault(path))}
+        if not folders.keys() - faults.keys():
+            newest = f" ({folders[max(faults)]}: {faults[max(faults)]})" if faults else ""
+            return (-1 if faults else 0), newest
+        newest = max(folders.keys() - faults.keys())
+        for step, fault in sorted(faults.items()):
+            back = f"; going back to update {newest}" if step > newest else ""
+            say(f"checkpoint {folders[step]} is not sound: {fault}{back}")
+            _remove(folders[step])
+        return newest, ""
+
+    def _finish(self, step: int, new: Path, figures: dict[str, float]) -> None:
+        """Wait for Orbax, then seal and name the folder; runs in a thread of its own."""
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                _write(new / RUN, {"settings": self._settings, "figures": figures})
+                for name in _files(new):
+                    _sync(new / name)
+                _write(new / SEAL, {name: _digest(new / name) for name in _files(new)})
+                new.rename(self._folder / str(step))
+                _sync(self._folder)
+                self._prune()
+        except Exception as error:
+            self._error = error
+
+    def _prune(self) -> None:
+        """Remove all but the newest and the best."""
+        folders = _folders(self._folder)
+        losses = {step: _run(path).get("figures", {}).get(BEST) for step, path in folders.items()}
+        ranked = sorted((loss, step) for step, loss in losses.items()
+                        if loss is not None and math.isfinite(loss))
+        kept = {*sorted(folders)[-self._keep:], *[step for _, step in ranked[:1]]}
+        for step in folders.keys() - kept:
+            _remove(folders[step])
+
+    def _unsaved(self, step: int, error: Exception) -> None:
+        """Say that a save failed; nothing half-written stays."""
+        if jax.process_index() == 0:
+            for path in self._folder.glob(f"{step}.new*"):
+                shutil.rmtree(path, ignore_errors=True)
+        last = f"update {self.steps[-1]} is the last saved" if self.steps else "nothing is saved"
+        text = f"update {step} cannot be saved in {self._folder} ({_reason(error)}); {last}"
+        if self._on_save_error == "stop":
+            raise UserError(f"{text}; when there is room, the same command goes on") from error
+        say(f"{text}; going on without")
+
+
+def find_fault(folder: Path) -> str:
+    """What is wrong with the files of a checkpoint, in a few words; "" if it is sound."""
+    try:
+        sealed = json.loads((folder / SEAL).read_bytes())
+        sealed = {name: (size, sha256) for name, (size, sha256) in sealed.items()}
+    except FileNotFoundError:
+        return f"{SEAL} is missing"
+    except (OSError, ValueError, TypeError, AttributeError):
+        return f"{SEAL} is damaged"
+    found = set(_files(folder))
+    for name in sorted(found | sealed.keys()):
+        if name not in found:
+            return f"{name} is missing"
+        if name not in sealed:
+            return f"{name} does not belong to it"
+        try:
+            size, sha256 = _digest(folder / name)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if size != sealed[name][0]:
+            return f"{name} has {size} bytes, not {sealed[name][0]}"
+        if sha256 != sealed[name][1]:
+            return f"{name} is damaged (its SHA-256 differs)"
+    return ""
 
 
 def refuse_other_run(output: Path, settings: Mapping[str, Any]) -> None:
-    """Check that `output` holds no other run.
+    """Check, without reading much, that `output` holds no other run.
+
+    Args:
+        output: of the run.
+        settings: those that are known so far.
 
     Raises:
         UserError: its newest checkpoint was made with other settings, each of which is named with
-            both values; or it cannot be read.
+            both values.
     """
-    saved = sorted((output / "checkpoints").glob("*/settings/metadata"), key=lambda p: int(
-        p.parent.parent.name) if p.parent.parent.name.isdigit() else -1)
-    if not saved:
-        return
-    try:
-        before, now = json.loads(saved[-1].read_text()), json.loads(json.dumps(settings))
-    except ValueError as error:
-        raise UserError(f"{saved[-1]} is damaged ({error}); remove {saved[-1].parents[1]} to go on "
-                        "from an older checkpoint") from error
-    changed = [f"{flag(name)} was {before.get(name)}, is {now.get(name)}"
-               for name in sorted(before | now) if before.get(name) != now.get(name)]
+    for _, folder in sorted(_folders(output / "checkpoints").items(), reverse=True):
+        if before := _run(folder):
+            _refuse(output, before.get("settings", {}), json.loads(json.dumps(settings)))
+            return
+
+
+def _refuse(output: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [f"{name} was {_short(before.get(name))}, is {_short(value)}"
+               for name, value in sorted(now.items()) if before.get(name) != value]
     if changed:
         raise UserError(f"{output} holds the checkpoints of another run ({'; '.join(changed)}); "
                         "choose another --output, or remove it")
 
 
-def _fields(state: TrainState) -> dict[str, Any]:
-    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+def _short(value: Any) -> str:
+    """As it is, but the first twelve digits of a SHA-256."""
+    return re.sub(r"^([0-9a-f]{12})[0-9a-f]{52}$", r"\1…", str(value))
+
+
+def fingerprint(tree: Any) -> str:
+    """SHA-256 of the names, types, shapes and values of host arrays, wherever they are stored."""
+    whole = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        leaf = np.ascontiguousarray(leaf)
+        whole.update(f"{path_name(path)} {leaf.dtype} {leaf.shape}\n".encode())
+        whole.update(leaf.reshape(-1).view(np.uint8))
+    return whole.hexdigest()
 
 
 def abstract(state: Any, shardings: Any) -> Any:
     """ShapeDtypeStructs of `state` with `shardings`, for restoring onto any mesh."""
     return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding), state, shardings)
+
+
+def _fields(state: TrainState) -> dict[str, Any]:
+    return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+
+
+def _folders(folder: Path) -> dict[int, Path]:
+    """Update → folder of its checkpoint, sound or not."""
+    if not folder.is_dir():
+        return {}
+    return {int(path.name): path for path in folder.iterdir()
+            if re.fullmatch(r"[1-9]\d*", path.name) and path.is_dir()}
+
+
+def _files(folder: Path) -> list[str]:
+    """All files of a checkpoint but its seal."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")
+                  if not path.is_dir() and path != folder / SEAL)
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    """The run.json of a checkpoint; {} if it is not as it was sealed."""
+    try:
+        text = (folder / RUN).read_bytes()
+        _, sealed = json.loads((folder / SEAL).read_bytes())[RUN]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return json.loads(text) if hashlib.sha256(text).hexdigest() == sealed else {}
+
+
+def _digest(path: Path) -> tuple[int, str]:
+    """Size in bytes and SHA-256 of a file."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), sha256
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON, whole or not at all; without a newline, so that its last byte counts too."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(content, indent=1))
+    _sync(new)
+    new.rename(path)
+    _sync(path.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint; cut short, it leaves nothing that looks like one."""
+    old = folder.with_name(folder.name + ".old")
+    folder.rename(old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, or else the first line of what a library raised, within reason."""
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore's
+        return os.strerror(int(found[1]))
+    lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -145,16 +145,23 @@ class TrainConfig(DataConfig):
     output: str = _option("output", "output", "folder for checkpoints, figures and the model")
     save_every: int = _option(500, "output", "updates between checkpoints")
     eval_every: int = _option(250, "output", "updates between held-out evaluations")
+    keep: int = _option(
+        2, "output", "newest checkpoints to keep; the best by held-out loss is kept too")
+    on_save_error: str = _option(
+        "stop", "output", "stop or continue when a checkpoint cannot be written (disk full)")
+    max_skipped: int = _option(
+        10, "training", "updates in a row without a finite loss and gradient, each of which is "
+        "skipped, before the run stops")
 
     # Fields that may differ between a run and its continuation; all others are its meaning.
-    HARMLESS = ("steps", "mesh", "output", "save_every", "eval_every", "recipe",
-                "workers")
+    HARMLESS = ("steps", "mesh", "output", "save_every", "eval_every", "keep", "on_save_error",
+                "max_skipped", "recipe", "workers")
     LARGEST_SEED = 2**32 - 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least = {"batch_size": 1, "accumulate": 1, "save_every": 1,
-                    "eval_every": 1, "seed": 0}
+        at_least = {"batch_size": 1, "accumulate": 1, "save_every": 1, "eval_every": 1,
+                    "keep": 1, "max_skipped": 1, "seed": 0}
         if self.steps is not None:
             at_least["steps"] = 1
         for name, least in at_least.items():
@@ -168,6 +175,7 @@ class TrainConfig(DataConfig):
             check(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
         check(self, "accumulate", self.batch_size % self.accumulate == 0,
               f"must divide --batch-size {self.batch_size}")
+        choose(self.on_save_error, ("stop", "continue"), "--on-save-error")
         choose(self.dtype, ("auto", "float32", "bfloat16", "float64"), "--dtype")
 
 

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import json
 import math
 import os
 import shlex
@@ -23,10 +24,18 @@ from jax.sharding import Mesh
 
 from distilbert_jax import convert, report, student
 from distilbert_jax.benchmark.latency import latencies
-from distilbert_jax.checkpoint import refuse_other_run
-from distilbert_jax.config import DistilConfig, Masking, PretrainConfig, TrainConfig, UserError
+from distilbert_jax.checkpoint import fingerprint, refuse_other_run
+from distilbert_jax.config import (
+    DistilConfig,
+    Masking,
+    PretrainConfig,
+    TrainConfig,
+    UserError,
+    flag,
+)
 from distilbert_jax.data import pack, sources
 from distilbert_jax.data.prepare import is_prepared, prepare
+from distilbert_jax.data.tokenize import fingerprint as tokenizer_fingerprint
 from distilbert_jax.data.tokenize import load_tokenizer, train_wordpiece
 from distilbert_jax.evaluation.held_out import held_out
 from distilbert_jax.export import export
@@ -35,7 +44,14 @@ from distilbert_jax.models import bert, distilbert
 from distilbert_jax.models.encoder import EncoderConfig, graphdef, init_params
 from distilbert_jax.optimizer import make_optimizer
 from distilbert_jax.predict import fill_mask
-from distilbert_jax.sharding import make_mesh, replicated, shardings, use_all_cores
+from distilbert_jax.sharding import (
+    first_process_first,
+    make_mesh,
+    replicated,
+    shardings,
+    to_host,
+    use_all_cores,
+)
 from distilbert_jax.train import Run, read_metrics, train
 from distilbert_jax.train_step import (
     Objective,
@@ -79,11 +95,12 @@ def distil(config: DistilConfig) -> Path:
     if not teacher.config.mlm_head:
         raise UserError(f"{config.teacher} has no masked-language-model head to distil from; "
                         f"train one: python experiments/pretrain.py --model {config.teacher} ...")
-    mesh, dtype, param_dtype = check(config, teacher.config)
+    settings = _settings(config, teacher.params)
+    mesh, dtype, param_dtype = check(config, teacher.config, settings)
     layers = student.choose_layers(config.student_layers, teacher.config.num_hidden_layers)
     shape = student.student_config(teacher.config, len(layers), config.dropout)
     setup = _prepare(config, mesh, dtype, param_dtype, load_tokenizer(
-        config.teacher, teacher.config.vocab_size))
+        config.teacher, teacher.config.vocab_size), settings)
 
     start = student.student_params(teacher.params, layers, config.fold_token_type)
     if config.init == "random":
@@ -100,9 +117,12 @@ def distil(config: DistilConfig) -> Path:
     folder = Path(config.output) / "student"
     figures = {"student": _evaluator(setup, graphs, frozen_teacher)(trained),
                "at start": _evaluator(setup, (graphs[0], None), {})(_on(mesh, start))}
-    export(folder, trained, shape, distilbert, setup.tokenizer,
-           _card(config, layers, figures["student"], trained))
-    _write_report(setup, folder, graphs, (trained, start, teacher.params), figures)
+    trained = to_host(trained)
+    with first_process_first():
+        if jax.process_index() == 0:
+            export(folder, trained, shape, distilbert, setup.tokenizer,
+                   _card(config, layers, figures["student"], trained))
+            _write_report(setup, folder, graphs, (trained, start, teacher.params), figures)
     return folder
 
 
@@ -117,7 +137,8 @@ def pretrain(config: PretrainConfig) -> Path:
     """
     source = convert.load(config.model) if config.model else None
     shape, family = (source.config, source.family) if source else (scratch_shape(config), bert)
-    mesh, dtype, param_dtype = check(config, shape)
+    settings = _settings(config, source.params if source else None)
+    mesh, dtype, param_dtype = check(config, shape, settings)
     own = Path(config.output) / "tokenizer"
     if source or own.exists():
         tokenizer = load_tokenizer(config.model or str(own), shape.vocab_size if source else None)
@@ -126,8 +147,8 @@ def pretrain(config: PretrainConfig) -> Path:
     shape = dataclasses.replace(
         shape, vocab_size=len(tokenizer), mlm_head=True, pooler=False,
         hidden_dropout=config.dropout, attention_dropout=config.dropout)
-    setup = _prepare(config, mesh, dtype, param_dtype, tokenizer)
-    if not source and not own.exists():
+    setup = _prepare(config, mesh, dtype, param_dtype, tokenizer, settings)
+    if not source and not own.exists() and jax.process_index() == 0:
         new = own.with_name("tokenizer.new")
         tokenizer.save_pretrained(new)
         new.rename(own)
@@ -163,12 +184,14 @@ def scratch_shape(config: PretrainConfig) -> EncoderConfig:
         initializer_range=0.02 * math.sqrt(768 / config.hidden_size))  # BERT-base's, scaled
 
 
-def check(config: TrainConfig, shape: EncoderConfig) -> tuple[Mesh, Any, Any]:
+def check(config: TrainConfig, shape: EncoderConfig, settings: dict[str, Any] | None = None
+          ) -> tuple[Mesh, Any, Any]:
     """Check all that can be known before tokenizer and corpus are read.
 
     Args:
         config: of the job.
         shape: of the teacher or, without one, of the trained model.
+        settings: what a continuation must share, as far as it is known; default: of `config`.
 
     Returns:
         The mesh, and the dtypes of matrix products and parameters.
@@ -186,7 +209,7 @@ def check(config: TrainConfig, shape: EncoderConfig) -> tuple[Mesh, Any, Any]:
     sources.check([*config.corpus, *config.valid])
     is_prepared(config.corpus)
     with _told(config.output):
-        refuse_other_run(Path(config.output), _settings(config))
+        refuse_other_run(Path(config.output), settings or _settings(config))
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     micro = config.batch_size // config.accumulate
@@ -202,10 +225,29 @@ def check(config: TrainConfig, shape: EncoderConfig) -> tuple[Mesh, Any, Any]:
     return mesh, jnp.dtype(name), jnp.promote_types(name, jnp.float32)
 
 
-def _settings(config: TrainConfig) -> dict[str, Any]:
-    """What a continuation must share."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
-            if f.name not in TrainConfig.HARMLESS}
+def _settings(config: TrainConfig, params: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a continuation must share, known before the corpus is read.
+
+    The model it starts from is what its weights are, not where they lie.
+    """
+    places = ("corpus", "valid", "teacher", "model")
+    settings = {flag(f.name): getattr(config, f.name) for f in dataclasses.fields(config)
+                if f.name not in (*TrainConfig.HARMLESS, *places)}
+    if params is not None:
+        settings["--teacher" if isinstance(config, DistilConfig) else "--model"] = (
+            fingerprint(params))
+    return settings
+
+
+def _data_settings(tokenizer: Any, data: pack.Prepared) -> dict[str, Any]:
+    """The same of the corpus: what came out of its preparation, not where it was read."""
+    def outcome(part: pack.PackedRows) -> str:
+        counted = {name: value for name, value in part.manifest.items() if name != "request"}
+        return fingerprint({"counts": part.counts, "manifest": np.frombuffer(
+            json.dumps(counted, sort_keys=True).encode(), np.uint8)})
+
+    return {"--corpus": outcome(data.train), "--valid": outcome(data.valid),
+            "tokenizer": tokenizer_fingerprint(tokenizer)}
 
 
 def _learnt_tokenizer(config: PretrainConfig) -> Any:
@@ -245,17 +287,18 @@ def _folder(path: Path) -> Iterator[None]:
         raise
 
 
-def _prepare(config: TrainConfig, mesh: Mesh, dtype: Any, param_dtype: Any, tokenizer: Any
-             ) -> Setup:
+def _prepare(config: TrainConfig, mesh: Mesh, dtype: Any, param_dtype: Any, tokenizer: Any,
+             settings: dict[str, Any]) -> Setup:
     """Bring the corpus into packed rows."""
     output = Path(config.output)
-    with _folder(output), report.counting("prepare") as progress:
+    with _folder(output), first_process_first(), report.counting("prepare") as progress:
         data = prepare(config, tokenizer, output / "data", progress)
     print(report.describe_data(data.manifest))
     words = vocabulary(data.train.counts, tokenizer.all_special_ids, tokenizer.mask_token_id)
     steps = config.steps or max(1, math.ceil(3 * len(data.train) / config.batch_size))
     return Setup(config, mesh, dtype, param_dtype, tokenizer, data,
-                 jax.device_put(words, replicated(mesh)), steps, _settings(config))
+                 jax.device_put(words, replicated(mesh)), steps,
+                 settings | _data_settings(tokenizer, data))
 
 
 def _train(
@@ -351,7 +394,7 @@ def _write_report(
     example = _example(setup, models)
     where = (f"Held-out: {last['masked']:,.0f} masked tokens of {len(setup.data.valid):,} rows, "
              f"the same for every model. Latency: {config.sequence_length} tokens, "
-             f"batch 1, {setup.dtype}, median of 30. Trained {setup.steps:,} updates on "
+             f"batch 1, {setup.dtype}, median of 30. Trained {metrics[-1]['step']:,} updates on "
              f"{metrics[-1]['tokens_seen']:,.0f} tokens in {metrics[-1]['seconds'] / 60:.1f} min.")
     (output / "report.md").write_text(
         f"# Distillation of {Path(config.teacher).name}\n\n{text}\n\n{against}\n\n{where}\n\n"

@@ -4,14 +4,14 @@ import contextlib
 import datetime
 import os
 import platform
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
+
+from distilbert_jax.progress import bar
 
 COLUMNS = ("model", "layers", "parameters", "size [MB]", "top-1 [%]", "perplexity",
            "retention [%]", "latency [ms]")
@@ -112,11 +112,10 @@ def describe_data(manifest: dict[str, Any]) -> str:
 @contextlib.contextmanager
 def counting(label: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar without a known end; yields progress(documents, tokens), both so far."""
-    with tqdm(desc=label, unit=" tokens", unit_scale=True, delay=1, leave=False,
-              mininterval=0.5 if sys.stderr.isatty() else 15) as bar:
+    with bar(desc=label, unit=" tokens", unit_scale=True, delay=1, leave=False) as counter:
 
         def progress(documents: int, tokens: int) -> None:
-            bar.set_postfix_str(f"{documents:,} documents", refresh=False)
-            bar.update(tokens - bar.n)
+            counter.set_postfix_str(f"{documents:,} documents", refresh=False)
+            counter.update(tokens - counter.n)
 
         yield progress

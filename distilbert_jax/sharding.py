@@ -5,11 +5,12 @@ import functools
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import (
     AbstractMesh,
     AxisType,
@@ -109,6 +110,42 @@ def place_rows(local: dict[str, np.ndarray], mesh: Mesh, count: int) -> dict[str
     """A batch of `count` rows on the mesh, of which each process gives those of `local_rows`."""
     return {name: jax.make_array_from_process_local_data(
         by_rows(mesh), x, (count, *x.shape[1:])) for name, x in local.items()}
+
+
+def one_each(mesh: Mesh) -> NamedSharding:
+    """A number on every device of its own."""
+    return NamedSharding(mesh, PartitionSpec(("data", "model")))
+
+
+def place(tree: Any, places: Any) -> Any:
+    """Lay a tree that every process holds on the mesh; device_put, but for keys too."""
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if sharding.is_fully_addressable or not jax.dtypes.issubdtype(
+                leaf.dtype, jax.dtypes.prng_key):
+            return jax.device_put(leaf, sharding)
+        return jax.jit(lambda key: key, out_shardings=sharding)(leaf)
+
+    return jax.tree.map(put, tree, places)
+
+
+def to_host(tree: Any) -> Any:
+    """NumPy arrays of the whole tree, in every process, which all must call it."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+@contextlib.contextmanager
+def first_process_first() -> Iterator[None]:
+    """What is in the block happens in the first process, then in the others."""
+    def wait() -> None:
+        multihost_utils.sync_global_devices("first_process_first")
+
+    if jax.process_index():
+        wait()
+    yield
+    if not jax.process_index():
+        wait()
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

@@ -1,9 +1,12 @@
-"""The loop: next batch, step, log, evaluate, checkpoint. Everything that prints or writes in it."""
+"""The loop: next batch, step, log, evaluate, checkpoint. Everything that prints or writes in it.
+
+Of several processes all run it, with the same numbers; the first alone prints and logs.
+"""
 
 import dataclasses
 import json
+import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,15 +14,26 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from distilbert_jax.checkpoint import Checkpoints, abstract
-from distilbert_jax.config import TrainConfig
+from distilbert_jax.config import TrainConfig, UserError
 from distilbert_jax.data.batches import Prefetch, read, row_indices, tokens_before
 from distilbert_jax.data.pack import PackedRows
 from distilbert_jax.masking import Vocabulary
-from distilbert_jax.sharding import by_rows, local_rows, place_rows, replicated, shardings
+from distilbert_jax.progress import bar, say
+from distilbert_jax.sharding import (
+    by_rows,
+    local_rows,
+    one_each,
+    place,
+    place_rows,
+    replicated,
+    shardings,
+)
 from distilbert_jax.train_step import TrainState
 
 LOG_EVERY = 10  # updates
@@ -58,6 +72,8 @@ def train(run: Run, state: TrainState, teacher_params: dict[str, Any]) -> TrainS
 
     Raises:
         Interrupted: a signal came; the state is saved.
+        UserError: no checkpoint is sound or it is another run's, a file cannot be written, or too
+            many updates in a row were skipped.
     """
     config, mesh = run.config, run.mesh
     places = shardings(state, mesh)
@@ -66,35 +82,40 @@ def train(run: Run, state: TrainState, teacher_params: dict[str, Any]) -> TrainS
         run.train_step, donate_argnums=0,
         in_shardings=(places, shardings(teacher_params, mesh), whole, by_rows(mesh)),
         out_shardings=(places, whole))
-    with Checkpoints(run.output, run.settings) as checkpoints, _StopSignal() as stop:
+    with (Checkpoints(run.output, run.settings, config.keep, config.on_save_error) as checkpoints,
+          _StopSignal(mesh) as stop):
         restored = checkpoints.restore(abstract(state, places))
-        state = jax.device_put(state, places) if restored is None else restored
+        state = place(state, places) if restored is None else restored
         start = int(state.step)
         seen = tokens_before(config.seed, start, config.batch_size, run.rows)
-        with (MetricsLog(run.output, start, seen) as log, _progress(run, start) as bar,
+        with (MetricsLog(run.output, start, seen, config.on_save_error) as log,
+              bar(total=run.steps, initial=start, desc=run.label, unit=" updates") as progress,
               Prefetch(_reader(run), range(start, run.steps)) as batches):
             if start:
-                bar.write(f"{run.label}: continuing from update {start} of {run.steps}")
+                say(f"{run.label}: continuing from update {start} of {run.steps}"
+                    if start < run.steps else
+                    f"{run.label}: {start} updates are done, --steps asks for {run.steps}")
             else:
                 log.write(0, run.evaluate(state.params))
-            pending: tuple[int, dict[str, Any]] | None = None
+            report = _Report(run, log, progress, batches)
             for step in range(start, run.steps):
                 state, metrics = step_fn(state, teacher_params, run.vocabulary, next(batches))
-                _report(pending, bar, log, batches)  # of the step before, while this one runs
-                pending, done = (step + 1, metrics), step + 1
-                evaluates = done % config.eval_every == 0 and done < run.steps
-                stops = stop.signal and done < run.steps
-                saves = done % config.save_every == 0 or done == run.steps or stops
-                if evaluates or saves:  # neither may be ahead of the log
-                    _report(pending, bar, log, batches)
-                    pending = None
+                report.flush()  # of the step before, while this one runs
+                report.take(step + 1, metrics)
+                done, figures = step + 1, None
+                stops = stop.asked() and done < run.steps
+                saves = done % config.save_every == 0 or done == run.steps
+                evaluates = saves or done % config.eval_every == 0
+                if evaluates or stops:  # neither a figure nor a checkpoint is ahead of the log
+                    report.flush()
                 if evaluates:
-                    log.write(done, run.evaluate(state.params))
-                if saves:
-                    checkpoints.save(state)
+                    figures = run.evaluate(state.params)
+                    log.write(done, figures)
                 if stops:
-                    raise Interrupted(f"stopped at update {done} of {run.steps}; "
-                                      "the same command goes on from there")
+                    raise Interrupted(_stop(checkpoints, state, figures, report, run))
+                if saves and (not report.skipped or done == run.steps):
+                    checkpoints.save(state, figures)
+                checkpoints.poll()
     return state
 
 
@@ -110,42 +131,93 @@ def _reader(run: Run) -> Callable[[int], dict[str, jax.Array]]:
     return batch
 
 
-def _report(
-    pending: tuple[int, dict[str, Any]] | None, bar: "tqdm[Any]", log: "MetricsLog",
-    batches: Prefetch,
-) -> None:
-    """Bring one step's metrics to the host, into the bar and, now and then, into the log."""
-    if pending is None:
-        return
-    step, metrics = pending
-    figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    log.count(figures["tokens"])
-    bar.set_postfix_str(f"loss {figures['loss']:.3f}, {log.tokens_per_second:,.0f} tokens/s",
-                        refresh=False)
-    bar.update()
-    if step % LOG_EVERY == 0 or step == bar.total:
-        log.write(step, {f"train_{name}": value for name, value in figures.items()} | {
-            "waiting": batches.waiting()})  # share of the time, for data
+def _stop(checkpoints: Checkpoints, state: TrainState, figures: dict[str, float] | None,
+          report: "_Report", run: Run) -> str:
+    """Save and wait; what there is to say.
+
+    Amid skipped updates nothing is saved: the continuation has to count them again.
+    """
+    done, began = int(state.step), time.monotonic()
+    if not report.skipped:
+        checkpoints.save(state, figures)
+    checkpoints.wait()
+    newest = max(checkpoints.steps, default=0)
+    saved = (f"saved in {time.monotonic() - began:.1f} s" if newest == done else
+             f"the last checkpoint is of update {newest}")
+    return f"stopped at update {done} of {run.steps}, {saved}; the same command goes on from there"
+
+
+class _Report:
+    """Brings the metrics of each step to the host, into the bar and, now and then, into the log."""
+
+    def __init__(self, run: Run, log: "MetricsLog", progress: "tqdm[Any]", batches: Prefetch):
+        self.skipped = 0  # updates in a row without a finite loss and gradient
+        self._run, self._log, self._bar, self._batches = run, log, progress, batches
+        self._pending: tuple[int, dict[str, Any]] | None = None
+
+    def take(self, step: int, metrics: dict[str, Any]) -> None:
+        """Remember what the update that `step` counts gives once it is computed."""
+        self._pending = step, metrics
+
+    def flush(self) -> None:
+        """Wait for the metrics that were taken, if any, and report them.
+
+        Raises:
+            UserError: too many updates in a row were skipped.
+        """
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._log.count(figures["tokens"])
+        rate = self._log.tokens_per_second
+        self._bar.set_postfix_str(f"loss {figures['loss']:.3f}, {rate:,.0f} tokens/s",
+                                  refresh=False)
+        self._bar.update()
+        if step % LOG_EVERY == 0 or step == self._run.steps or figures["skipped"]:
+            self._log.write(step, {f"train_{name}": value for name, value in figures.items()} | {
+                "waiting": self._batches.waiting()})  # share of the time, for data
+        self.skipped = self.skipped + 1 if figures["skipped"] else 0
+        if self.skipped:
+            self._tell(step, figures)
+
+    def _tell(self, step: int, figures: dict[str, float]) -> None:
+        config, number = self._run.config, self.skipped
+        what = (f"update {step} skipped: loss {figures['loss']}, gradient norm "
+                f"{figures['grad_norm']}")
+        if number < config.max_skipped:
+            say(f"{what} ({number} in a row)")
+            return
+        rows = row_indices(config.seed, step - 1, config.batch_size, len(self._run.rows))
+        raise UserError(
+            f"{what}, as the {number - 1} before it (--max-skipped {number}); rows of its batch: "
+            f"{', '.join(map(str, rows))}; nothing is saved since, so lower --learning-rate in "
+            "another --output, or mend these rows")
 
 
 class MetricsLog:
     """Figures of a run in `metrics.jsonl` and TensorBoard, cut back to `start` on continuation.
 
-    `seen` are the real tokens of the updates before `start`.
+    `seen` are the real tokens of the updates before `start`. Where a line cannot be written,
+    `on_save_error` "stop" raises a UserError; "continue" keeps it for the next attempt.
     """
 
-    def __init__(self, output: Path, start: int, seen: int):
-        self._path = output / "metrics.jsonl"
-        text = self._path.read_text() if self._path.exists() and start else ""
-        lines = text.split("\n")[:-1]  # a last line without its end was cut off by a crash
-        kept = [line for line in lines if json.loads(line)["step"] <= start]
-        self._seen, self._before = seen, json.loads(kept[-1])["seconds"] if kept else 0.0
+    def __init__(self, output: Path, start: int, seen: int, on_save_error: str = "stop"):
+        first = jax.process_index() == 0
+        self._path = output / "metrics.jsonl" if first else Path(os.devnull)
+        kept = [line for line in _lines(self._path) if start and line["step"] <= start]
+        self._seen, self._before = seen, kept[-1]["seconds"] if kept else 0.0
         self._began, self._recent = time.monotonic(), []
-        self._file = self._path.open("w")
-        self._file.writelines(line + "\n" for line in kept)
+        self._stops, self._unwritten = on_save_error == "stop", b""
+        if first:
+            new = self._path.with_name("metrics.new")
+            new.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            new.replace(self._path)
+        self._file = self._path.open("ab", buffering=0)
         from tensorboardX import SummaryWriter  # slow to import
 
-        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start + bool(start))
+        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start + bool(start),
+                                    write_to_disk=first)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -169,27 +241,48 @@ class MetricsLog:
         """Append one line; `seconds` is the time in the loop, over all continuations."""
         seconds = self._before + time.monotonic() - self._began
         line = {"step": step, "tokens_seen": self._seen, "seconds": round(seconds, 3), **figures}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._unwritten += (json.dumps(line) + "\n").encode()
+        try:
+            while self._unwritten:  # what is cut off by an error is completed later
+                self._unwritten = self._unwritten[self._file.write(self._unwritten):]
+        except OSError as error:
+            text = f"{self._path} cannot be written ({error.strerror})"
+            if self._stops:
+                raise UserError(f"{text}; when there is room, the same command goes on") from error
+            say(text)
+            return
         for name, value in figures.items():
             self._board.add_scalar(name, value, step)
 
 
 def read_metrics(output: Path) -> list[dict[str, int | float]]:
     """All lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return _lines(output / "metrics.jsonl")
 
 
-def _progress(run: Run, start: int) -> "tqdm[Any]":
-    return tqdm(total=run.steps, initial=start, desc=run.label, unit=" updates",
-                mininterval=0.5 if sys.stderr.isatty() else 15)
+def _lines(path: Path) -> list[dict[str, int | float]]:
+    """All whole lines; a crash may have cut off the last one."""
+    lines = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
 
 
 class _StopSignal:
-    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between updates."""
+    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between updates.
 
-    def __init__(self) -> None:
-        self.signal = 0
+    One of several processes may get the signal alone, or earlier than another; all have to stop at
+    the same update. So each gives its flag away at every update, and all act on the largest one.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._signal = 0
+        self._places = one_each(mesh)
+        self._largest = jax.jit(jnp.max, out_shardings=replicated(mesh))
+        self._asked: jax.Array | None = None
 
     def __enter__(self) -> "_StopSignal":
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -200,6 +293,19 @@ class _StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def asked(self) -> bool:
+        """Whether to stop; of several processes each must call it after every update.
+
+        With several the answer is one update old, so that nobody waits for it.
+        """
+        if jax.process_count() == 1:
+            return bool(self._signal)
+        asked, devices = self._asked, self._places.mesh.size
+        flags = jax.make_array_from_callback(
+            (devices,), self._places, lambda _: np.array([self._signal], np.int32))
+        self._asked = self._largest(flags)
+        return asked is not None and bool(asked)
+
     def _note(self, number: int, frame: Any) -> None:
-        self.signal = number
+        self._signal = number
         signal.signal(number, self._before[number])  # a second one acts at once

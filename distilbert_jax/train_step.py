@@ -153,7 +153,8 @@ def make_train_step(
 
     Returns:
         train_step(state, teacher_params, vocabulary, batch) → (state, metrics); metrics are the
-        means of the losses, the total `loss`, `grad_norm` and the `tokens` of the batch.
+        means of the losses, the total `loss`, `grad_norm`, the `tokens` of the batch, and
+        `skipped`: 1 where loss or gradient was not finite, so that only the step went on.
     """
 
     def train_step(state, teacher_params, vocabulary, batch):
@@ -172,8 +173,13 @@ def make_train_step(
         (total, means), grads = _accumulated(grad, state.params, batch, accumulate)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state),
+            (state.params, state.opt_state))
         metrics = means | {
-            "loss": total, "grad_norm": optax.tree.norm(grads),
+            "loss": total, "grad_norm": norm, "skipped": 1.0 - finite,
             "tokens": (batch["segment_ids"] > 0).sum().astype(jnp.float32)}
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 

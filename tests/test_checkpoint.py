@@ -1,7 +1,12 @@
 """Checkpoints: what comes back is what went in, on any mesh; another run and damage are told."""
 
 import dataclasses
+import errno
 import json
+import os
+import resource
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +15,14 @@ import optax
 import pytest
 from test_sharding import mesh_of
 
-from distilbert_jax.checkpoint import Checkpoints, abstract, refuse_other_run
+from distilbert_jax import checkpoint
+from distilbert_jax.checkpoint import Checkpoints, abstract, find_fault, refuse_other_run
 from distilbert_jax.config import UserError
 from distilbert_jax.sharding import shardings
 from distilbert_jax.train_step import init_state
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
-SETTINGS = {"teacher": "a", "corpus": ("x.txt",), "temperature": 2.0}
+SETTINGS = {"--teacher": "a" * 64, "--temperature": 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +47,8 @@ def like(state, shape="8x1"):
     return abstract(state, shardings(state, mesh_of(shape)))
 
 
-def save(output, *states):
-    with Checkpoints(output, SETTINGS) as checkpoints:
+def save(output, *states, **options):
+    with Checkpoints(output, SETTINGS, **options) as checkpoints:
         for state in states:
             checkpoints.save(state)
 
@@ -90,36 +96,209 @@ def test_the_beginning(state, tmp_path):
     refuse_other_run(tmp_path / "absent", SETTINGS)
 
 
-def test_another_run_is_refused_field_by_field(saved):
+def test_another_run_is_refused_field_by_field(state, saved):
     refuse_other_run(saved, SETTINGS)
+    refuse_other_run(saved, {"--temperature": 2.0})  # the rest is not known yet
+    other = SETTINGS | {"--teacher": "b" * 64, "--temperature": 4.0}
+    for refuse in (lambda: refuse_other_run(saved, other),
+                   lambda: Checkpoints(saved, other).restore(like(state))):
+        with pytest.raises(UserError) as error:
+            refuse()
+        assert str(error.value) == (
+            f"{saved} holds the checkpoints of another run (--teacher was aaaaaaaaaaaa…, is "
+            "bbbbbbbbbbbb…; --temperature was 2.0, is 4.0); choose another --output, or remove it")
+
+
+def folder_of(output, step):
+    return output / "checkpoints" / str(step)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {"truncated": truncate, "deleted": Path.unlink, "bit flipped": flip,
+           "emptied": lambda path: path.write_bytes(b"")}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_to_any_file_is_found(kind, saved, tmp_path):
+    """Every file that Orbax or we wrote, one after the other."""
+    folder = shutil.copytree(folder_of(saved, 9), tmp_path / "9")
+    assert find_fault(folder) == ""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 8 and any("ocdbt" in path.name for path in files)
+    for path in files:
+        if kind != "deleted" and not path.stat().st_size:
+            continue  # nothing in it that could be damaged
+        content = path.read_bytes()
+        DAMAGES[kind](path)
+        fault = find_fault(folder)
+        assert fault and (path.name in fault or path.name == "sha256.json"), path
+        path.write_bytes(content)
+    assert find_fault(folder) == ""
+
+
+def test_a_file_too_many_is_found(saved, tmp_path):
+    folder = shutil.copytree(folder_of(saved, 9), tmp_path / "9")
+    (folder / "d" / "stray").write_text("")
+    assert find_fault(folder) == "d/stray does not belong to it"
+
+
+def largest(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.parametrize("kind", [*DAMAGES, "empty folder"])
+def test_it_goes_back_to_the_newest_sound_one(kind, state, saved, tmp_path, capfd):
+    output = shutil.copytree(saved, tmp_path / "copy")
+    folder = folder_of(output, 9)
+    if kind == "empty folder":
+        shutil.rmtree(folder)
+        folder.mkdir()
+    else:
+        DAMAGES[kind](largest(folder))
+    (output / "checkpoints" / "stray.txt").write_text("")
+    (output / "checkpoints" / "stray").mkdir()
+    (output / "checkpoints" / "12.new.orbax-checkpoint-tmp" / "d").mkdir(parents=True)
+    (output / "checkpoints" / "3.old").mkdir()
+    refuse_other_run(output, SETTINGS)
+    back = restore(output, like(state))
+    jax.tree.map(np.testing.assert_array_equal, numbers(back), numbers(at(state, 5)))
+    said = capfd.readouterr().err
+    assert said.startswith(f"checkpoint {folder} is not sound: ") and said.count("\n") == 1
+    assert said.endswith("; going back to update 5\n")
+    left = {path.name for path in (output / "checkpoints").iterdir()}
+    assert left == {"5", "stray", "stray.txt"}
+    save(output, at(state, 9))  # which can be saved anew
+    assert restore(output, like(state)).step == 9
+
+
+def test_an_older_damaged_one_is_named_and_removed(state, saved, tmp_path, capfd):
+    output = shutil.copytree(saved, tmp_path / "copy")
+    flip(largest(folder_of(output, 5)))
+    assert restore(output, like(state)).step == 9
+    assert capfd.readouterr().err.endswith("is damaged (its SHA-256 differs)\n")
+    assert not folder_of(output, 5).exists()
+
+
+def test_without_a_sound_one_it_stops_and_removes_nothing(state, saved, tmp_path):
+    output = shutil.copytree(saved, tmp_path / "copy")
+    (folder_of(output, 9) / "sha256.json").unlink()
+    flip(folder_of(output, 5) / "run.json")
+    refuse_other_run(output, SETTINGS | {"--temperature": 4.0})  # nothing to be trusted in there
     with pytest.raises(UserError) as error:
-        refuse_other_run(saved, SETTINGS | {"teacher": "b", "temperature": 4.0})
+        restore(output, like(state))
     assert str(error.value) == (
-        f"{saved} holds the checkpoints of another run (--teacher was a, is b; --temperature was "
-        "2.0, is 4.0); choose another --output, or remove it")
+        f"no checkpoint in {output / 'checkpoints'} is sound ({folder_of(output, 9)}: sha256.json "
+        "is missing): put back a copy, or remove that folder to train from the beginning")
+    assert folder_of(output, 9).exists() and folder_of(output, 5).exists()
 
 
-def damage(output, step, part):
-    """Cut short every file of one part of a checkpoint."""
-    for path in (output / "checkpoints" / str(step) / part).rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[:10])
-
-
-def test_an_unreadable_checkpoint_is_named(state, tmp_path):
-    save(tmp_path, at(state, 3), at(state, 5))
-    damage(tmp_path, 5, "state")
-    newest = tmp_path / "checkpoints" / "5"
+def test_a_sound_one_of_another_shape_is_named(state, saved):
+    other = dataclasses.replace(state, params={"other": jnp.zeros(3)})
     with pytest.raises(UserError) as error:
-        restore(tmp_path, like(state))
-    assert f"checkpoint {newest} cannot be read" in str(error.value)
+        restore(saved, like(other))
+    assert f"checkpoint {folder_of(saved, 9)} cannot be read" in str(error.value)
     assert "\n" not in str(error.value)
 
-    damage(tmp_path, 5, "settings")
-    with pytest.raises(UserError, match=f"damaged .* remove {newest} to go on"):
-        refuse_other_run(tmp_path, SETTINGS)
+
+def test_the_last_and_the_best_are_kept(state, tmp_path):
+    losses = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: float("nan"), 6: 1.5}
+    with Checkpoints(tmp_path, SETTINGS, keep=2) as checkpoints:
+        for step, loss in losses.items():
+            checkpoints.save(at(state, step), None if loss is None else {"mlm_loss": loss})
+    assert checkpoints.steps == [2, 5, 6]
+    run = json.loads((folder_of(tmp_path, 2) / "run.json").read_text())
+    assert run == {"settings": SETTINGS, "figures": {"mlm_loss": 1.0}}
+    save(tmp_path, at(state, 7), keep=1)
+    assert checkpoints.steps == [2, 7]
 
 
-def test_settings_lie_beside_the_state(saved):
-    text = (saved / "checkpoints" / "9" / "settings" / "metadata").read_text()
-    assert json.loads(text) == SETTINGS | {"corpus": ["x.txt"]}
+def no_space(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+FULL = {  # what fails when the disk is full: in Orbax at once and in its thread, and in ours
+    "at once": "orbax.checkpoint.StandardCheckpointer.save",
+    "writing": "orbax.checkpoint._src.serialization.jax_array_handlers.serialization."
+               "async_serialize_from_host",
+    "committing": "orbax.checkpoint._src.checkpointers.async_checkpointer._on_commit_callback",
+    "hashing": "distilbert_jax.checkpoint._digest",
+    "sealing": "distilbert_jax.checkpoint._write",
+    "naming": "pathlib.Path.rename",
+}
+
+
+@pytest.mark.parametrize("where", FULL)
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_full_disk(policy, where, state, tmp_path, monkeypatch, capfd):
+    """Said in one line; the last sound one stays; the next save has room again."""
+    save(tmp_path, at(state, 3))
+    said = (f"update 5 cannot be saved in {tmp_path / 'checkpoints'} (No space left on device); "
+            "update 3 is the last saved")
+    with Checkpoints(tmp_path, SETTINGS, on_save_error=policy) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(FULL[where], no_space)
+            if policy == "stop":
+                with pytest.raises(UserError) as error:
+                    checkpoints.save(at(state, 5))
+                    checkpoints.wait()
+                assert str(error.value) == f"{said}; when there is room, the same command goes on"
+            else:
+                checkpoints.save(at(state, 5))
+                checkpoints.wait()
+                assert capfd.readouterr().err == f"{said}; going on without\n"
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+        checkpoints.save(at(state, 6))
+    assert capfd.readouterr().err == ""
+    jax.tree.map(np.testing.assert_array_equal, numbers(restore(tmp_path, like(state))),
+                 numbers(at(state, 6)))
+
+
+def test_a_failed_save_is_told_by_the_next_one_and_at_the_end(state, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_digest", no_space)
+    with pytest.raises(UserError, match="update 3 cannot be saved"):
+        save(tmp_path, at(state, 3), at(state, 5))
+    with pytest.raises(UserError, match="update 5 cannot be saved"):
+        save(tmp_path, at(state, 5))
+    with pytest.raises(RuntimeError, match="first"), Checkpoints(tmp_path, SETTINGS) as checkpoints:
+        checkpoints.save(at(state, 5))
+        raise RuntimeError("first")
+    assert checkpoints.steps == []
+
+
+def test_the_system_refuses_to_write(state, tmp_path):
+    """No file may grow beyond 2,000 bytes: a real error from below, in whoever writes."""
+    save(tmp_path, at(state, 3))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(tmp_path, SETTINGS) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+        try:
+            with pytest.raises(UserError, match=r"update 5 cannot .* \(File too large\)"):
+                checkpoints.save(at(state, 5))
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert restore(tmp_path, like(state)).step == 3
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="checkpoints cannot be used: File exists"):
+        Checkpoints(tmp_path, SETTINGS)
+
+
+def test_a_fingerprint_is_of_names_and_values():
+    tree = {"a": np.arange(3.0), "b": {"c": np.ones((2, 2), np.float32)}}
+    first = checkpoint.fingerprint(tree)
+    assert first == checkpoint.fingerprint(jax.tree.map(np.copy, tree)) and len(first) == 64
+    for other in ({"a": tree["a"], "d": tree["b"]}, tree | {"a": np.array([0, 1, 2.5])},
+                  tree | {"a": np.arange(3)}, tree | {"b": {"c": np.ones(4, np.float32)}}):
+        assert checkpoint.fingerprint(other) != first

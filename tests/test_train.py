@@ -1,11 +1,15 @@
 """The loop: stopped and continued it is bit for bit the run that was not stopped."""
 
 import dataclasses
+import errno
+import json
+import os
 import shutil
 import signal
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -13,7 +17,7 @@ from test_checkpoint import numbers, place
 from test_sharding import mesh_of
 
 from distilbert_jax import train as loop
-from distilbert_jax.config import Masking, TrainConfig
+from distilbert_jax.config import Masking, TrainConfig, UserError
 from distilbert_jax.data.batches import row_indices
 from distilbert_jax.data.pack import PackedRows
 from distilbert_jax.models.encoder import graphdef
@@ -52,15 +56,15 @@ def job(tiny_model, batch_of, vocabulary):
     ids = batch_of(lengths, 16)["input_ids"]
     rows = PackedRows(ids.astype(np.uint8), lengths.astype(np.uint16),
                       np.bincount(ids[ids > 0], minlength=teacher.vocab_size), {})
-    config = TrainConfig(batch_size=8, save_every=3, eval_every=3, learning_rate=0.01, clip=1.0)
+    config = TrainConfig(batch_size=8, save_every=3, eval_every=4, learning_rate=0.01, clip=1.0)
     tx, mesh = make_optimizer(config, STEPS), mesh_of("8x1")
     graphs = (graphdef(c, "float32") for c in (student, teacher))
     objective = Objective(alpha_ce=5.0, alpha_mlm=2.0, alpha_cos=1.0)
     run = loop.Run(
-        config=config, steps=STEPS, settings={"seed": 56}, output=Path(), mesh=mesh, rows=rows,
+        config=config, steps=STEPS, settings={"--seed": 56}, output=Path(), mesh=mesh, rows=rows,
         vocabulary=vocabulary, label="test",
         train_step=make_train_step(*graphs, tx, objective, Masking()),
-        evaluate=lambda params: {"top1": float(params["mlm_head"]["bias"].sum())})
+        evaluate=lambda params: {"mlm_loss": float(abs(params["mlm_head"]["bias"]).sum())})
     params, teacher_params = jax.tree.map(
         aligned, (student_params(teacher_params, [1]), teacher_params))
     return Job(run, params, tx, place(teacher_params, "8x1"))
@@ -111,18 +115,24 @@ def test_what_a_run_writes(job, straight):
     output, state = straight
     assert state.step == STEPS
     lines = loop.read_metrics(output)
-    assert [line["step"] for line in lines] == [0, 2, 3, 4, 6, 6, STEPS]
-    evaluated = [line["step"] for line in lines if "top1" in line]
-    assert evaluated == [0, 3, 6]  # the last update is left to the report
+    assert [line["step"] for line in lines] == [0, 2, 3, 4, 4, 6, 6, STEPS, STEPS]
+    evaluated = {line["step"]: line["mlm_loss"] for line in lines if "mlm_loss" in line}
+    assert list(evaluated) == [0, 3, 4, 6, STEPS]  # every fourth, and what is saved
     for line in lines:
         rows = [row_indices(56, step, 8, 11) for step in range(line["step"])]
         assert line["tokens_seen"] == sum(int(job.run.rows.segments[r].sum()) for r in rows)
-        if "top1" not in line:
+        if "mlm_loss" not in line:
             assert line["train_loss"] == pytest.approx(
                 5 * line["train_ce"] + 2 * line["train_mlm"] + line["train_cos"], rel=1e-5)
             assert line["train_grad_norm"] > 0
     assert len(list((output / "tensorboard").glob("events.*"))) == 1
-    assert {path.name for path in (output / "checkpoints").iterdir()} == {"6", str(STEPS)}
+    saved = {path.name: json.loads((path / "run.json").read_text())
+             for path in (output / "checkpoints").iterdir()}
+    del evaluated[0]
+    best = min((3, 6, STEPS), key=evaluated.get)  # 4 was no checkpoint
+    assert set(saved) == {str(best), "6", str(STEPS)}
+    assert all(run == {"settings": {"--seed": 56}, "figures": {"mlm_loss": evaluated[int(step)]}}
+               for step, run in saved.items())
 
 
 def test_after_a_crash_it_goes_on_from_the_last_checkpoint(job, straight, tmp_path):
@@ -130,14 +140,14 @@ def test_after_a_crash_it_goes_on_from_the_last_checkpoint(job, straight, tmp_pa
 
     def evaluate(params):
         calls.append(params)
-        if len(calls) == 3:  # at update 6, before it is saved
+        if len(calls) == 4:  # at update 6, before it is saved
             raise RuntimeError("power cut")
         return job.run.evaluate(params)
 
     with pytest.raises(RuntimeError, match="power cut"):
         job.train(tmp_path, evaluate=evaluate)
     log = tmp_path / "metrics.jsonl"
-    assert [line["step"] for line in loop.read_metrics(tmp_path)] == [0, 2, 3, 4, 6]
+    assert [line["step"] for line in loop.read_metrics(tmp_path)] == [0, 2, 3, 4, 4, 6]
     log.write_text(log.read_text() + '{"step": 6, "tok')  # cut off
     assert_same(tmp_path, job.train(tmp_path), straight)
     assert_same(tmp_path, job.train(tmp_path), straight)  # nothing is left to do
@@ -151,12 +161,13 @@ def test_a_signal_saves_and_stops(number, job, straight, tmp_path):
     class Log(loop.MetricsLog):
         def write(self, step, figures):
             super().write(step, figures)
-            if step == 4:
+            if step == 4 and "train_loss" in figures:
                 signal.raise_signal(number)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "MetricsLog", Log)
-        with pytest.raises(loop.Interrupted, match="stopped at update 5 of 7; the same command"):
+        with pytest.raises(loop.Interrupted, match=(
+                r"stopped at update 5 of 7, saved in \d+\.\d s; the same command goes on")):
             job.train(tmp_path)
     assert signal.getsignal(number) == before
     assert (tmp_path / "checkpoints" / "5").is_dir()
@@ -165,12 +176,97 @@ def test_a_signal_saves_and_stops(number, job, straight, tmp_path):
     assert loop.read_metrics(tmp_path)[-1]["seconds"] > seconds
 
 
+def test_fewer_steps_than_are_done(job, straight, tmp_path, capfd):
+    output = shutil.copytree(straight[0], tmp_path / "copy")
+    assert job.train(output, steps=4).step == STEPS
+    assert f"test: {STEPS} updates are done, --steps asks for 4\n" in capfd.readouterr().err
+    assert metrics(output) == metrics(straight[0])
+
+
+def test_a_log_that_cannot_be_written(job, tmp_path, monkeypatch):
+    """It stops in one line; or goes on, and writes the lines when there is room again."""
+    full = []
+
+    class Log(loop.MetricsLog):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self._file = Full(self._file)
+
+    class Full:
+        def __init__(self, file):
+            self.close, self._write = file.close, file.write
+
+        def write(self, content):
+            if full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self._write(content[:5])
+
+    monkeypatch.setattr(loop, "MetricsLog", Log)
+
+    def evaluate(params):
+        full[:] = [True] if not full and not list(tmp_path.glob("checkpoints/3")) else []
+        return job.run.evaluate(params)
+
+    config = dataclasses.replace(job.run.config, on_save_error="continue")
+    full[:] = []
+    with pytest.raises(UserError, match="metrics.jsonl cannot be written .No space left on device"):
+        job.train(tmp_path / "stop", evaluate=evaluate)
+    full[:] = []
+    job.train(tmp_path, evaluate=evaluate, config=config)
+    assert [line["step"] for line in metrics(tmp_path)] == [0, 2, 3, 4, 4, 6, 6, STEPS, STEPS]
+
+
+def spoilt(job, steps):
+    """A step whose loss is not a number at these updates."""
+    def step(state, teacher_params, vocabulary, batch):
+        bad = jnp.isin(state.step, jnp.array([s - 1 for s in steps]))
+        params = jax.tree.map(lambda x: x * jnp.where(bad, jnp.nan, 1), teacher_params)
+        return job.run.train_step(state, params, vocabulary, batch)
+    return step
+
+
+def test_skipped_updates_are_counted_and_logged(job, tmp_path, capfd):
+    """Nothing is saved amid them; a stop there goes back, and counts them again."""
+    config = dataclasses.replace(job.run.config, max_skipped=3)
+    options = dict(train_step=spoilt(job, [2, 3, 5]), config=config)
+    state = job.train(tmp_path / "a", **options)
+    lines = loop.read_metrics(tmp_path / "a")
+    assert [x["step"] for x in lines if x.get("train_skipped")] == [2, 3, 5]
+    assert {path.name for path in (tmp_path / "a" / "checkpoints").iterdir()} == {"6", str(STEPS)}
+    said = capfd.readouterr().err
+    assert "update 3 skipped: loss nan, gradient norm nan (2 in a row)\n" in said
+    assert "update 5 skipped: loss nan, gradient norm nan (1 in a row)\n" in said
+    assert state.step == STEPS and all(
+        np.isfinite(x).all() for x in jax.tree.leaves(numbers(state)))
+
+
+def test_too_many_skipped_updates_in_a_row(job, tmp_path):
+    """The first four go well; then each attempt ends at the same update."""
+    config = dataclasses.replace(job.run.config, max_skipped=3)
+    options = dict(train_step=spoilt(job, [4, 5, 6, 7]), config=config)
+    rows = ", ".join(map(str, row_indices(56, 5, 8, 11)))
+    for _ in range(2):
+        with pytest.raises(UserError, match=(
+                "update 6 skipped: loss nan, gradient norm nan, as the 2 before it "
+                rf"\(--max-skipped 3\); rows of its batch: {rows}; nothing is saved since")):
+            job.train(tmp_path, **options)
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
+def test_a_stop_amid_skipped_updates_hides_none(job, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop._StopSignal, "asked", lambda self: True)
+    with pytest.raises(loop.Interrupted, match="the last checkpoint is of update 0; the same"):
+        job.train(tmp_path, train_step=spoilt(job, [1]))
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
 def test_a_second_signal_acts_at_once():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
     try:
-        with loop._StopSignal() as stop:
+        with loop._StopSignal(mesh_of("8x1")) as stop:
+            assert not stop.asked()
             signal.raise_signal(signal.SIGINT)
-            assert stop.signal == signal.SIGINT
+            assert stop.asked()
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from test_sharding import mesh_of
 
 from distilbert_jax import convert, losses
 from distilbert_jax.config import EVALUATION_MASKING, Masking, TrainConfig
@@ -18,6 +19,7 @@ from distilbert_jax.masking import vocabulary as vocabulary_of
 from distilbert_jax.models import distilbert
 from distilbert_jax.models.encoder import graphdef
 from distilbert_jax.optimizer import make_optimizer
+from distilbert_jax.sharding import by_rows, replicated, shardings
 from distilbert_jax.student import student_config, student_params
 from distilbert_jax.train_step import (
     Objective,
@@ -195,7 +197,7 @@ def test_six_updates_equal_torch(x64, models, from_torch, batch_of, vocabulary):
         schedule.step()
         expected = {name: mean.item() for name, mean in means.items()}
         expected |= {"loss": loss.item(), "grad_norm": norm,
-                     "tokens": sum(size for row in ROWS for size in row)}
+                     "tokens": sum(size for row in ROWS for size in row), "skipped": 0}
         assert set(metrics) == set(expected)
         for name, value in expected.items():
             np.testing.assert_allclose(metrics[name], value, rtol=1e-9, err_msg=name)
@@ -222,6 +224,68 @@ def test_micro_batches_change_nothing(x64, problem, vocabulary, step):
     for result in results[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11),
                      result, results[0])
+
+
+@pytest.mark.parametrize("shape, accumulate", [("1x1", 1), ("8x1", 1), ("4x2", 2)])
+def test_an_update_that_is_not_finite_is_skipped(shape, accumulate, x64, problem, vocabulary):
+    """One row of one micro-batch on one device spoils the loss, or the gradient alone."""
+    mesh = mesh_of(shape)
+    state, batch = problem.state(), problem.batches[0]
+    places, whole = shardings(state, mesh), replicated(mesh)
+    step = jax.jit(problem.step(accumulate), out_shardings=(places, whole), in_shardings=(
+        places, shardings(problem.teacher_params, mesh), whole, by_rows(mesh)))
+    teacher = problem.teacher_params
+    state, metrics = step(state, teacher, vocabulary, batch)
+    assert metrics["skipped"] == 0
+
+    word = batch["input_ids"][5][1]  # its embedding in the teacher overflows
+    spoilt = jax.tree.map(np.copy, teacher)
+    spoilt["embeddings"]["word"]["embedding"][word] = np.inf
+    after, metrics = step(state, spoilt, vocabulary, batch)
+    assert metrics["skipped"] == 1 and not np.isfinite(metrics["loss"])
+    jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state),
+                 (state.params, state.opt_state))
+    assert after.step == state.step + 1
+    after, metrics = step(after, teacher, vocabulary, batch)
+    assert metrics["skipped"] == 0
+
+
+def test_a_finite_loss_with_an_infinite_gradient_is_skipped(x64, problem, vocabulary):
+    @jax.custom_vjp
+    def spoil(x):
+        return x
+
+    spoil.defvjp(lambda x: (x, None), lambda _, g: (g * jnp.inf,))
+    graph = graphdef(problem.student, "float64", "float64")
+    tx = optax.adam(0.1)
+    step = make_train_step(graph, None, tx, Objective(), Masking())
+    state = init_state(jax.tree.map(jnp.asarray, problem.params), tx, seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "mlm_sum", lambda *args, real=losses.mlm_sum: spoil(real(*args)))
+        after, metrics = jax.jit(step)(state, {}, vocabulary, problem.batches[0])
+    assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 1
+    jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state),
+                 (state.params, state.opt_state))
+
+
+EMPTY = {  # rows of a batch with too little in them
+    "an all-padding row": [[], [9, 7], [], [4]],
+    "nothing but padding": [[], [], [], []],
+    "nothing to mask": [[2], [2, 2], [2], [2]],  # [CLS] [SEP]
+}
+
+
+@pytest.mark.parametrize("restrict", OBJECTIVES)
+def test_little_in_a_batch_is_finite(restrict, x64, problem, vocabulary, batch_of):
+    step = jax.jit(dataclasses.replace(problem, objective=OBJECTIVES[restrict]).step())
+    for what, rows in EMPTY.items():
+        after, metrics = step(problem.state(), problem.teacher_params, vocabulary,
+                              batch_of(rows, 16))
+        assert metrics["skipped"] == 0, what
+        assert all(np.isfinite(x) for x in metrics.values()), what
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(after.params)), what
+        if what == "nothing but padding":
+            assert metrics["loss"] == metrics["grad_norm"] == metrics["tokens"] == 0
 
 
 def test_the_teacher_is_an_argument(x64, problem, vocabulary):
@@ -259,7 +323,7 @@ def test_without_a_teacher_it_is_masked_language_modelling(x64, problem, vocabul
     step = make_train_step(graph, None, optax.sgd(0.1), Objective(), Masking())
     state = init_state(jax.tree.map(jnp.asarray, problem.params), optax.sgd(0.1), seed=0)
     _, metrics = jax.jit(step)(state, {}, vocabulary, problem.batches[0])
-    assert set(metrics) == {"mlm", "loss", "grad_norm", "tokens"}
+    assert set(metrics) == {"mlm", "loss", "grad_norm", "tokens", "skipped"}
     mask_key, _ = jax.random.split(jax.random.fold_in(state.key, 0))
     batch = mask(mask_key, problem.batches[0], vocabulary, Masking())
     _, logits = predict(graph, state.params, batch)

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from distilbert_jax.data.batches import read
 from distilbert_jax.data.pack import PackedRows
 from distilbert_jax.masking import Vocabulary
+from distilbert_jax.progress import bar
 from distilbert_jax.sharding import local_rows, place_rows
 
 SEED = 20191001  # which tokens are hidden; the same for every model and run
@@ -50,7 +50,7 @@ def held_out(
     order = np.random.default_rng(SEED).permutation(len(packed))[:rows]
     key = jax.random.key(SEED)
     total: dict[str, float] = {}
-    bar = tqdm(total=len(order), desc="evaluate", unit=" rows", leave=False, delay=1)
+    progress = bar(total=len(order), desc="evaluate", unit=" rows", leave=False, delay=1)
     for number, start in enumerate(range(0, len(order), size)):
         mine = np.sort(order[start:start + size])
         mine = mine[own[own < len(mine)]]  # rows of this process; the last batch is not full
@@ -58,8 +58,8 @@ def held_out(
         sums = eval_step(params, teacher_params, vocabulary, batch, jax.random.fold_in(key, number))
         for name, value in jax.device_get(sums).items():
             total[name] = total.get(name, 0.0) + float(value)
-        bar.update(min(size, len(order) - start))
-    bar.close()
+        progress.update(min(size, len(order) - start))
+    progress.close()
     return _figures(total)
 
 

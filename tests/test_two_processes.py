@@ -1,0 +1,176 @@
+"""Two processes of four devices are one run of eight: trained, saved, continued, stopped.
+
+Each test starts real processes, on this machine, that find each other as on several hosts; a
+distillation of the toy is what they do. It runs this file as a program.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+ROOT = Path(__file__).parents[1]
+STEPS = 6
+TOLERANCE = 0
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def start(toy, output, processes, *words, devices=8):
+    """Processes of one run; together they have `devices`."""
+    common = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    common |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
+               "JAX_NUM_CPU_DEVICES": str(devices // processes),
+               "JAX_COMPILATION_CACHE_DIR": str(toy / "cache"),
+               "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    if processes > 1:
+        common |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
+                   "JAX_NUM_PROCESSES": str(processes)}
+    flags = ["--teacher", toy / "teacher", "--corpus", toy / "corpus.txt", "--output", output,
+             "--sequence-length", "16", "--batch-size", "8", "--student-layers", "1",
+             "--learning-rate", "0.01", "--steps", STEPS, "--save-every", "2",
+             "--valid-share", "0.1", *words]
+    return [subprocess.Popen(
+        [sys.executable, __file__, *map(str, flags)], text=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=common | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {}))
+        for i in range(processes)]
+
+
+def ended(running, code=0):
+    """Wait; (stdout, stderr) of each."""
+    try:
+        said = [process.communicate(timeout=120) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [code] * len(running), said
+    return said
+
+
+def distil(toy, output, processes, *words, **options):
+    return ended(start(toy, output, processes, *words, **options))
+
+
+def continued(toy, before, output, processes, *words, **options):
+    """Copy a run as it was after update 4, and finish it."""
+    shutil.copytree(before, output, ignore=shutil.ignore_patterns("6", "student", "report.md"))
+    distil(toy, output, processes, *words, **options)
+    return output
+
+
+def tensors(output):
+    from safetensors.numpy import load_file
+
+    return load_file(output / "student" / "model.safetensors")
+
+
+def losses(output):
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def assert_same(output, expected, atol):
+    ours, theirs = tensors(output), tensors(expected)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_allclose(ours[name], tensor, rtol=0, atol=atol, err_msg=name)
+    for here, there in zip(losses(output), losses(expected), strict=True):
+        assert here == pytest.approx(there, abs=atol)
+
+
+@pytest.fixture(scope="module")
+def alone(toy, tmp_path_factory):
+    """A run of one process with eight devices."""
+    output = tmp_path_factory.mktemp("alone") / "run"
+    distil(toy, output, 1)
+    return output
+
+
+@pytest.fixture(scope="module")
+def together(toy, tmp_path_factory):
+    """The same run in two processes of four devices, and what they said."""
+    output = tmp_path_factory.mktemp("together") / "run"
+    return output, distil(toy, output, 2)
+
+
+def test_two_processes_train_the_same(alone, together):
+    assert_same(together[0], alone, TOLERANCE)
+    assert {path.name for path in together[0].iterdir()} == {path.name for path in alone.iterdir()}
+
+
+def test_the_first_process_alone_speaks(together):
+    (first, _), (second, errors) = together[1]
+    assert "student: " in first and second == ""
+    assert "updates" not in errors
+
+
+def test_saved_in_two_and_continued_in_one(toy, alone, together, tmp_path):
+    assert_same(continued(toy, together[0], tmp_path / "run", 1), alone, TOLERANCE)
+
+
+@pytest.mark.parametrize("processes, mesh", [(2, "8x1"), (2, "4x2"), (2, "2x4"), (1, "1x1")])
+def test_saved_in_one_and_continued_elsewhere(processes, mesh, toy, alone, tmp_path):
+    devices = 1 if mesh == "1x1" else 8
+    output = continued(toy, alone, tmp_path / "run", processes, "--mesh", mesh, devices=devices)
+    assert_same(output, alone, TOLERANCE if mesh == "8x1" else 1e-5)
+
+
+def test_a_signal_to_one_stops_both_at_the_same_update(toy, tmp_path):
+    running = start(toy, tmp_path / "run", 2, "--steps", 100_000, "--eval-every", 100_000,
+                    "--save-every", 100_000)
+    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
+    while not log.exists() or log.read_text().count("\n") < 3:
+        assert time.monotonic() < deadline and all(p.poll() is None for p in running)
+        time.sleep(0.1)
+    running[1].send_signal(signal.SIGTERM)
+    said = [errors.splitlines()[-1] for _, errors in ended(running, 75)]
+    assert said[0] == said[1]
+    step = int(re.fullmatch(r"stopped at update (\d+) of 100000, saved in \d+\.\d s; the same "
+                            r"command goes on from there", said[0])[1])
+    assert (tmp_path / "run" / "checkpoints" / str(step) / "sha256.json").exists()
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID not set"),
+    ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2", "JAX_COORDINATOR_ADDRESS": "localhost:1"},
+     "JAX_NUM_PROCESSES 2 and JAX_PROCESS_ID 2 must be"),
+    ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "localhost:1"},
+     "JAX_NUM_PROCESSES two and")])
+def test_an_environment_that_cannot_be(given, message, monkeypatch, capfd):
+    sys.path.insert(0, str(ROOT / "experiments"))
+    import launch
+
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        launch.launch(lambda _: None)
+    error = capfd.readouterr().err
+    assert end.value.code == 2 and error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT / "experiments"))
+    import launch
+    import run
+
+    from distilbert_jax.benchmark import latency
+    from distilbert_jax.evaluation import held_out
+
+    latency.REPEATS, held_out.BATCH_TOKENS = 1, 256
+    launch.launch(run.main)
