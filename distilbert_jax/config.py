@@ -175,6 +175,8 @@ class TrainConfig(DataConfig):
             check(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
         check(self, "accumulate", self.batch_size % self.accumulate == 0,
               f"must divide --batch-size {self.batch_size}")
+        check(self, "output", "://" not in self.output,
+              "is not on this machine's disks, which is all that is supported yet")
         choose(self.on_save_error, ("stop", "continue"), "--on-save-error")
         choose(self.dtype, ("auto", "float32", "bfloat16", "float64"), "--dtype")
 

@@ -35,7 +35,6 @@ from distilbert_jax.config import (
 )
 from distilbert_jax.data import pack, sources
 from distilbert_jax.data.prepare import is_prepared, prepare
-from distilbert_jax.data.tokenize import fingerprint as tokenizer_fingerprint
 from distilbert_jax.data.tokenize import load_tokenizer, train_wordpiece
 from distilbert_jax.evaluation.held_out import held_out
 from distilbert_jax.export import export
@@ -239,15 +238,14 @@ def _settings(config: TrainConfig, params: dict[str, Any] | None = None) -> dict
     return settings
 
 
-def _data_settings(tokenizer: Any, data: pack.Prepared) -> dict[str, Any]:
+def _data_settings(data: pack.Prepared) -> dict[str, Any]:
     """The same of the corpus: what came out of its preparation, not where it was read."""
     def outcome(part: pack.PackedRows) -> str:
-        counted = {name: value for name, value in part.manifest.items() if name != "request"}
-        return fingerprint({"counts": part.counts, "manifest": np.frombuffer(
-            json.dumps(counted, sort_keys=True).encode(), np.uint8)})
+        return fingerprint(np.frombuffer(json.dumps(part.manifest, sort_keys=True).encode(),
+                                         np.uint8))
 
     return {"--corpus": outcome(data.train), "--valid": outcome(data.valid),
-            "tokenizer": tokenizer_fingerprint(tokenizer)}
+            "tokenizer": data.manifest["request"]["tokenizer"]}
 
 
 def _learnt_tokenizer(config: PretrainConfig) -> Any:
@@ -298,7 +296,7 @@ def _prepare(config: TrainConfig, mesh: Mesh, dtype: Any, param_dtype: Any, toke
     steps = config.steps or max(1, math.ceil(3 * len(data.train) / config.batch_size))
     return Setup(config, mesh, dtype, param_dtype, tokenizer, data,
                  jax.device_put(words, replicated(mesh)), steps,
-                 settings | _data_settings(tokenizer, data))
+                 settings | _data_settings(data))
 
 
 def _train(
