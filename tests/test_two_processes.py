@@ -21,7 +21,7 @@ import pytest
 pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[1]
 STEPS = 6
-TOLERANCE = 0
+TOLERANCE = 1e-6  # the sum over eight devices is taken in another order by the network
 
 
 def free_port():
@@ -81,7 +81,8 @@ def tensors(output):
 
 def losses(output):
     lines = (output / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    clocks = ("seconds", "waiting")
+    return [{k: v for k, v in json.loads(line).items() if k not in clocks} for line in lines]
 
 
 def assert_same(output, expected, atol):
@@ -115,8 +116,9 @@ def test_two_processes_train_the_same(alone, together):
 
 def test_the_first_process_alone_speaks(together):
     (first, _), (second, errors) = together[1]
-    assert "student: " in first and second == ""
-    assert "updates" not in errors
+    assert "student: " in first and "distil: " in together[1][0][1]
+    said = [line for line in second.splitlines() if not line.startswith("[Gloo]")]  # C++'s own
+    assert not said and "distil" not in errors
 
 
 def test_saved_in_two_and_continued_in_one(toy, alone, together, tmp_path):
