@@ -166,9 +166,7 @@ class Checkpoints:
         if jax.process_count() > 1:
             step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
         if step == -1:
-            raise UserError(
-                f"no checkpoint in {self._folder} is sound{fault}: put back a copy, or remove that "
-                "folder to train from the beginning")
+            raise _none_sound(self._folder, fault)
         return step or None
 
     def _verified(self) -> tuple[int, str]:
@@ -265,12 +263,20 @@ def refuse_other_run(output: Path, settings: Mapping[str, Any]) -> None:
 
     Raises:
         UserError: its newest checkpoint was made with other settings, each of which is named with
-            both values.
+            both values; or none of its checkpoints can be trusted.
     """
-    for _, folder in sorted(_folders(output / "checkpoints").items(), reverse=True):
+    folders = [path for _, path in sorted(_folders(output / "checkpoints").items(), reverse=True)]
+    for folder in folders:
         if before := _run(folder):
             _refuse(output, before.get("settings", {}), json.loads(json.dumps(settings)))
             return
+    if folders:
+        raise _none_sound(output / "checkpoints", f" ({folders[0]}: {find_fault(folders[0])})")
+
+
+def _none_sound(folder: Path, fault: str) -> UserError:
+    return UserError(f"no checkpoint in {folder} is sound{fault}: put back a copy, or remove that "
+                     "folder to train from the beginning")
 
 
 def _refuse(output: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -192,12 +192,14 @@ def test_without_a_sound_one_it_stops_and_removes_nothing(state, saved, tmp_path
     output = shutil.copytree(saved, tmp_path / "copy")
     (folder_of(output, 9) / "sha256.json").unlink()
     flip(folder_of(output, 5) / "run.json")
-    refuse_other_run(output, SETTINGS | {"--temperature": 4.0})  # nothing to be trusted in there
-    with pytest.raises(UserError) as error:
-        restore(output, like(state))
-    assert str(error.value) == (
-        f"no checkpoint in {output / 'checkpoints'} is sound ({folder_of(output, 9)}: sha256.json "
-        "is missing): put back a copy, or remove that folder to train from the beginning")
+    for refuse in (lambda: refuse_other_run(output, SETTINGS),
+                   lambda: restore(output, like(state))):
+        with pytest.raises(UserError) as error:
+            refuse()
+        assert str(error.value) == (
+            f"no checkpoint in {output / 'checkpoints'} is sound ({folder_of(output, 9)}: "
+            "sha256.json is missing): put back a copy, or remove that folder to train from the "
+            "beginning")
     assert folder_of(output, 9).exists() and folder_of(output, 5).exists()
 
 

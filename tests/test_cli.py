@@ -1,6 +1,7 @@
 """Bad input at the command line: one line that names it, exit code 2, and nothing on the disk."""
 
 import gzip
+import hashlib
 import json
 import os
 import shutil
@@ -131,8 +132,10 @@ def with_run(**settings):
 
         made = DistilConfig(**dict(
             teacher="teacher", corpus=("corpus.txt",), sequence_length=16, batch_size=8) | settings)
-        with_file("new/checkpoints/3/settings/metadata",
-                  json.dumps(_settings(made)).encode())()
+        run = json.dumps({"settings": _settings(made), "figures": {}}).encode()
+        seal = {"run.json": [len(run), hashlib.sha256(run).hexdigest()]}
+        with_file("new/checkpoints/3/run.json", run)()
+        with_file("new/checkpoints/3/sha256.json", json.dumps(seal).encode())()
     return write
 
 
@@ -212,8 +215,9 @@ FOLDERS = [  # (what is made or broken, further words, parts of the message)
     (with_run(seed=3, temperature=4.0), "",
      ["new holds the checkpoints of another run", "--seed was 3, is 56",
       "--temperature was 4.0, is 2.0", "choose another --output"]),
-    (with_file("new/checkpoints/3/settings/metadata", b'{"se'), "",
-     ["new/checkpoints/3/settings/metadata is damaged", "remove new/checkpoints/3"]),
+    (with_file("new/checkpoints/3/sha256.json", b'{"run.json'), "",
+     ["no checkpoint in new/checkpoints is sound", "new/checkpoints/3: sha256.json is damaged",
+      "remove that folder"]),
     (with_file("new/data/notes.txt", b"mine"), "", ["new/data exists and is not prepared data"]),
 ]
 
