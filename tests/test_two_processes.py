@@ -54,7 +54,7 @@ def start(toy, output, processes, *words, devices=8):
 def ended(running, code=0):
     """Wait; (stdout, stderr) of each."""
     try:
-        said = [process.communicate(timeout=120) for process in running]
+        said = [process.communicate(timeout=600) for process in running]
     finally:
         for process in running:
             process.kill()
@@ -116,7 +116,7 @@ def test_two_processes_train_the_same(alone, together):
 
 def test_the_first_process_alone_speaks(together):
     (first, _), (second, errors) = together[1]
-    assert "student: " in first and "distil: " in together[1][0][1]
+    assert "train: " in first and "distil: " in together[1][0][1]
     said = [line for line in second.splitlines() if not line.startswith("[Gloo]")]  # C++'s own
     assert not said and "distil" not in errors
 
@@ -125,7 +125,7 @@ def test_saved_in_two_and_continued_in_one(toy, alone, together, tmp_path):
     assert_same(continued(toy, together[0], tmp_path / "run", 1), alone, TOLERANCE)
 
 
-@pytest.mark.parametrize("processes, mesh", [(2, "8x1"), (2, "4x2"), (2, "2x4"), (1, "1x1")])
+@pytest.mark.parametrize("processes, mesh", [(2, "8x1"), (2, "4x2"), (1, "2x4"), (1, "1x1")])
 def test_saved_in_one_and_continued_elsewhere(processes, mesh, toy, alone, tmp_path):
     devices = 1 if mesh == "1x1" else 8
     output = continued(toy, alone, tmp_path / "run", processes, "--mesh", mesh, devices=devices)
@@ -135,7 +135,7 @@ def test_saved_in_one_and_continued_elsewhere(processes, mesh, toy, alone, tmp_p
 def test_a_signal_to_one_stops_both_at_the_same_update(toy, tmp_path):
     running = start(toy, tmp_path / "run", 2, "--steps", 100_000, "--eval-every", 100_000,
                     "--save-every", 100_000)
-    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
+    log, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 600
     while not log.exists() or log.read_text().count("\n") < 3:
         assert time.monotonic() < deadline and all(p.poll() is None for p in running)
         time.sleep(0.1)
@@ -171,8 +171,9 @@ if __name__ == "__main__":
     import launch
     import run
 
-    from distilbert_jax.benchmark import latency
+    from distilbert_jax import distil as job
     from distilbert_jax.evaluation import held_out
 
-    latency.REPEATS, held_out.BATCH_TOKENS = 1, 256
+    job._write_report = lambda *_: None  # seen elsewhere, and slow
+    held_out.BATCH_TOKENS = 256
     launch.launch(run.main)
