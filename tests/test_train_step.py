@@ -256,13 +256,15 @@ def test_a_finite_loss_with_an_infinite_gradient_is_skipped(x64, problem, vocabu
         return x
 
     spoil.defvjp(lambda x: (x, None), lambda _, g: (g * jnp.inf,))
-    graph = graphdef(problem.student, "float64", "float64")
+    graphs = (graphdef(c, "float64", "float64") for c in (problem.student, problem.teacher))
     tx = optax.adam(0.1)
-    step = make_train_step(graph, None, tx, Objective(), Masking())
+    step = make_train_step(*graphs, tx, Objective(alpha_cos=1.0), Masking())
     state = init_state(jax.tree.map(jnp.asarray, problem.params), tx, seed=0)
+    cosine_sum = losses.cosine_sum
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "mlm_sum", lambda *args, real=losses.mlm_sum: spoil(real(*args)))
-        after, metrics = jax.jit(step)(state, {}, vocabulary, problem.batches[0])
+        patch.setattr(losses, "cosine_sum", lambda *args: spoil(cosine_sum(*args)))
+        after, metrics = jax.jit(step)(
+            state, problem.teacher_params, vocabulary, problem.batches[0])
     assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 1
     jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state),
                  (state.params, state.opt_state))
