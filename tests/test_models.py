@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from distilbert_jax import convert
+from distilbert_jax.models import encoder
 from distilbert_jax.models.encoder import ACTIVATIONS, graphdef, init_params
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-9}
@@ -20,7 +21,7 @@ def forward(config, dtype, params, ids, segments, positions, types=None, key=Non
     """Everything a model computes."""
     model = nnx.merge(graphdef(config, dtype, dtype), params)
     hidden = model(ids, segments, positions, types,
-                   rngs=None if key is None else nnx.Rngs(dropout=key))
+                   dropout_keys=None if key is None else jax.random.split(key, len(ids)))
     return {"hidden": hidden,
             "logits": model.mlm_logits(hidden) if config.mlm_head else hidden,
             "pooled": model.pooled(hidden) if config.pooler else hidden[:, 0]}
@@ -70,6 +71,7 @@ def test_equals_torch(name, dtype, torch_model, from_torch):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_real_bert_equals_torch(dtype, shared):
+    pytest.importorskip("torch", reason="PyTorch is the reference here")
     transformers = pytest.importorskip("transformers")
     model = transformers.BertForMaskedLM.from_pretrained(shared / "rxn-bert").eval()
     ours = convert.load(str(shared / "rxn-bert"))
@@ -79,6 +81,7 @@ def test_a_real_bert_equals_torch(dtype, shared):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_real_sentence_encoder_equals_torch(dtype, shared):
+    pytest.importorskip("torch", reason="PyTorch is the reference here")
     transformers = pytest.importorskip("transformers")
     model = transformers.BertModel.from_pretrained(shared / "minilm-l6").eval()
     ours = convert.load(str(shared / "minilm-l6"))
@@ -157,6 +160,25 @@ def test_dropout_needs_a_key_and_a_rate(tiny_model):
     assert changed(hidden_dropout=0.5)
 
 
+def test_a_row_drops_by_its_own_key(tiny_model, monkeypatch):
+    """Alone it is what it is among others; no two places in the model drop alike."""
+    given = [jnp.asarray(x) for x in padded(np.random.default_rng(4), 72, LENGTHS, 13)[:3]]
+    config, params = tiny_model(num_hidden_layers=2, hidden_dropout=0.3, attention_dropout=0.3)
+    model = nnx.merge(graphdef(config, jnp.float32), jax.tree.map(np.float32, params))
+    keys, used, drop = jax.random.split(jax.random.key(0), 4), [], encoder._dropped
+
+    def noted(x, rate, keys):
+        used.append(jax.random.key_data(keys))
+        return drop(x, rate, keys)
+
+    monkeypatch.setattr(encoder, "_dropped", noted)
+    whole = model(*given, dropout_keys=keys)
+    places = 1 + 2 * 3  # embeddings; attention, what it puts out, feed-forward
+    assert len(used) == places and len(np.unique(np.concatenate(used), axis=0)) == places * 4
+    alone = model(*(x[1:2] for x in given), dropout_keys=keys[1:2])
+    np.testing.assert_allclose(alone[:, :7], whole[1:2, :7], rtol=0, atol=1e-6)
+
+
 def test_only_bert_drops_after_the_attention_output(tiny_model):
     _, params = tiny_model()
     x, segments = jnp.ones((2, 5, 16)), jnp.ones((2, 5), jnp.int32)
@@ -165,9 +187,9 @@ def test_only_bert_drops_after_the_attention_output(tiny_model):
         config, _ = tiny_model(hidden_dropout=0.5, attention_output_dropout=drops)
         model = nnx.merge(graphdef(config, jnp.float32), jax.tree.map(np.float32, params))
         layer = model.layers[0]
-        layer.dropout = nnx.Dropout(0.0)  # after the feed-forward block, which both have
-        for key in (None, nnx.Rngs(dropout=0)):
-            outputs[drops, key is None] = layer(x, segments, key)
+        layer.dropout = 0.0  # after the feed-forward block, which both have
+        for keys in (None, jax.random.split(jax.random.key(0), 2)):
+            outputs[drops, keys is None] = layer(x, segments, keys)
     np.testing.assert_array_equal(outputs[False, False], outputs[False, True])
     assert (outputs[True, False] != outputs[True, True]).any()
     np.testing.assert_array_equal(outputs[True, True], outputs[False, True])
