@@ -5,11 +5,12 @@ head can be applied to gathered positions [B, K] instead of [B, T].
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Int, Key
 
 from distilbert_jax.config import Masking
 
@@ -19,9 +20,9 @@ from distilbert_jax.config import Masking
 class Vocabulary:
     """What masking needs to know of the tokenizer; an argument of the step."""
 
-    counts: Float[Array | np.ndarray, " V"]  # occurrences in the training rows; 0: special token
-    ordinary_ids: Int[Array | np.ndarray, " O"]  # ids that may replace a token: all but special
-    mask_id: Int[Array | np.ndarray, ""]
+    counts: Any  # [V] float32, occurrences in the training rows; 0: special; or its shape, place
+    ordinary_ids: Any  # [O] int32, ids that may replace a token: all but special
+    mask_id: Any  # [] int32
 
 
 def vocabulary(counts: np.ndarray, special_ids: list[int], mask_id: int) -> Vocabulary:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 import re
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import (
     AbstractMesh,
@@ -22,6 +24,9 @@ from jax.sharding import (
 
 from distilbert_jax.config import UserError
 from distilbert_jax.models.encoder import SHARDING_ROWS, path_name
+
+WEEK = 7 * 24 * 60 * 60 * 1000  # ms
+_turns = itertools.count()  # the same in every process
 
 
 def make_mesh(shape: str) -> Mesh:
@@ -81,6 +86,25 @@ def on_mesh(step: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
     return placed
 
 
+def sum_over_rows(
+    function: Callable[[Any, Any], Any], mesh: Mesh | None
+) -> Callable[[Any, Any], Any]:
+    """`function` (what all rows share, rows) → sums over rows, added up over the data axis once.
+
+    Left to the compiler, gradients would be added up in every micro-batch. Here each device keeps
+    the sums of its own rows until the end; the model axis stays the compiler's.
+    """
+    if mesh is None or mesh.shape["data"] == 1:
+        return function
+
+    def own_rows(whole: Any, rows: Any) -> Any:
+        return jax.lax.psum(function(whole, rows), "data")
+
+    return jax.shard_map(
+        own_rows, in_specs=(PartitionSpec(), PartitionSpec("data")), out_specs=PartitionSpec(),
+        mesh=mesh.abstract_mesh, axis_names={"data"}, check_vma=False)
+
+
 def head_specs(
     mesh: AbstractMesh, rows: int, words: int
 ) -> tuple[PartitionSpec, PartitionSpec]:
@@ -137,15 +161,20 @@ def to_host(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
-    """What is in the block happens in the first process, then in the others."""
-    def wait() -> None:
-        multihost_utils.sync_global_devices("first_process_first")
+    """What is in the block happens in the first process, then in all others at once.
 
+    They wait for as long as it takes: not on their devices, whose collectives give up after half
+    a minute on CPU. If the first one fails they go on, and meet what it met.
+    """
+    wait = functools.partial(ocp.multihost.get_barrier_sync_fn(),
+                             key=f"first_process_first {next(_turns)}", timeout_ms=WEEK)
     if jax.process_index():
         wait()
-    yield
-    if not jax.process_index():
-        wait()
+    try:
+        yield
+    finally:
+        if not jax.process_index():
+            wait()
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

@@ -19,11 +19,13 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from distilbert_jax import store
 from distilbert_jax.checkpoint import Checkpoints, abstract
 from distilbert_jax.config import TrainConfig, UserError
 from distilbert_jax.data.batches import Prefetch, read, row_indices, tokens_before
 from distilbert_jax.data.pack import PackedRows
 from distilbert_jax.masking import Vocabulary
+from distilbert_jax.processes import Watch
 from distilbert_jax.progress import bar, say
 from distilbert_jax.sharding import (
     by_rows,
@@ -50,7 +52,7 @@ class Run:
     config: TrainConfig
     steps: int
     settings: dict[str, Any]  # what a continuation must share
-    output: Path
+    output: str | Path
     mesh: Mesh
     rows: PackedRows
     vocabulary: Vocabulary
@@ -77,11 +79,7 @@ def train(run: Run, state: TrainState, teacher_params: dict[str, Any]) -> TrainS
     """
     config, mesh = run.config, run.mesh
     places = shardings(state, mesh)
-    whole = replicated(mesh)
-    step_fn = jax.jit(
-        run.train_step, donate_argnums=0,
-        in_shardings=(places, shardings(teacher_params, mesh), whole, by_rows(mesh)),
-        out_shardings=(places, whole))
+    step_fn = jit_step(run.train_step, state, teacher_params, mesh)
     with (Checkpoints(run.output, run.settings, config.keep, config.on_save_error) as checkpoints,
           _StopSignal(mesh) as stop):
         restored = checkpoints.restore(abstract(state, places))
@@ -90,7 +88,8 @@ def train(run: Run, state: TrainState, teacher_params: dict[str, Any]) -> TrainS
         seen = tokens_before(config.seed, start, config.batch_size, run.rows)
         with (MetricsLog(run.output, start, seen, config.on_save_error) as log,
               bar(total=run.steps, initial=start, desc=run.label, unit=" updates") as progress,
-              Prefetch(_reader(run), range(start, run.steps)) as batches):
+              Prefetch(_reader(run), range(start, run.steps)) as batches,
+              Watch() as watch):
             if start:
                 say(f"{run.label}: continuing from update {start} of {run.steps}"
                     if start < run.steps else
@@ -111,12 +110,29 @@ def train(run: Run, state: TrainState, teacher_params: dict[str, Any]) -> TrainS
                 if evaluates:
                     figures = run.evaluate(state.params)
                     log.write(done, figures)
+                if evaluates or stops:
+                    log.publish()
                 if stops:
                     raise Interrupted(_stop(checkpoints, state, figures, report, run))
                 if saves and (not report.skipped or done == run.steps):
                     checkpoints.save(state, figures)
                 checkpoints.poll()
+                watch.beat()
     return state
+
+
+def jit_step(
+    train_step: Callable[..., Any], state: TrainState, teacher_params: dict[str, Any], mesh: Mesh
+) -> Any:
+    """The step as the loop runs it: every argument's place pinned, the old state given away.
+
+    Of `state` and `teacher_params` only the shapes are read.
+    """
+    places, whole = shardings(state, mesh), replicated(mesh)
+    return jax.jit(
+        train_step, donate_argnums=0,
+        in_shardings=(places, shardings(teacher_params, mesh), whole, by_rows(mesh)),
+        out_shardings=(places, whole))
 
 
 def _reader(run: Run) -> Callable[[int], dict[str, jax.Array]]:
@@ -198,13 +214,15 @@ class _Report:
 class MetricsLog:
     """Figures of a run in `metrics.jsonl` and TensorBoard, cut back to `start` on continuation.
 
+    Under gs:// nothing can be appended: there they are of when `publish` was called last.
+
     `seen` are the real tokens of the updates before `start`. Where a line cannot be written,
     `on_save_error` "stop" raises a UserError; "continue" keeps it for the next attempt.
     """
 
-    def __init__(self, output: Path, start: int, seen: int, on_save_error: str = "stop"):
-        first = jax.process_index() == 0
-        self._path = output / "metrics.jsonl" if first else Path(os.devnull)
+    def __init__(self, output: str | Path, start: int, seen: int, on_save_error: str = "stop"):
+        first, self._output = jax.process_index() == 0, output
+        self._path = store.fetch(_log(output)) if first else Path(os.devnull)
         kept = [line for line in _lines(self._path) if start and line["step"] <= start]
         self._seen, self._before = seen, kept[-1]["seconds"] if kept else 0.0
         self._began, self._recent = time.monotonic(), []
@@ -216,8 +234,8 @@ class MetricsLog:
         self._file = self._path.open("ab", buffering=0)
         from tensorboardX import SummaryWriter  # slow to import
 
-        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=start + bool(start),
-                                    write_to_disk=first)
+        self._board = SummaryWriter(str(store.local(output) / "tensorboard"),
+                                    purge_step=start + bool(start), write_to_disk=first)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -254,10 +272,26 @@ class MetricsLog:
         for name, value in figures.items():
             self._board.add_scalar(name, value, step)
 
+    def publish(self) -> None:
+        """Take what is written to gs://, where the run writes there."""
+        if not store.is_remote(self._output) or jax.process_index():
+            return
+        self._board.flush()
+        try:
+            store.upload(self._output, "metrics.jsonl", "tensorboard")
+        except UserError as error:
+            if self._stops:
+                raise
+            say(str(error))
 
-def read_metrics(output: Path) -> list[dict[str, int | float]]:
-    """All lines of a run's metrics.jsonl."""
-    return _lines(output / "metrics.jsonl")
+
+def read_metrics(output: str | Path) -> list[dict[str, int | float]]:
+    """All lines of a run's metrics.jsonl, as it is on this machine."""
+    return _lines(store.local(_log(output)))
+
+
+def _log(output: str | Path) -> str:
+    return store.join(output, "metrics.jsonl")
 
 
 def _lines(path: Path) -> list[dict[str, int | float]]:

@@ -5,6 +5,7 @@ Without a teacher the same step is masked-language-model training.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,8 @@ from distilbert_jax import losses
 from distilbert_jax.config import EVALUATION_MASKING, Masking
 from distilbert_jax.fused_head import Head, Targets, fused_losses
 from distilbert_jax.masking import Vocabulary, mask_tokens
-from distilbert_jax.sharding import on_mesh
+from distilbert_jax.models.encoder import RowKeys
+from distilbert_jax.sharding import on_mesh, sum_over_rows
 
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
@@ -58,10 +60,12 @@ def init_state(params: dict[str, Any], tx: optax.GradientTransformation, seed: i
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jax.random.key(seed))
 
 
-def encode(model: nnx.Module, batch: Batch, rngs: nnx.Rngs | None = None) -> Float[Array, "B T D"]:
+def encode(
+    model: nnx.Module, batch: Batch, dropout_keys: RowKeys = None
+) -> Float[Array, "B T D"]:
     """Last hidden states of a batch."""
-    return model(
-        batch["input_ids"], batch["segment_ids"], batch["position_ids"], rngs=rngs)
+    return model(batch["input_ids"], batch["segment_ids"], batch["position_ids"],
+                 dropout_keys=dropout_keys)
 
 
 def at_masked(x: Float[Array, "B T C"], batch: Batch) -> Float[Array, "B K C"]:
@@ -79,7 +83,7 @@ def loss_weights(batch: Batch, objective: Objective) -> Metrics:
 
 def total_loss(
     student: nnx.Module, teacher: nnx.Module | None, batch: Batch, objective: Objective,
-    weight: Metrics, rngs: nnx.Rngs | None = None,
+    weight: Metrics, dropout_keys: RowKeys = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss that is trained (REFERENCE A.7), and the means it is made of.
 
@@ -92,7 +96,7 @@ def total_loss(
         batch: masked, from mask_tokens.
         objective: weights of the losses; one of weight 0 is not computed.
         weight: from loss_weights, of the whole batch if this is a part of it.
-        rngs: the student's dropout; None for none.
+        dropout_keys: [B] of the student's dropout; None for none.
 
     Returns:
         The total, to be differentiated, and the means, which are not, among ce, mse (per
@@ -102,7 +106,7 @@ def total_loss(
     terms = {name: (factor, weight[name]) for name, factor in factors.items()
              if factor and (teacher or name == "mlm")}
     real = (batch["segment_ids"] > 0).astype(jnp.float32)
-    hidden = encode(student, batch, rngs)
+    hidden = encode(student, batch, dropout_keys)
     target = jax.lax.stop_gradient(encode(teacher, batch)) if teacher else None
     total, means = jnp.zeros(()), {}
     if "cos" in terms:
@@ -140,8 +144,9 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, Any], Vocabulary, Batch], tuple[TrainState, Metrics]]:
     """Build the pure update function.
 
-    The whole batch is masked first, and every loss is divided by its weight over the whole batch,
-    so that micro-batches and devices change nothing but rounding.
+    The whole batch is masked first, every row drops out by a key of its own, and every loss is
+    divided by its weight over the whole batch, so that micro-batches and devices change nothing
+    but rounding. Gradients are added up over the devices of a row's axis once, at the end.
 
     Args:
         student_graph, teacher_graph: structures; None for no teacher.
@@ -157,20 +162,28 @@ def make_train_step(
         `skipped`: 1 where loss or gradient was not finite, so that only the step went on.
     """
 
+    def gradients(whole, rows):
+        params, teacher_params, weight = whole
+        teacher = nnx.merge(teacher_graph, teacher_params) if teacher_graph is not None else None
+
+        def loss(params, batch, dropout_keys):
+            student = nnx.merge(student_graph, params)
+            return total_loss(student, teacher, batch, objective, weight, dropout_keys)
+
+        grad = jax.value_and_grad(loss, has_aux=True)
+        return _accumulated(functools.partial(grad, params), rows, accumulate)
+
+    gradients = sum_over_rows(gradients, mesh)
+
     def train_step(state, teacher_params, vocabulary, batch):
         key = jax.random.fold_in(state.key, state.step)
         mask_key, dropout_key = jax.random.split(key)
         batch = mask_tokens(mask_key, batch, vocabulary, masking)
         weight = loss_weights(batch, objective)
-        teacher = nnx.merge(teacher_graph, teacher_params) if teacher_graph is not None else None
-
-        def loss(params, micro, number):
-            rngs = nnx.Rngs(dropout=jax.random.fold_in(dropout_key, number))
-            student = nnx.merge(student_graph, params)
-            return total_loss(student, teacher, micro, objective, weight, rngs)
-
-        grad = jax.value_and_grad(loss, has_aux=True)
-        (total, means), grads = _accumulated(grad, state.params, batch, accumulate)
+        rows = jnp.arange(len(batch["input_ids"]))
+        dropout_keys = jax.vmap(jax.random.fold_in, (None, 0))(dropout_key, rows)
+        (total, means), grads = gradients(
+            (state.params, teacher_params, weight), (batch, dropout_keys))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(grads)
@@ -186,20 +199,19 @@ def make_train_step(
     return on_mesh(train_step, mesh)
 
 
-def _accumulated(grad: Callable, params: dict[str, Any], batch: Batch, accumulate: int) -> Any:
-    """Sum `grad` over micro-batches; each takes every accumulate-th row, so rows stay in place."""
+def _accumulated(function: Callable, rows: Any, accumulate: int) -> Any:
+    """Sum `function` over micro-batches; each takes every accumulate-th row."""
     if accumulate == 1:
-        return grad(params, batch, 0)
+        return function(*rows)
     micros = jax.tree.map(
-        lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-    shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], micros), 0)
+        lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), rows)
+    shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], micros))
 
-    def add(total, numbered):
-        number, micro = numbered
-        return jax.tree.map(jnp.add, total, grad(params, micro, number)), None
+    def add(total, micro):
+        return jax.tree.map(jnp.add, total, function(*micro)), None
 
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return jax.lax.scan(add, zeros, (jnp.arange(accumulate), micros))[0]
+    return jax.lax.scan(add, zeros, micros)[0]
 
 
 def make_eval_step(

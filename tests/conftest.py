@@ -8,6 +8,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing is left in the user's folders
 # The tests spend their time compiling tiny models; this takes a fifth of it (jaxlib 0.10.2).
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
@@ -164,6 +165,13 @@ def problem(tiny_model, batch_of):
         student, teacher, student_params(teacher_params, [1]), teacher_params,
         [batch_of(rows, 16, seed) for seed in range(3)], make_optimizer(config, steps=4),
         Objective(alpha_ce=5.0, alpha_mlm=2.0, alpha_cos=1.0, alpha_mse=0.1))
+
+
+@pytest.fixture(scope="session")
+def dropping(problem):
+    """The same with dropout, which is random but must not depend on how the step is cut."""
+    return dataclasses.replace(problem, student=dataclasses.replace(
+        problem.student, hidden_dropout=0.2, attention_dropout=0.2))
 
 
 @pytest.fixture(scope="session")

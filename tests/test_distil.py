@@ -1,12 +1,16 @@
 """The two jobs from end to end on a toy language: what they leave behind, and that they learn."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from distilbert_jax import convert, distil
 from distilbert_jax.benchmark import latency
-from distilbert_jax.config import DistilConfig, PretrainConfig, UserError
+from distilbert_jax.config import DistilConfig, PrepareConfig, PretrainConfig, UserError
+from distilbert_jax.data.prepare import prepare
+from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.evaluation import held_out
 from distilbert_jax.train import read_metrics
 
@@ -108,6 +112,20 @@ def test_the_same_command_again_finishes_without_training(distilled, monkeypatch
     assert (folder / "model.safetensors").read_bytes() == tensors
     assert read_metrics(folder.parent) == lines
     assert "report: " in capsys.readouterr().out
+
+
+def test_a_corpus_prepared_before_gives_the_same_student(distilled, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(distil, "_write_report", lambda *_: None)
+    config, folder = distilled
+    ready = tmp_path / "ready"
+    prepare(PrepareConfig(corpus=config.corpus, valid_share=config.valid_share,
+                          sequence_length=config.sequence_length, tokenizer=config.teacher),
+            load_tokenizer(config.teacher, None), ready)
+    again = distil.distil(dataclasses.replace(
+        config, corpus=(str(ready),), output=str(tmp_path / "again")))
+    assert (again / "model.safetensors").read_bytes() == (
+        folder / "model.safetensors").read_bytes()
+    assert files(again.parent) == {"checkpoints", "metrics.jsonl", "student", "tensorboard"}
 
 
 def test_more_steps_on_another_mesh_are_the_same_run(distilled, learnt):

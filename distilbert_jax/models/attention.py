@@ -122,6 +122,11 @@ def _same_segment(segment_ids: Int[Array, "B T"]) -> Array:
     return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B, 1, T, S]
 
 
+def platform_here() -> str:
+    """Where what is traced will run: "cpu", "gpu" or "tpu"."""
+    return _device(jax.sharding.get_abstract_mesh())[0]
+
+
 def _device(mesh: AbstractMesh) -> tuple[str, str]:
     """Platform, and compute capability or kind, of the mesh in context or else of any device."""
     device = mesh.abstract_device or jax.devices()[0]

@@ -15,15 +15,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
-from distilbert_jax.models.attention import attention
+from distilbert_jax.models.attention import attention, platform_here
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
+
+RowKeys = Key[Array, " B"] | None  # of dropout; None for none
 
 SHARPNESS = 80  # of the first layer's attention at its start: score of the position looked at
 
@@ -72,15 +74,16 @@ class Attention(nnx.Module):
         self.query, self.key, self.value, self.output = (
             _linear(width, width, config, dtypes, rngs) for _ in range(4)
         )
-        self.dropout = nnx.Dropout(config.attention_dropout)
+        self.dropout = config.attention_dropout
 
     def __call__(
-        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], rngs: nnx.Rngs | None
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], keys: RowKeys
     ) -> Float[Array, "B T D"]:
         heads = (*x.shape[:2], self.num_heads, -1)
         q, k, v = (f(x).reshape(heads) for f in (self.query, self.key, self.value))  # [B, T, N, H]
-        drops = rngs is not None and self.dropout.rate > 0
-        context = attention(q, k, v, segment_ids, _dropper(self.dropout, rngs) if drops else None)
+        drops = functools.partial(_dropped, rate=self.dropout, keys=keys)
+        silent = keys is None or not self.dropout
+        context = attention(q, k, v, segment_ids, None if silent else drops)
         return self.output(context.reshape(x.shape))
 
 
@@ -104,19 +107,15 @@ class Layer(nnx.Module):
         self.attention_norm = _layer_norm(config, dtypes, rngs)
         self.ffn = FeedForward(config, dtypes, rngs)
         self.output_norm = _layer_norm(config, dtypes, rngs)
-        self.attention_output_dropout = nnx.Dropout(
-            config.hidden_dropout if config.attention_output_dropout else 0.0
-        )
-        self.dropout = nnx.Dropout(config.hidden_dropout)
+        self.dropout = config.hidden_dropout
+        self.attended_dropout = config.hidden_dropout if config.attention_output_dropout else 0.0
 
     def __call__(
-        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], rngs: nnx.Rngs | None
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], keys: RowKeys
     ) -> Float[Array, "B T D"]:
-        attended = _dropper(self.attention_output_dropout, rngs)(
-            self.attention(x, segment_ids, rngs)
-        )
-        x = self.attention_norm(x + attended)
-        return self.output_norm(x + _dropper(self.dropout, rngs)(self.ffn(x)))
+        attended = self.attention(x, segment_ids, _own(keys, 0))
+        x = self.attention_norm(x + _dropped(attended, self.attended_dropout, _own(keys, 1)))
+        return self.output_norm(x + _dropped(self.ffn(x), self.dropout, _own(keys, 2)))
 
 
 class Embeddings(nnx.Module):
@@ -131,20 +130,20 @@ class Embeddings(nnx.Module):
         self.position = embed(config.max_position_embeddings)
         self.token_type = embed(config.type_vocab_size) if config.type_vocab_size else None
         self.norm = _layer_norm(config, dtypes, rngs)
-        self.dropout = nnx.Dropout(config.hidden_dropout)
+        self.dropout = config.hidden_dropout
 
     def __call__(
         self,
         input_ids: Int[Array, "B T"],
         position_ids: Int[Array, "B T"],
         token_type_ids: Int[Array, "B T"] | None,
-        rngs: nnx.Rngs | None,
+        keys: RowKeys,
     ) -> Float[Array, "B T D"]:
         x = self.word(input_ids) + self.position(position_ids)
         if self.token_type is not None:
             types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             x = x + self.token_type(types)
-        return _dropper(self.dropout, rngs)(self.norm(x))
+        return _dropped(self.norm(x), self.dropout, keys)
 
 
 class MLMHead(nnx.Module):
@@ -182,7 +181,7 @@ class Encoder(nnx.Module):
         segment_ids: Int[Array, "B T"],
         position_ids: Int[Array, "B T"],
         token_type_ids: Int[Array, "B T"] | None = None,
-        rngs: nnx.Rngs | None = None,
+        dropout_keys: RowKeys = None,
     ) -> Float[Array, "B T D"]:
         """The last hidden states.
 
@@ -192,14 +191,16 @@ class Encoder(nnx.Module):
                 attention mask of ones and zeros is the case of one document a row.
             position_ids: [B, T] position within the document.
             token_type_ids: [B, T]; zeros if None; a model without token types ignores them.
-            rngs: the stream `dropout`; None switches dropout off.
+            dropout_keys: [B] a key for each row, so that what is dropped in it does not depend
+                on the rows beside it; None switches dropout off.
 
         Returns:
             [B, T, D] in the compute dtype; what stands on padding means nothing.
         """
-        x = self.embeddings(input_ids, position_ids, token_type_ids, rngs)
-        for layer in self.layers:
-            x = layer(x, segment_ids, rngs)
+        keys = dropout_keys
+        x = self.embeddings(input_ids, position_ids, token_type_ids, _own(keys, 0))
+        for number, layer in enumerate(self.layers, 1):
+            x = layer(x, segment_ids, _own(keys, number))
         return x
 
     def mlm_projection(
@@ -291,17 +292,49 @@ def _abstract(config: EncoderConfig, dtype: Any, param_dtype: Any) -> Encoder:
     )
 
 
-def _dropper(module: nnx.Dropout, rngs: nnx.Rngs | None) -> Callable[[Array], Array]:
-    if rngs is None:
-        return lambda x: x
-    return functools.partial(module, deterministic=False, rngs=rngs)
+def _own(keys: RowKeys, number: int) -> RowKeys:
+    """Keys of the part of the model that has this number among its neighbours."""
+    return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+def _dropped(x: Float[Array, "B ..."], rate: float, keys: RowKeys) -> Float[Array, "B ..."]:
+    """Dropout of every row by its own key."""
+    if keys is None or not rate:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), 0)
 
 
 def _linear(
     rows: int, columns: int, config: EncoderConfig, dtypes: dict[str, Any], rngs: nnx.Rngs
 ) -> nnx.Linear:
     init = nnx.initializers.normal(config.initializer_range)
-    return nnx.Linear(rows, columns, kernel_init=init, rngs=rngs, **dtypes)
+    return nnx.Linear(
+        rows, columns, kernel_init=init, rngs=rngs, dot_general=_dot_general, **dtypes)
+
+
+def _dot_general(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
+    """What nnx.Linear asks for: [..., D] times [D, F]."""
+    return _on_cpu(x, kernel) if platform_here() == "cpu" else x @ kernel
+
+
+@jax.custom_vjp
+def _on_cpu(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
+    """x @ kernel; for the kernel's gradient x is turned first.
+
+    XLA's CPU compiler (jax 0.10.2) gives a product whose left side lies the wrong way round to a
+    library that takes twice as long over it; the barrier keeps it from undoing the turn.
+    """
+    return x @ kernel
+
+
+def _backward(saved: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    turned = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)  # [D, positions]
+    return slope @ kernel.T, turned @ slope.reshape(-1, slope.shape[-1])
+
+
+_on_cpu.defvjp(lambda x, kernel: (_on_cpu(x, kernel), (x, kernel)), _backward)
 
 
 def _layer_norm(config: EncoderConfig, dtypes: dict[str, Any], rngs: nnx.Rngs) -> nnx.LayerNorm:
