@@ -67,7 +67,7 @@ class DataConfig:
     corpus: tuple[str, ...] = _option(
         (), "data", "text, JSON-lines or parquet files (globs; .gz, .zst), a saved datasets "
         "folder, hf:NAME[:CONFIG], tfds:NAME, python-docs, or one folder that prepare.py made; "
-        "one line of text is one document", nargs="+")
+        "files and folders may lie under gs://; one line of text is one document", nargs="+")
     mix: tuple[float, ...] = _option(
         (), "data", "a weight for each word of --corpus: documents are drawn in this ratio until "
         "one is used up; default: one corpus after the other", nargs="+", type=float)
@@ -105,10 +105,12 @@ class PrepareConfig(DataConfig):
     shard: str = _option(
         "0/1", "data", "i/n: prepare the i-th of n parts, counted from 0, on this machine; all n "
         "write into the same folder, and the last to end completes it")
-    output: str = _option("prepared", "output", "folder for the prepared corpus")
+    output: str = _option(
+        "prepared", "output", "folder for the prepared corpus; may be gs://BUCKET/NAME")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_output(self.output)
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.shard)
         if not match or int(match[1]) >= int(match[2]):
             raise UserError(f"--shard {self.shard} must look like 0/4: a part, counted from 0, of "
@@ -142,7 +144,8 @@ class TrainConfig(DataConfig):
         "auto is bfloat16 on TPU and GPU, float32 on CPU")
     mesh: str = _option(
         "", "devices", "DATAxMODEL, e.g. 8x1 or 4x2; default: all devices on data")
-    output: str = _option("output", "output", "folder for checkpoints, figures and the model")
+    output: str = _option(
+        "output", "output", "folder for checkpoints, figures and the model; may be gs://BUCKET/NAME")
     save_every: int = _option(500, "output", "updates between checkpoints")
     eval_every: int = _option(250, "output", "updates between held-out evaluations")
     keep: int = _option(
@@ -175,8 +178,7 @@ class TrainConfig(DataConfig):
             check(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
         check(self, "accumulate", self.batch_size % self.accumulate == 0,
               f"must divide --batch-size {self.batch_size}")
-        check(self, "output", "://" not in self.output,
-              "is not on this machine's disks, which is all that is supported yet")
+        check_output(self.output)
         choose(self.on_save_error, ("stop", "continue"), "--on-save-error")
         choose(self.dtype, ("auto", "float32", "bfloat16", "float64"), "--dtype")
 
@@ -237,6 +239,61 @@ class PretrainConfig(TrainConfig):
               f"must divide --hidden-size {self.hidden_size}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadBenchmark:
+    """The vocabulary head on its own."""
+
+    shape: str = _option(
+        "small", "models", "small (4 layers of 256) or bert-base (12 of 768), both with 30,522 "
+        "words")
+    batch_size: int = _option(32, "training", "rows of an update")
+    sequence_length: int = _option(128, "data", "tokens in a row")
+    rounds: int = _option(
+        5, "output", "how often each side is timed, in turn; the median counts")
+
+    LEAST_ROUNDS = 0  # compiles only
+
+    def __post_init__(self) -> None:
+        choose(self.shape, ("small", "bert-base"), "--shape")
+        for name, least in (("batch_size", 1), ("sequence_length", 8),
+                            ("rounds", self.LEAST_ROUNDS)):
+            check(self, name, getattr(self, name) >= least, f"must be at least {least}")
+        check(self, "sequence_length", self.sequence_length <= 512, "must be at most 512")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainBenchmark(HeadBenchmark):
+    """Our update beside PyTorch's."""
+
+    corpus: tuple[str, ...] = _option(
+        (), "data", "documents as for run.py: ours packed, PyTorch's padded in groups of about "
+        "one length; default: full rows, the same on both sides", nargs="+")
+    tokenizer: str = _option("", "models", "Hugging Face folder, for --corpus")
+    updates: int = _option(4, "training", "of ours in a round")
+    dtype: str = _option(
+        "auto", "devices", "float32 or bfloat16; auto is bfloat16 on GPU and TPU, else float32")
+    sides: tuple[str, ...] = _option(
+        ("ours", "torch"), "devices", "of ours, torch (eager) and torch.compile; ours first "
+        "(default: ours torch)", nargs="+")
+    sweep: bool = _option(
+        False, "output", "plot tokens per second over batch, row length, layers and devices")
+    output: str = _option("benchmark", "output", "folder for figures and plots")
+
+    LEAST_ROUNDS = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "updates", self.updates >= 1, "must be at least 1")
+        choose(self.dtype, ("auto", "float32", "bfloat16"), "--dtype")
+        for name in self.sides:
+            choose(name, ("ours", "torch", "torch.compile"), "--sides")
+        if self.sides[0] != "ours":
+            raise UserError(f"--sides {' '.join(self.sides)} must begin with ours, which masks "
+                            "for the others")
+        if bool(self.corpus) != bool(self.tokenizer):
+            raise UserError("--corpus and --tokenizer belong together: give both, or neither")
+
+
 def flag(name: str) -> str:
     """The command-line spelling of a field: `batch_size` → `--batch-size`."""
     return "--" + name.replace("_", "-")
@@ -246,6 +303,14 @@ def check(config: Any, name: str, good: bool, rule: str) -> None:
     """Raise a UserError that names the flag, its value and the rule unless `good`."""
     if not good:
         raise UserError(f"{flag(name)} {getattr(config, name)} {rule}")
+
+
+def check_output(name: str) -> None:
+    """Raise a UserError unless it is a folder of this machine, or one in a bucket."""
+    scheme, found, rest = name.partition("://")
+    if found and (scheme != "gs" or not re.fullmatch(r"[a-z0-9][\w.-]+/.*[^/]/?", rest)):
+        raise UserError(f"--output {name} must be a folder of this machine, or look like "
+                        "gs://bucket/name")
 
 
 class _Parser(argparse.ArgumentParser):

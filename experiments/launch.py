@@ -3,7 +3,9 @@
 import importlib
 import os
 import pkgutil
+import platform
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -12,9 +14,9 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # so that a clone runs without being installed
 
 from distilbert_jax.config import UserError  # noqa: E402
+from distilbert_jax.processes import GO_ON, connect, find_loss, give_up  # noqa: E402
+from distilbert_jax.progress import say  # noqa: E402
 from distilbert_jax.train import Interrupted  # noqa: E402
-
-INTERRUPTED = 75  # EX_TEMPFAIL: the same command goes on
 
 
 def recipes() -> dict[str, ModuleType]:
@@ -23,53 +25,44 @@ def recipes() -> dict[str, ModuleType]:
     return {name: importlib.import_module(f"recipes.{name}") for name in names}
 
 
-def connect() -> None:
-    """Join the other processes of the run, if the environment says that there are any.
+def keep_compiled() -> None:
+    """Keep compiled programs for the next start, in the user's cache folder, by machine.
 
-    Either JAX_COORDINATOR_ADDRESS (host:port of the first one), JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID are set, or several workers of a TPU slice (TPU_WORKER_HOSTNAMES) are known to
-    JAX itself. All but the first are silent.
-
-    Raises:
-        UserError: only some are set, or they are not numbers, or the others do not answer.
+    JAX_COMPILATION_CACHE_DIR names another folder, JAX_ENABLE_COMPILATION_CACHE=false keeps none.
     """
     import jax
 
-    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    values = [os.environ.get(name) for name in names]
-    missing = [name for name, value in zip(names, values, strict=True) if not value]
-    if len(missing) < len(names):
-        if missing:
-            raise UserError(f"{' and '.join(missing)} not set, which several processes need beside "
-                            f"{' and '.join(n for n in names if n not in missing)}")
-        address, number, index = values
-        if not (number.isdecimal() and index.isdecimal() and int(index) < int(number)):
-            raise UserError(f"JAX_NUM_PROCESSES {number} and JAX_PROCESS_ID {index} must be whole "
-                            "numbers, the second below the first")
-        arguments = (address, int(number), int(index))
-    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
-        arguments = ()
-    else:
+    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    # By machine, because a program for one CPU may not run on another that shares the folder.
+    folder = Path(home, "distilbert_jax", platform.node())
     try:
-        jax.distributed.initialize(*arguments)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes of this run do not find each other: "
-                        f"{str(error).splitlines()[0]}") from error
-    if jax.process_index():
-        sys.stdout = open(os.devnull, "w")
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        # Not by say, which would start JAX before the devices are chosen.
+        print(f"compiled programs are not kept: {folder}: {error.strerror}", file=sys.stderr)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def launch(main: Callable[[list[str]], None]) -> None:
     """Run `main` with the command line; what the user can mend ends in one line and code 2."""
     try:
         connect()
+        keep_compiled()
         main(sys.argv[1:])
-    except UserError as error:
-        print("error:", *str(error).split("\n"), file=sys.stderr)
-        sys.exit(2)
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        say(str(stopped))
+        sys.exit(GO_ON)
     except KeyboardInterrupt:  # outside the training loop, where there is nothing to save
         sys.exit("interrupted")
+    except Exception as error:
+        if loss := find_loss(error):
+            give_up(loss)
+        if not isinstance(error, UserError):
+            raise
+        print("error:", *str(error).split("\n"), file=sys.stderr)
+        sys.exit(2)

@@ -11,6 +11,8 @@ from jaxtyping import Array, Float
 from distilbert_jax import losses
 from distilbert_jax.fused_head import Figures, Head, Targets, Terms, fused_losses
 
+VOCABULARIES = (30522, 128256)  # words: BERT's, and a large one
+
 
 def dense_losses(
     student: Head, teacher: Head | None, targets: Targets, terms: Terms, temperature: float
@@ -71,6 +73,21 @@ def compare(
             times[name].append(1e3 * (time.perf_counter() - began))
     return {name: figures | ({"ms": statistics.median(times[name])} if repeats else {})
             for name, figures in found.items()}
+
+
+def table(rows: int, length: int, width: int, repeats: int) -> str:
+    """`compare` for both dtypes and VOCABULARIES, in Markdown."""
+    lines = ["| words | dtype | dense MB | fused MB | less | dense ms | fused ms |",
+             "|--:|---|--:|--:|--:|--:|--:|"]
+    for words in VOCABULARIES:
+        for dtype in ("float32", "bfloat16"):
+            found = compare(rows, length, words, width, dtype, repeats)
+            dense, fused = found["dense"], found["fused"]
+            times = [f"{side['ms']:,.0f}" if repeats else "" for side in (dense, fused)]
+            lines.append(
+                f"| {words:,} | {dtype} | {dense['bytes'] / 1e6:,.0f} | {fused['bytes'] / 1e6:,.0f}"
+                f" | {dense['bytes'] / fused['bytes']:.1f} x | {times[0]} | {times[1]} |")
+    return "\n".join(lines)
 
 
 def _problem(rows: int, length: int, words: int, width: int, dtype: str) -> tuple[Any, ...]:

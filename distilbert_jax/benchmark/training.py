@@ -1,0 +1,383 @@
+"""Our update beside one in PyTorch: the same documents, losses and shapes, in turn, in one run.
+
+Each side lives in a process of its own, so that its peak of memory is its own, and works only
+while the others wait. Ours is the trainer's step on all its devices; PyTorch's is torch_loop.py.
+"""
+
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from distilbert_jax.config import Masking, TrainBenchmark, TrainConfig, UserError
+from distilbert_jax.data import batches, pack, sources, tokenize
+from distilbert_jax.masking import mask_tokens, vocabulary
+from distilbert_jax.models.encoder import EncoderConfig, graphdef, init_params
+from distilbert_jax.optimizer import make_optimizer
+from distilbert_jax.sharding import (
+    make_mesh,
+    one_each,
+    place,
+    place_rows,
+    replicated,
+    shardings,
+    use_all_cores,
+)
+from distilbert_jax.student import choose_layers, student_config, student_params
+from distilbert_jax.train import jit_step
+from distilbert_jax.train_step import Objective, init_state, make_train_step
+
+SHAPES = {  # of the teacher; the student has half its layers
+    "small": EncoderConfig(
+        vocab_size=30522, hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=1024, max_position_embeddings=512, type_vocab_size=2),
+    "bert-base": EncoderConfig(
+        vocab_size=30522, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+        intermediate_size=3072, max_position_embeddings=512, type_vocab_size=2)}
+OBJECTIVE = Objective(alpha_ce=5.0, alpha_mlm=2.0, alpha_cos=1.0)
+UPDATES = 4  # of a round
+LENGTHS = 8  # batches of PyTorch's round over documents, from the shortest to the longest
+BIN = 4  # tokens; the original puts documents into one batch whose lengths fall into one bin
+DOCUMENTS = 50_000  # read of a corpus, at most
+PRODUCT = 2048  # rows and columns of the matrices whose product is timed
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What each side is given, in a form that another process can be sent."""
+
+    teacher: EncoderConfig
+    student: EncoderConfig
+    config: TrainConfig
+    counts: np.ndarray  # [V] of the tokens
+    special_ids: list[int]
+    mask_id: int
+    ours: list[Batch]  # packed rows, not masked
+    theirs: list[Batch]  # one document a row; masked before they are given to PyTorch
+    devices: int = 0  # of ours; 0: as many as the trainer takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What one side was measured at."""
+
+    tokens_per_second: float  # real ones, the median of the rounds
+    rounds: list[float]  # tokens per second of each
+    padding: float  # share of the positions
+    utilisation: float  # of the rate of matrix products, by the model's own operations
+    first_update_seconds: float  # from the start of its process to the end of its first update
+    compile_seconds: float
+    process_bytes: int  # largest resident memory
+    device_bytes: int  # largest memory of all devices that are not the CPU
+    compiled_bytes: int  # arguments, results and temporaries of all devices, by the compiler
+    devices: int
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """All sides of one run."""
+
+    sides: dict[str, Figures]
+    product_rate: float  # of matrix products in the compute dtype, the best side's [FLOP/s]
+    load: float  # average of the machine before it began
+
+    def ratio(self, other: str) -> float:
+        """How many times as fast ours is: the median over rounds, whose moods both sides share."""
+        pairs = zip(self.sides["ours"].rounds, self.sides[other].rounds, strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+
+class Ours:
+    """The trainer's step."""
+
+    def __init__(self, problem: Problem):
+        """Random parameters; the step is compiled."""
+        config = problem.config
+        if problem.devices:
+            jax.config.update("jax_num_cpu_devices", problem.devices)
+        use_all_cores(config.batch_size)
+        mesh = make_mesh("")
+        self.devices, self.platform = mesh.size, jax.default_backend()
+        on_cpu = self.platform == "cpu"
+        self.dtype = config.dtype if config.dtype != "auto" else (
+            "float32" if on_cpu else "bfloat16")
+        graphs = [graphdef(shape, self.dtype) for shape in (problem.student, problem.teacher)]
+        teacher = jax.device_get(init_params(problem.teacher, config.seed))
+        self.start = student_params(teacher, choose_layers(
+            str(problem.student.num_hidden_layers), problem.teacher.num_hidden_layers))
+        self.teacher = jax.tree.map(
+            lambda x: x.astype(self.dtype if x.ndim > 1 else None), teacher)
+        tx = make_optimizer(config, config.steps)
+        state = init_state(self.start, tx, config.seed)
+        self._key = jax.device_get(state.key)
+        self._words = vocabulary(problem.counts, problem.special_ids, problem.mask_id)
+        self._state = place(state, shardings(state, mesh))
+        self._fixed = (jax.device_put(self.teacher, shardings(self.teacher, mesh)),
+                       jax.device_put(self._words, replicated(mesh)))
+        self._batches = [place_rows(batch, mesh, config.batch_size) for batch in problem.ours]
+        step = jit_step(make_train_step(*graphs, tx, OBJECTIVE, Masking(), mesh=mesh),
+                        self._state, self._fixed[0], mesh)
+        lowered = step.lower(self._state, *self._fixed, self._batches[0])
+        began = time.perf_counter()
+        self._step = lowered.compile()
+        self.compile_seconds = time.perf_counter() - began
+        self.product = _product(mesh, self.dtype)
+
+    def masked(self, theirs: list[Batch]) -> list[Batch]:
+        """As the first updates mask them, one after the other."""
+        keys = [jax.random.split(jax.random.fold_in(self._key, n))[0] for n in range(len(theirs))]
+        mask = jax.jit(mask_tokens, static_argnums=3)
+        return [jax.device_get(mask(key, batch, self._words, Masking()))
+                for key, batch in zip(keys, theirs, strict=True)]
+
+    def update(self, number: int) -> dict[str, Any]:
+        """One update on the batch of this number; the losses, which may not be there yet."""
+        self._state, metrics = self._step(self._state, *self._fixed, self._batches[number])
+        return metrics
+
+    def memory(self) -> tuple[int, int]:
+        """Peak of the devices' memory, and what the compiler says that the step needs [bytes]."""
+        stats = [device.memory_stats() or {} for device in jax.local_devices()]
+        need = self._step.memory_analysis()
+        return (sum(s.get("peak_bytes_in_use", 0) for s in stats),
+                self.devices * (need.argument_size_in_bytes + need.output_size_in_bytes
+                                + need.temp_size_in_bytes - need.alias_size_in_bytes))
+
+
+def _product(mesh: Mesh, dtype: str) -> Callable[[], float]:
+    """A function that multiplies square matrices, a pair on each device, and gives FLOP/s."""
+    call = jax.jit(lambda a, b: jnp.einsum("nij,njk->nik", a, b),
+                   in_shardings=one_each(mesh), out_shardings=one_each(mesh))
+    one = np.random.default_rng(0).normal(size=(PRODUCT, PRODUCT)).astype(dtype)
+    each = jax.device_put(np.broadcast_to(one, (mesh.size, *one.shape)), one_each(mesh))
+
+    def rate() -> float:
+        began = time.perf_counter()
+        call(each, each).block_until_ready()
+        return 2 * mesh.size * PRODUCT**3 / (time.perf_counter() - began)
+
+    return rate
+
+
+def serve(side: str, problem: Problem, began: float, pipe: Connection) -> None:
+    """Be one side, in a process of its own: each True that is received is a round.
+
+    What is sent: first the platform and the masked batches, then (seconds, FLOP/s of products) of
+    each round, and at the end what is known of the side beside its speed.
+    """
+    if side == "ours":
+        # What is compiled is timed, and so not looked up.
+        jax.config.update("jax_enable_compilation_cache", False)
+        worker, masked = (ours := Ours(problem)), ours.masked(problem.theirs)
+        numbers, compiling = range(len(problem.ours)), ours.compile_seconds
+    else:
+        from distilbert_jax.benchmark.torch_loop import TorchLoop
+
+        worker = TorchLoop(problem.teacher, problem.student, OBJECTIVE, problem.config,
+                           problem.theirs, compiled=side == "torch.compile")
+        numbers, compiling, masked = range(len(problem.theirs)), 0.0, None
+    _seconds(worker, [0])
+    first = time.time() - began
+    _seconds(worker, numbers)  # warm, and other shapes compiled
+    worker.product()
+    pipe.send((worker.platform, masked))
+    while pipe.recv():
+        pipe.send((_seconds(worker, numbers), worker.product()))
+    device, need = worker.memory()
+    pipe.send({
+        "first_update_seconds": first, "compile_seconds": compiling, "device_bytes": device,
+        "process_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "compiled_bytes": need, "devices": worker.devices, "dtype": worker.dtype})
+
+
+def _seconds(worker: Any, numbers: Iterable[int]) -> float:
+    """The time of some updates, until the losses of the last are on the host."""
+    began, means = time.perf_counter(), {}
+    for number in numbers:
+        means = worker.update(number)
+    for value in means.values():
+        float(value)
+    return time.perf_counter() - began
+
+
+class _Side:
+    """The driver's end of one side."""
+
+    def __init__(self, name: str, problem: Problem):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(
+            target=serve, args=(name, problem, time.time(), other), daemon=True)
+        self._process.start()
+        other.close()
+        self.platform, self.masked = self._receive()
+
+    def round(self) -> tuple[float, float]:
+        """Seconds of its updates, and the rate of a matrix product [FLOP/s]."""
+        self._pipe.send(True)
+        return self._receive()
+
+    def end(self) -> dict[str, Any]:
+        """Let it go; what it knows of itself."""
+        self._pipe.send(False)
+        known = self._receive()
+        self._process.join()
+        return known
+
+    def _receive(self) -> Any:
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            self._process.join()
+            raise UserError(f"a side of the benchmark ended by itself, with code "
+                            f"{self._process.exitcode}; what it said stands above") from None
+
+
+def measure(problem: Problem, sides: Sequence[str], rounds: int) -> Measured:
+    """Time the sides in turn.
+
+    Args:
+        problem: the same for all.
+        sides: "ours", which has to be the first, and any of "torch", "torch.compile".
+        rounds: how often each of them goes through its batches.
+
+    Raises:
+        UserError: a side broke down, or they do not run on the same kind of device.
+    """
+    # What one side does not use of an accelerator's memory is left to the others.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    load = os.getloadavg()[0]
+    running: dict[str, _Side] = {}
+    for name in sides:
+        given = problem if name == "ours" else dataclasses.replace(
+            problem, ours=[], theirs=running["ours"].masked)
+        running[name] = _Side(name, given)
+        if running[name].platform != running["ours"].platform:
+            raise UserError(f"ours runs on {running['ours'].platform}, {name} on "
+                            f"{running[name].platform}: install both for the same device")
+    timed: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in running.items():
+            timed[name].append(side.round())
+    product = max(statistics.median(rate for _, rate in times) for times in timed.values())
+    figures = {}
+    for name, side in running.items():
+        given = problem.ours if name == "ours" else problem.theirs
+        tokens = sum(int((batch["segment_ids"] > 0).sum()) for batch in given)
+        speeds = [tokens / seconds for seconds, _ in timed[name]]
+        median = statistics.median(speeds)
+        figures[name] = Figures(
+            tokens_per_second=median, rounds=speeds, padding=1 - tokens / sum(
+                _width(batch) * len(batch["input_ids"]) for batch in given),
+            utilisation=median * flops(problem, given) / tokens / product, **side.end())
+    return Measured(figures, product, load)
+
+
+def _width(batch: Batch) -> int:
+    """Tokens of the longest row of PyTorch's; ours are full, but for a few."""
+    return int((batch["segment_ids"] > 0).sum(1).max())
+
+
+def flops(problem: Problem, given: list[Batch]) -> float:
+    """Operations of the models themselves on the real tokens of some batches.
+
+    A product of [m, k] and [k, n] has 2 m k n. The teacher goes forward once, the student forward
+    and backward, which is three times as much; attention counts within documents. Embeddings,
+    softmaxes and the optimizer do not count.
+    """
+    sizes = np.concatenate([
+        np.bincount(batch["segment_ids"][row], minlength=2)[1:]
+        for batch in given for row in range(len(batch["segment_ids"]))]).astype(float)
+
+    def forward(shape: EncoderConfig) -> float:
+        width, words = shape.hidden_size, shape.vocab_size
+        layer = (8 * width**2 + 4 * width * shape.intermediate_size) * sizes.sum() + (
+            4 * width * (sizes**2).sum())
+        head = (2 * width**2 + 2 * width * words) * sizes.sum()
+        return shape.num_hidden_layers * layer + head
+
+    return forward(problem.teacher) + 3 * forward(problem.student)
+
+
+def problem_of(config: TrainBenchmark) -> Problem:
+    """The models of `config.shape` on full rows or, with a corpus, on its documents.
+
+    Raises:
+        UserError: the corpus or the tokenizer cannot be used, or it is too small.
+    """
+    teacher = SHAPES[config.shape]
+    train = TrainConfig(batch_size=config.batch_size, sequence_length=config.sequence_length,
+                        dtype=config.dtype, steps=1000, warmup=0.0)
+    if config.corpus:
+        tokenizer = tokenize.load_tokenizer(config.tokenizer, None)
+        teacher = dataclasses.replace(teacher, vocab_size=len(tokenizer))
+        ours, theirs, counts = documents(config, tokenize.spec(tokenizer))
+        special, mask = tokenizer.all_special_ids, tokenizer.mask_token_id
+    else:
+        ours = theirs = full_rows(config, teacher.vocab_size)
+        counts, special, mask = np.ones(teacher.vocab_size, np.int64), [0, 1, 2, 3, 4], 4
+    student = student_config(teacher, teacher.num_hidden_layers // 2, train.dropout)
+    return Problem(teacher, student, train, counts, special, mask, ours, theirs)
+
+
+def full_rows(config: TrainBenchmark, words: int) -> list[Batch]:
+    """Rows of one document each, of random words."""
+    random, shape = np.random.default_rng(0), (config.batch_size, config.sequence_length)
+    return [_rows(random.integers(5, words, shape), np.full(*shape))
+            for _ in range(config.updates)]
+
+
+def _rows(ids: np.ndarray, lengths: np.ndarray) -> Batch:
+    """A document of some length in each row."""
+    column = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    real = (column < lengths[:, None]).astype(np.int32)
+    return {"input_ids": ids.astype(np.int32) * real, "segment_ids": real,
+            "position_ids": column * real}
+
+
+def documents(
+    config: TrainBenchmark, spec: tokenize.Spec
+) -> tuple[list[Batch], list[Batch], np.ndarray]:
+    """Batches of the corpus for both sides, with the same tokens an update, and word counts.
+
+    Ours are rows packed by the trainer's preparation. PyTorch's are batches as the original
+    groups them: documents of about the same length, each batch padded to its longest. The batches
+    chosen lie evenly from the shortest documents to the longest.
+    """
+    texts = list(itertools.islice(sources.Documents(config.corpus), DOCUMENTS))
+    length, rows = config.sequence_length, config.batch_size
+    ids, sizes = tokenize.cut(*tokenize.Encoder(spec)(texts), length, spec)
+    counts = np.bincount(ids, minlength=spec.size)
+    shard = pack.pack(ids, sizes, length, spec.pad_id)
+    packed = pack.PackedRows(shard["row"], shard["segments"], counts, {})
+    random = np.random.default_rng(0)
+    each = max(1, round(rows * len(sizes) / len(packed)))  # documents of an update
+    if len(packed) < rows * config.updates or len(sizes) < each * LENGTHS:
+        raise UserError(f"--corpus gives {len(packed)} rows, and {rows * config.updates} are "
+                        "needed: give more, or lower --batch-size")
+    ours = [batches.read(packed, chosen) for chosen in random.choice(
+        len(packed), (config.updates, rows), replace=False)]
+
+    order = random.permutation(len(sizes))
+    order = order[np.argsort(sizes[order] // BIN, kind="stable")]
+    grouped = order[:len(order) // each * each].reshape(-1, each)
+    places = (np.arange(LENGTHS) + 0.5) * len(grouped) / LENGTHS
+    begins, column, theirs = sizes.cumsum() - sizes, np.arange(length), []
+    for group in grouped[places.astype(int)]:
+        at = np.minimum(begins[group][:, None] + column, len(ids) - 1)
+        theirs.append(_rows(ids[at], sizes[group]))
+    return ours, theirs, counts

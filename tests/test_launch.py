@@ -1,0 +1,64 @@
+"""Compiled programs are kept between starts, and change nothing."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+import launch  # noqa: E402
+
+
+@pytest.fixture
+def caching():
+    """JAX as a user starts it, which looks for what is compiled; what is set is taken back."""
+    names = {"jax_enable_compilation_cache": True, "jax_compilation_cache_dir": None}
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in names.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_a_program_from_the_cache_trains_the_same_bytes(toy, tmp_path):
+    pytest.importorskip("transformers")
+    cache = tmp_path / "cache" / "distilbert_jax" / platform.node()
+    shutil.copytree(toy, tmp_path / "toy")
+    students, kept = [], []
+    for start in ("cold", "warm"):
+        done = subprocess.run(
+            [sys.executable, EXPERIMENTS / "run.py", "--teacher", "toy/teacher", "--corpus",
+             "toy/corpus.txt", "--output", start, "--steps", "3", "--sequence-length", "16",
+             "--batch-size", "8"], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {
+                "XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_NUM_CPU_DEVICES": "2",
+                "JAX_ENABLE_COMPILATION_CACHE": "true",
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"})
+        assert done.returncode == 0, done.stderr
+        students.append((tmp_path / start / "student" / "model.safetensors").read_bytes())
+        kept.append({path.name for path in cache.glob("*-cache")})
+    assert any(name.startswith("jit_train_step") for name in kept[0])
+    assert kept[1] == kept[0]
+    assert students[1] == students[0]
+
+
+def test_a_folder_that_is_named_is_taken(caching, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jax.config.update("jax_compilation_cache_dir", "named")
+    launch.keep_compiled()
+    assert jax.config.jax_compilation_cache_dir == "named" and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_used_costs_a_line(caching, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    launch.keep_compiled()
+    assert jax.config.jax_compilation_cache_dir is None
+    line = capsys.readouterr().err
+    assert "compiled programs are not kept" in line and line.count("\n") == 1
