@@ -9,8 +9,12 @@ Orbax writes into STEP.new; the folder gets these two files, in this order, and 
 only then are older ones removed. So whatever the moment of a crash, a folder without its seal is
 never taken for sound, and neither is one of which a bit has changed (Orbax alone restores that
 silently).
+
+Under gs:// nothing can be renamed. There Orbax writes into STEP itself, and the seal alone, written
+last and removed first, makes a checkpoint of it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -30,9 +34,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from distilbert_jax import store
 from distilbert_jax.config import UserError
 from distilbert_jax.models.encoder import path_name
 from distilbert_jax.progress import say
+from distilbert_jax.store import AnyPath
 from distilbert_jax.train_step import TrainState
 
 RUN, SEAL = "run.json", "sha256.json"
@@ -46,12 +52,12 @@ class Checkpoints:
     of them call the same methods, and share the folder.
     """
 
-    def __init__(self, output: Path, settings: Mapping[str, Any], keep: int = 2,
+    def __init__(self, output: str | Path, settings: Mapping[str, Any], keep: int = 2,
                  on_save_error: str = "stop"):
         """Open or make the folder.
 
         Args:
-            output: of the run.
+            output: of the run; may be a name under gs://.
             settings: what may not change between a run and its continuation: name → JSON.
             keep: how many of the newest are kept; the best by held-out loss is, too.
             on_save_error: "stop" raises a UserError, "continue" prints it.
@@ -59,13 +65,17 @@ class Checkpoints:
         Raises:
             UserError: the folder cannot be made.
         """
-        self._folder = (output / "checkpoints").absolute()
+        self._remote = store.is_remote(output)
+        self._folder = store.path(output) / "checkpoints"
+        if not self._remote:
+            self._folder = self._folder.absolute()
         self._settings = json.loads(json.dumps(settings))
         self._keep, self._on_save_error = keep, on_save_error
         self._saving: tuple[int, threading.Thread] | None = None
         self._error: Exception | None = None
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            if not self._remote:
+                self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self._folder} cannot be used: {error.strerror}") from error
         logging.getLogger("absl").setLevel("CRITICAL")  # Orbax's tracebacks; one line is ours
@@ -102,11 +112,11 @@ class Checkpoints:
         """
         self.wait()
         step = int(state.step)
-        if step in self.steps:
-            return
-        new = self._folder / f"{step}.new"
+        new = self._folder / (str(step) if self._remote else f"{step}.new")
         try:
-            self._orbax.save(new, _fields(state), force=True)
+            if step in self.steps:
+                return
+            self._orbax.save(new, _fields(state), force=not self._remote)
         except Exception as error:  # Orbax and tensorstore have many
             self._unsaved(step, error)
             return
@@ -160,7 +170,8 @@ class Checkpoints:
     def _newest_sound(self) -> int | None:
         """The same answer in every process; the first one looks."""
         try:
-            step, fault = self._verified() if jax.process_index() == 0 else (0, "")
+            with store.told(self._folder):
+                step, fault = self._verified() if jax.process_index() == 0 else (0, "")
         except OSError as error:
             raise UserError(f"{self._folder} cannot be used: {error.strerror}") from error
         if jax.process_count() > 1:
@@ -176,9 +187,8 @@ class Checkpoints:
             The newest sound update, 0 without any checkpoint, -1 (and the reason) without a sound
             one.
         """
-        for path in self._folder.iterdir():
-            if re.fullmatch(r"\d+\.(new|old).*", path.name):  # of a save or removal cut short
-                shutil.rmtree(path, ignore_errors=True)
+        for path in _left_over(self._folder):
+            _delete(path)
         folders = _folders(self._folder)
         faults = {step: fault for step, path in folders.items() if (fault := find_fault(path))}
         if not folders.keys() - faults.keys():
@@ -191,7 +201,7 @@ class Checkpoints:
             _remove(folders[step])
         return newest, ""
 
-    def _finish(self, step: int, new: Path, figures: dict[str, float]) -> None:
+    def _finish(self, step: int, new: AnyPath, figures: dict[str, float]) -> None:
         """Wait for Orbax, then seal and name the folder; runs in a thread of its own."""
         try:
             self._orbax.wait_until_finished()
@@ -200,8 +210,9 @@ class Checkpoints:
                 for name in _files(new):
                     _sync(new / name)
                 _write(new / SEAL, {name: _digest(new / name) for name in _files(new)})
-                new.rename(self._folder / str(step))
-                _sync(self._folder)
+                if not self._remote:
+                    new.rename(self._folder / str(step))
+                    _sync(self._folder)
                 self._prune()
         except Exception as error:
             self._error = error
@@ -219,23 +230,31 @@ class Checkpoints:
     def _unsaved(self, step: int, error: Exception) -> None:
         """Say that a save failed; nothing half-written stays."""
         if jax.process_index() == 0:
-            for path in self._folder.glob(f"{step}.new*"):
-                shutil.rmtree(path, ignore_errors=True)
-        last = f"update {self.steps[-1]} is the last saved" if self.steps else "nothing is saved"
+            with contextlib.suppress(UserError), store.told(self._folder):
+                for path in _left_over(self._folder, step):
+                    _delete(path)
+        try:
+            last = f"update {self.steps[-1]} is the last saved"
+        except IndexError:
+            last = "nothing is saved"
+        except UserError:  # of the network, again
+            last = "nor can be seen what is saved"
         text = f"update {step} cannot be saved in {self._folder} ({_reason(error)}); {last}"
         if self._on_save_error == "stop":
             raise UserError(f"{text}; when there is room, the same command goes on") from error
         say(f"{text}; going on without")
 
 
-def find_fault(folder: Path) -> str:
+def find_fault(folder: AnyPath) -> str:
     """What is wrong with the files of a checkpoint, in a few words; "" if it is sound."""
     try:
         sealed = json.loads((folder / SEAL).read_bytes())
         sealed = {name: (size, sha256) for name, (size, sha256) in sealed.items()}
     except FileNotFoundError:
         return f"{SEAL} is missing"
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        if store.is_remote(folder) and isinstance(error, OSError):
+            raise  # of the network: it says nothing about the checkpoint
         return f"{SEAL} is damaged"
     found = set(_files(folder))
     for name in sorted(found | sealed.keys()):
@@ -246,6 +265,8 @@ def find_fault(folder: Path) -> str:
         try:
             size, sha256 = _digest(folder / name)
         except OSError as error:
+            if store.is_remote(folder):
+                raise
             return f"{name} cannot be read ({error.strerror})"
         if size != sealed[name][0]:
             return f"{name} has {size} bytes, not {sealed[name][0]}"
@@ -254,7 +275,7 @@ def find_fault(folder: Path) -> str:
     return ""
 
 
-def refuse_other_run(output: Path, settings: Mapping[str, Any]) -> None:
+def refuse_other_run(output: str | Path, settings: Mapping[str, Any]) -> None:
     """Check, without reading much, that `output` holds no other run.
 
     Args:
@@ -265,21 +286,22 @@ def refuse_other_run(output: Path, settings: Mapping[str, Any]) -> None:
         UserError: its newest checkpoint was made with other settings, each of which is named with
             both values; or none of its checkpoints can be trusted.
     """
-    folders = [path for _, path in sorted(_folders(output / "checkpoints").items(), reverse=True)]
+    place = store.path(output) / "checkpoints"
+    folders = [path for _, path in sorted(_folders(place).items(), reverse=True)]
     for folder in folders:
         if before := _run(folder):
             _refuse(output, before.get("settings", {}), json.loads(json.dumps(settings)))
             return
     if folders:
-        raise _none_sound(output / "checkpoints", f" ({folders[0]}: {find_fault(folders[0])})")
+        raise _none_sound(place, f" ({folders[0]}: {find_fault(folders[0])})")
 
 
-def _none_sound(folder: Path, fault: str) -> UserError:
+def _none_sound(folder: AnyPath, fault: str) -> UserError:
     return UserError(f"no checkpoint in {folder} is sound{fault}: put back a copy, or remove that "
                      "folder to train from the beginning")
 
 
-def _refuse(output: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _refuse(output: str | AnyPath, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     changed = [f"{name} was {_short(before.get(name))}, is {_short(value)}"
                for name, value in sorted(now.items()) if before.get(name) != value]
     if changed:
@@ -312,39 +334,58 @@ def _fields(state: TrainState) -> dict[str, Any]:
     return {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
 
 
-def _folders(folder: Path) -> dict[int, Path]:
+def _folders(folder: AnyPath) -> dict[int, AnyPath]:
     """Update → folder of its checkpoint, sound or not."""
+    if store.is_remote(folder):
+        with store.told(folder):
+            sealed = [name.split("/")[0] for name in store.files(folder)
+                      if re.fullmatch(rf"[1-9]\d*/{SEAL}", name)]
+        return {int(name): folder / name for name in sealed}
     if not folder.is_dir():
         return {}
     return {int(path.name): path for path in folder.iterdir()
             if re.fullmatch(r"[1-9]\d*", path.name) and path.is_dir()}
 
 
-def _files(folder: Path) -> list[str]:
+def _left_over(folder: AnyPath, step: int | None = None) -> list[AnyPath]:
+    """What a save or removal that was cut short left behind: of one update, or of any."""
+    number = r"\d+" if step is None else str(step)
+    if not store.is_remote(folder):
+        return [path for path in folder.iterdir()
+                if re.fullmatch(rf"{number}\.(new|old).*", path.name)]
+    found = {name.split("/")[0] for name in store.files(folder)}
+    return [folder / name for name in found - {str(step) for step in _folders(folder)}
+            if re.fullmatch(number, name)]
+
+
+def _files(folder: AnyPath) -> list[str]:
     """All files of a checkpoint but its seal."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")
-                  if not path.is_dir() and path != folder / SEAL)
+    return [name for name in store.files(folder) if name != SEAL]
 
 
-def _run(folder: Path) -> dict[str, Any]:
+def _run(folder: AnyPath) -> dict[str, Any]:
     """The run.json of a checkpoint; {} if it is not as it was sealed."""
     try:
         text = (folder / RUN).read_bytes()
         _, sealed = json.loads((folder / SEAL).read_bytes())[RUN]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if store.is_remote(folder) and type(error) is OSError:
+            raise
         return {}
     return json.loads(text) if hashlib.sha256(text).hexdigest() == sealed else {}
 
 
-def _digest(path: Path) -> tuple[int, str]:
+def _digest(path: AnyPath) -> tuple[int, str]:
     """Size in bytes and SHA-256 of a file."""
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), sha256
 
 
-def _sync(path: Path) -> None:
+def _sync(path: AnyPath) -> None:
     """Bring a file, or the names in a folder, to the disk."""
+    if store.is_remote(path):
+        return
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -352,8 +393,11 @@ def _sync(path: Path) -> None:
         os.close(number)
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+def _write(path: AnyPath, content: dict[str, Any]) -> None:
     """Write JSON, whole or not at all; without a newline, so that its last byte counts too."""
+    if store.is_remote(path):
+        path.write_text(json.dumps(content, indent=1))
+        return
     new = path.with_name(path.name + ".new")
     new.write_text(json.dumps(content, indent=1))
     _sync(new)
@@ -361,11 +405,22 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     _sync(path.parent)
 
 
-def _remove(folder: Path) -> None:
+def _remove(folder: AnyPath) -> None:
     """Delete a checkpoint; cut short, it leaves nothing that looks like one."""
+    if store.is_remote(folder):
+        store.remove(folder, SEAL)
+        return
     old = folder.with_name(folder.name + ".old")
     folder.rename(old)
-    shutil.rmtree(old, ignore_errors=True)
+    _delete(old)
+
+
+def _delete(folder: AnyPath) -> None:
+    """Delete what is no checkpoint."""
+    if store.is_remote(folder):
+        store.remove(folder, SEAL)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _reason(error: Exception) -> str:

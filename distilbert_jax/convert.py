@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
+from distilbert_jax import store
 from distilbert_jax.config import UserError, choose
 from distilbert_jax.models import bert, distilbert
 from distilbert_jax.models.encoder import (
@@ -178,7 +179,7 @@ def _check_tied(
 
 
 def _resolve(name: str) -> Path:
-    folder = Path(name).expanduser()
+    folder = store.fetch(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists():

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from distilbert_jax import convert, report, student
+from distilbert_jax import convert, report, store, student
 from distilbert_jax.benchmark.latency import latencies
 from distilbert_jax.checkpoint import fingerprint, refuse_other_run
 from distilbert_jax.config import (
@@ -113,7 +114,7 @@ def distil(config: DistilConfig) -> Path:
     trained = _train(
         setup, graphs, start, frozen_teacher, objective, Masking(), "distil", frozen)
 
-    folder = Path(config.output) / "student"
+    folder = store.local(config.output) / "student"
     figures = {"student": _evaluator(setup, graphs, frozen_teacher)(trained),
                "at start": _evaluator(setup, (graphs[0], None), {})(_on(mesh, start))}
     trained = to_host(trained)
@@ -121,7 +122,8 @@ def distil(config: DistilConfig) -> Path:
         if jax.process_index() == 0:
             export(folder, trained, shape, distilbert, setup.tokenizer,
                    _card(config, layers, figures["student"], trained))
-            _write_report(setup, folder, graphs, (trained, start, teacher.params), figures)
+            _write_report(setup, graphs, (trained, start, teacher.params), figures)
+            store.upload(config.output, "student", "report.md", "losses.png")
     return folder
 
 
@@ -138,19 +140,22 @@ def pretrain(config: PretrainConfig) -> Path:
     shape, family = (source.config, source.family) if source else (scratch_shape(config), bert)
     settings = _settings(config, source.params if source else None)
     mesh, dtype, param_dtype = check(config, shape, settings)
-    own = Path(config.output) / "tokenizer"
-    if source or own.exists():
-        tokenizer = load_tokenizer(config.model or str(own), shape.vocab_size if source else None)
+    own = store.join(config.output, "tokenizer")
+    learnt = store.exists(store.join(own, "tokenizer_config.json"))
+    if source or learnt:
+        tokenizer = load_tokenizer(config.model or own, shape.vocab_size if source else None)
     else:
         tokenizer = _learnt_tokenizer(config)
     shape = dataclasses.replace(
         shape, vocab_size=len(tokenizer), mlm_head=True, pooler=False,
         hidden_dropout=config.dropout, attention_dropout=config.dropout)
     setup = _prepare(config, mesh, dtype, param_dtype, tokenizer, settings)
-    if not source and not own.exists() and jax.process_index() == 0:
-        new = own.with_name("tokenizer.new")
+    if not source and not learnt and jax.process_index() == 0:
+        new = store.local(config.output) / "tokenizer.new"
         tokenizer.save_pretrained(new)
-        new.rename(own)
+        shutil.rmtree(store.local(own), ignore_errors=True)
+        new.rename(store.local(own))
+        store.upload(own)
 
     start = init_params(shape, config.seed, param_dtype)
     if source is not None:
@@ -160,17 +165,21 @@ def pretrain(config: PretrainConfig) -> Path:
     uniform = Masking(smoothing=0.0)  # as BERT was trained; rare words first would be slow
     trained = _train(setup, (graph, None), start, {}, Objective(), uniform, "train teacher")
 
-    folder = Path(config.output) / "model"
+    output = store.local(config.output)
     figures = _evaluator(setup, (graph, None), {})(trained)
+    trained = to_host(trained)
     card = (f"# {shape.num_hidden_layers}-layer BERT\n\nTrained by distilbert_jax with the "
             f"masked-language-model loss; held-out top-1 {figures['top1']:.2%}, perplexity "
             f"{figures['perplexity']:.3f}.\n\n{report.versions()}\n")
-    export(folder, trained, shape, family, setup.tokenizer, card)
-    report.plot(read_metrics(Path(config.output)), Path(config.output) / "losses.png",
-                "masked-language-model training")
-    print(f"model: {folder} (held-out top-1 {figures['top1']:.2%}, "
+    with first_process_first():
+        if jax.process_index() == 0:
+            export(output / "model", trained, shape, family, setup.tokenizer, card)
+            report.plot(read_metrics(config.output), output / "losses.png",
+                        "masked-language-model training")
+            store.upload(config.output, "model", "losses.png")
+    print(f"model: {store.join(config.output, 'model')} (held-out top-1 {figures['top1']:.2%}, "
           f"perplexity {figures['perplexity']:.2f})")
-    return folder
+    return output / "model"
 
 
 def scratch_shape(config: PretrainConfig) -> EncoderConfig:
@@ -207,8 +216,9 @@ def check(config: TrainConfig, shape: EncoderConfig, settings: dict[str, Any] | 
                         f"{shape.max_position_embeddings} positions")
     sources.check([*config.corpus, *config.valid])
     is_prepared(config.corpus)
+    store.check_writable(config.output)
     with _told(config.output):
-        refuse_other_run(Path(config.output), settings or _settings(config))
+        refuse_other_run(config.output, settings or _settings(config))
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     micro = config.batch_size // config.accumulate
@@ -288,9 +298,9 @@ def _folder(path: Path) -> Iterator[None]:
 def _prepare(config: TrainConfig, mesh: Mesh, dtype: Any, param_dtype: Any, tokenizer: Any,
              settings: dict[str, Any]) -> Setup:
     """Bring the corpus into packed rows."""
-    output = Path(config.output)
-    with _folder(output), first_process_first(), report.counting("prepare") as progress:
-        data = prepare(config, tokenizer, output / "data", progress)
+    with (_folder(store.local(config.output)), first_process_first(),
+          report.counting("prepare") as progress):
+        data = prepare(config, tokenizer, store.join(config.output, "data"), progress)
     print(report.describe_data(data.manifest))
     words = vocabulary(data.train.counts, tokenizer.all_special_ids, tokenizer.mask_token_id)
     steps = config.steps or max(1, math.ceil(3 * len(data.train) / config.batch_size))
@@ -308,7 +318,7 @@ def _train(
     config = setup.config
     tx = make_optimizer(config, setup.steps, frozen)
     run = Run(
-        config=config, steps=setup.steps, settings=setup.settings, output=Path(config.output),
+        config=config, steps=setup.steps, settings=setup.settings, output=config.output,
         mesh=setup.mesh, rows=setup.data.train, vocabulary=setup.vocabulary, label=label,
         train_step=make_train_step(
             *graphs, tx, objective, masking, config.accumulate, setup.mesh),
@@ -370,11 +380,11 @@ def _card(config: DistilConfig, layers: list[int], figures: dict[str, float],
 
 
 def _write_report(
-    setup: Setup, folder: Path, graphs: tuple[nnx.GraphDef, nnx.GraphDef],
+    setup: Setup, graphs: tuple[nnx.GraphDef, nnx.GraphDef],
     params: tuple[dict[str, Any], ...], figures: dict[str, dict[str, float]],
 ) -> None:
     """Print the result, and write report.md and losses.png."""
-    config, output = setup.config, Path(setup.config.output)
+    config, output = setup.config, store.local(setup.config.output)
     trained, start, teacher = params
     models = {"teacher": (graphs[1], teacher), "student": (graphs[0], trained),
               "student at start": (graphs[0], start)}
@@ -387,7 +397,7 @@ def _write_report(
     against = (f"Against the teacher: KL {last['kl']:.4f} nats per masked token, cosine of the "
                f"last hidden states {last['cosine']:.4f}, latency "
                f"{speed['teacher'] / speed['student']:.2f} times lower.")
-    metrics = read_metrics(output)
+    metrics = read_metrics(config.output)
     report.plot(metrics, output / "losses.png", f"{Path(config.teacher).name} → student")
     example = _example(setup, models)
     where = (f"Held-out: {last['masked']:,.0f} masked tokens of {len(setup.data.valid):,} rows, "
@@ -398,8 +408,10 @@ def _write_report(
         f"# Distillation of {Path(config.teacher).name}\n\n{text}\n\n{against}\n\n{where}\n\n"
         f"![losses](losses.png)\n\n## Fill-mask\n\n{example}\n\n## Provenance\n\n"
         f"`{shlex.join(['python', *sys.argv])}`\n\n{report.versions()}\n", encoding="utf-8")
-    print(f"\n{text}\n\n{against}\n{where}\n\n{example}\n\nplot: {output / 'losses.png'}\n"
-          f"report: {output / 'report.md'}\nstudent: {folder}")
+    plot, page, folder = (store.join(config.output, name) for name in (
+        "losses.png", "report.md", "student"))
+    print(f"\n{text}\n\n{against}\n{where}\n\n{example}\n\nplot: {plot}\nreport: {page}\n"
+          f"student: {folder}")
 
 
 def _example(setup: Setup, models: dict[str, tuple[nnx.GraphDef, dict[str, Any]]]) -> str:

@@ -5,10 +5,10 @@ documentation of Python itself, distils it, and reports, in minutes and without 
 """
 
 import dataclasses
-from pathlib import Path
 
 from launch import launch, recipes
 
+from distilbert_jax import store
 from distilbert_jax.config import DistilConfig, PretrainConfig, parse
 from distilbert_jax.distil import check, distil, pretrain, scratch_shape
 
@@ -22,9 +22,9 @@ def main(argv: list[str]) -> None:
     recipe = known.get(config.recipe)
     if not config.teacher and hasattr(recipe, "PRETRAIN"):
         teacher = PretrainConfig(
-            **recipe.PRETRAIN, output=str(Path(config.output) / "teacher"),
+            **recipe.PRETRAIN, output=store.join(config.output, "teacher"),
             mesh=config.mesh, dtype=config.dtype, seed=config.seed)
-        config = dataclasses.replace(config, teacher=str(Path(teacher.output) / "model"))
+        config = dataclasses.replace(config, teacher=store.join(teacher.output, "model"))
         check(config, scratch_shape(teacher))  # before the minutes that the teacher takes
         pretrain(teacher)
     distil(config)

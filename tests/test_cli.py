@@ -276,7 +276,10 @@ FLAGS = [  # (words, parts of the message), with every file as it should be
     ("--on-save-error go", ["unknown --on-save-error 'go'", "continue, stop"]),
     ("--keep 0", ["--keep 0 must be at least 1"]),
     ("--max-skipped 0", ["--max-skipped 0 must be at least 1"]),
-    ("--output gs://bucket/run", ["--output gs://bucket/run is not on this machine's disks"]),
+    ("--output s3://bucket/run", ["--output s3://bucket/run must be a folder of this machine, or"
+                                  " look like gs://bucket/name"]),
+    ("--output gs://bucket", ["--output gs://bucket must be a folder of this machine, or look"]),
+    ("--corpus s3://bucket/a.txt", ["unknown kind of corpus 's3'", "known: hf, tfds"]),
     ("--dtype float16", ["unknown --dtype 'float16'", "bfloat16"]),
     ("--init teachr", ["unknown --init 'teachr'; did you mean teacher?"]),
     ("--recipe rxn-bert", ["unknown --recipe 'rxn-bert'; did you mean rxn_bert?", "quickstart"]),

@@ -127,8 +127,9 @@ def test_the_same_tokens_are_hidden_from_every_model(
     assert alone["masked"] == measured[0]["masked"]
 
 
-def test_the_mesh_does_not_matter(measured, problem, vocabulary, packed, steps):
-    again = figures(problem, vocabulary, packed, steps["both"], shape="1x1")
+@pytest.mark.parametrize("shape", ["1x1", "3x2"])  # batches of 8 rows, and of 8 and a blank one
+def test_the_mesh_does_not_matter(shape, measured, problem, vocabulary, packed, steps):
+    again = figures(problem, vocabulary, packed, steps["both"], shape=shape)
     assert again == pytest.approx(measured[0], rel=1e-10)
 
 

@@ -412,6 +412,27 @@ def test_keep_alive_through_a_preemption_to_the_finish(ready):
     assert notes[-1] == "ACTIVE, job: exit 0" and "ACTIVE, job: bare" in notes
 
 
+def test_keep_alive_keeps_the_commit_of_the_first_setup(ready):
+    """HEAD moves on, and the watching is interrupted and taken up again amid a preemption."""
+    first = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ready.clone, text=True,
+                           capture_output=True, check=True).stdout.strip()
+    assert f"set up with commit {first[:12]}" in ready.good("setup").stderr
+    git(ready.clone, "commit", "-qm", "later", "--allow-empty")
+    ready.play(states="SUSPENDED NOT_FOUND", create_error="Quota exceeded")
+    assert "gave up after 3 failures" in ready("run", "--keep-alive").stderr
+    (ready.folder / "create-error").unlink()
+    ready.play(states="NOT_FOUND NOT_FOUND ACTIVE")
+    ready.jobs("0")
+    done = ready.good("run", "--keep-alive")
+    assert f"setting up with commit {first[:12]}, not with what HEAD may be now" in done.stderr
+    assert f"set up with commit {first[:12]}" in done.stderr
+    ready.good("delete", "--yes")  # the end of the run: the next setup takes what HEAD is then
+    ready.play(states="NOT_FOUND NOT_FOUND ACTIVE")
+    done = ready.good("run", "--keep-alive")
+    git(ready.clone, "reset", "-q", "--hard", first)
+    assert "set up with commit" in done.stderr and first[:12] not in done.stderr
+
+
 def test_keep_alive_bears_a_lost_network_and_sees_that_ssh_found_it_preempted(ready):
     ready.play(
         states="ACTIVE NOT_FOUND PROVISIONING OFFLINE OFFLINE OFFLINE OFFLINE ACTIVE", terminal="")

@@ -21,9 +21,9 @@ import pytest
 pytest.importorskip("transformers")
 ROOT = Path(__file__).parents[1]
 STEPS = 6
-# The network sums over the devices in another order, and Adam makes of a rounding in a gradient
-# near 0 an update of up to the learning rate, 0.01.
-PARAMETERS, LOSSES = 2e-3, 1e-3
+# Everything is in float64 but the exported student. In float32 the order in which the network
+# adds up decides the sign of a gradient near 0, and Adam makes of that an update of up to 0.01.
+PARAMETERS, LOSSES = 1e-6, 1e-7
 
 
 def free_port():
@@ -32,8 +32,8 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start(toy, output, processes, *words, devices=8):
-    """Processes of one run; together they have `devices`."""
+def start(toy, output, processes, *words, devices=8, own=lambda number: {}):
+    """Processes of one run; together they have `devices`, each its `own` environment."""
     common = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     common |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
                "JAX_NUM_CPU_DEVICES": str(devices // processes),
@@ -45,11 +45,11 @@ def start(toy, output, processes, *words, devices=8):
     flags = ["--teacher", toy / "teacher", "--corpus", toy / "corpus.txt", "--output", output,
              "--sequence-length", "16", "--batch-size", "8", "--student-layers", "1",
              "--learning-rate", "0.01", "--steps", STEPS, "--save-every", "2",
-             "--valid-share", "0.1", *words]
+             "--valid-share", "0.1", "--dtype", "float64", *words]
     return [subprocess.Popen(
         [sys.executable, __file__, *map(str, flags)], text=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=common | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {}))
+        env=common | own(i) | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {}))
         for i in range(processes)]
 
 
@@ -64,8 +64,8 @@ def ended(running, code=0):
     return said
 
 
-def distil(toy, output, processes, *words, **options):
-    return ended(start(toy, output, processes, *words, **options))
+def distil(toy, output, processes, *words, code=0, **options):
+    return ended(start(toy, output, processes, *words, **options), code)
 
 
 def continued(toy, before, output, processes, *words, **options):
@@ -134,6 +134,12 @@ def test_saved_in_one_and_continued_elsewhere(processes, mesh, toy, alone, tmp_p
     assert_same(output, alone)
 
 
+def test_what_the_first_process_refuses_ends_both(toy, tmp_path):
+    (tmp_path / "blank.txt").write_text("\n")
+    for _, errors in distil(toy, tmp_path / "run", 2, "--corpus", tmp_path / "blank.txt", code=2):
+        assert "error: no text in" in errors.splitlines()[-1] and "Traceback" not in errors
+
+
 def test_a_signal_to_one_stops_both_at_the_same_update(toy, tmp_path):
     running = start(toy, tmp_path / "run", 2, "--steps", 100_000, "--eval-every", 100_000,
                     "--save-every", 100_000)
@@ -142,10 +148,10 @@ def test_a_signal_to_one_stops_both_at_the_same_update(toy, tmp_path):
         assert time.monotonic() < deadline and all(p.poll() is None for p in running)
         time.sleep(0.1)
     running[1].send_signal(signal.SIGTERM)
-    said = [errors.splitlines()[-1] for _, errors in ended(running, 75)]
-    assert said[0].split(",")[0] == said[1].split(",")[0]  # the first alone names the folder
+    (_, first), (_, second) = ended(running, 75)
     step = int(re.fullmatch(r"stopped at update (\d+) of 100000, saved in \d+\.\d s; the same "
-                            r"command goes on from there", said[0])[1])
+                            r"command goes on from there", first.splitlines()[-1])[1])
+    assert "stopped" not in second
     assert (tmp_path / "run" / "checkpoints" / str(step) / "sha256.json").exists()
 
 
@@ -174,8 +180,10 @@ if __name__ == "__main__":
     import run
 
     from distilbert_jax import distil as job
+    from distilbert_jax import processes
     from distilbert_jax.evaluation import held_out
 
+    processes.HEARTBEAT_SECONDS = int(os.environ.get("HEARTBEAT_SECONDS", "60"))
     job._write_report = lambda *_: None  # seen elsewhere, and slow
     held_out.BATCH_TOKENS = 256
     launch.launch(run.main)

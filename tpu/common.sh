@@ -24,7 +24,7 @@ shared_flag() {
   esac
 }
 
-settings() { # reads and checks the settings; sets CHIPS, RUNTIME_VERSION and the flags WHERE
+settings() { # reads and checks the settings; sets CHIPS, RUNTIME_VERSION, REMEMBERED, flags WHERE
   local file=${TPU_SETTINGS:-$HERE/settings.sh} name missing='' cores=1 runtime
   [[ -r $file ]] || die "settings file $file cannot be read"
   # shellcheck source=settings.sh
@@ -45,6 +45,7 @@ settings() { # reads and checks the settings; sets CHIPS, RUNTIME_VERSION and th
   esac
   [[ ${ACCELERATOR_TYPE#*-} != *[!0-9]* ]] || die "ACCELERATOR_TYPE=$ACCELERATOR_TYPE: no number"
   CHIPS=$((${ACCELERATOR_TYPE#*-} / cores))
+  REMEMBERED=$(dirname "$file")/.$NAME.commit # of the last setup; not after tpu/delete
   RUNTIME_VERSION=${RUNTIME_VERSION:-$runtime}
   WHERE=(--project="$PROJECT" --zone="$ZONE" --quiet)
   $DRY || command -v gcloud >/dev/null ||

@@ -14,13 +14,13 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from distilbert_jax import store
 from distilbert_jax.config import UserError
 
 FORMAT = 2  # raise it when the files change their meaning
@@ -214,7 +214,7 @@ def sha256(path: pathlib.Path) -> str:
 
 def is_prepared(folder: str | pathlib.Path) -> bool:
     """Whether the folder claims to be prepared data."""
-    return os.path.isfile(os.path.join(folder, MANIFEST))
+    return store.exists(store.join(folder, MANIFEST))
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distilbert_jax import store
 from distilbert_jax.config import DataConfig, UserError
 from distilbert_jax.data import pack, sources, tokenize
 
@@ -68,7 +69,8 @@ def prepare(config: DataConfig, tokenizer: "transformers.PreTrainedTokenizerFast
     Args:
         config: the corpus, its held-out part, and the length of rows.
         tokenizer: see `tokenize.load_tokenizer`.
-        folder: where the prepared data belongs.
+        folder: where the prepared data belongs; under gs:// it is prepared on this machine, and
+            taken there when it is complete.
         progress: called now and then with the documents and tokens so far.
         part: (i, n): do only the blocks k with k % n == i.
 
@@ -79,7 +81,7 @@ def prepare(config: DataConfig, tokenizer: "transformers.PreTrainedTokenizerFast
         UserError: a source cannot be read, a part comes out empty, the disk is full, or a folder
             holds something else: other data, data prepared for another request, or damaged data.
     """
-    folder, spec = pathlib.Path(folder), tokenize.spec(tokenizer)
+    name, folder, spec = folder, store.local(folder), tokenize.spec(tokenizer)
     rows = _rows(config, spec)
     if is_prepared(config.corpus):
         return _reuse(config, rows)
@@ -88,18 +90,26 @@ def prepare(config: DataConfig, tokenizer: "transformers.PreTrainedTokenizerFast
         "valid": sources.describe(config.valid) if config.valid else config.valid_share,
         "block_characters": BLOCK_CHARACTERS}
     partial = pathlib.Path(os.path.abspath(folder) + ".partial")
-    try:
-        if not _holds(folder, request):
-            with _begun(partial, request):
-                job = Job(partial, spec, config.sequence_length)
-                if not _fill(job, config, progress, part):
-                    return None
-                _complete(partial, folder)
-    except OSError as error:
-        if not pack.is_prepared(folder):  # else another machine was quicker
-            raise UserError(f"{folder} cannot be written: {error.strerror or error}; mend that, "
-                            "and the same command goes on") from error
-    return pack.load(folder)
+    if store.is_remote(name) and part != (0, 1):
+        raise UserError(f"--shard needs a disk that the machines share, which {name} is not")
+    with store.named(name):
+        if is_there := store.is_remote(name) and pack.is_prepared(name):
+            store.fetch(name)
+        try:
+            if not _holds(folder, request):
+                with _begun(partial, request):
+                    job = Job(partial, spec, config.sequence_length)
+                    if not _fill(job, config, progress, part):
+                        return None
+                    _complete(partial, folder)
+        except OSError as error:
+            if not pack.is_prepared(folder):  # else another machine was quicker
+                raise UserError(f"{folder} cannot be written: {error.strerror or error}; mend "
+                                "that, and the same command goes on") from error
+        prepared = pack.load(folder)
+    if not is_there:
+        store.upload(name)
+    return prepared
 
 
 def is_prepared(corpus: tuple[str, ...]) -> bool:
@@ -128,14 +138,16 @@ def _rows(config: DataConfig, spec: tokenize.Spec) -> dict[str, Any]:
 
 def _reuse(config: DataConfig, rows: dict[str, Any]) -> pack.Prepared:
     """The prepared folder that --corpus names."""
-    folder = pathlib.Path(config.corpus[0])
+    corpus = config.corpus[0]
     for name in ("valid", "mix"):
         if getattr(config, name):
-            raise UserError(f"--{name} does not go with --corpus {folder}, which is prepared and "
+            raise UserError(f"--{name} does not go with --corpus {corpus}, which is prepared and "
                             "has its held-out part: leave it out")
-    pack.refuse_other(folder, pack.read_manifest(folder)["request"], rows,
-                      "prepare it again for this run")
-    return pack.load(folder)
+    with store.named(corpus):
+        folder = store.fetch(corpus)
+        pack.refuse_other(folder, pack.read_manifest(folder)["request"], rows,
+                          "prepare it again for this run")
+        return pack.load(folder)
 
 
 def _holds(folder: pathlib.Path, request: dict[str, Any]) -> bool:

@@ -7,7 +7,6 @@ The first step of the walk. A word is a path, a glob, `hf:NAME[:CONFIG]`, `tfds:
 import codecs
 import contextlib
 import functools
-import glob
 import gzip
 import hashlib
 import importlib
@@ -19,8 +18,9 @@ import pathlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
+from distilbert_jax import store
 from distilbert_jax.config import UserError, choose
 from distilbert_jax.data.python_docs import python_docs
 
@@ -78,8 +78,9 @@ class Documents:
 
 def _texts(found: Sequence[tuple[str, str]]) -> Iterator[str]:
     """The documents of some sources, one after the other, stripped, empty ones skipped."""
-    texts = itertools.chain.from_iterable(SOURCES[kind](where) for kind, where in found)
-    return (text for text in map(str.strip, texts) if text)
+    for kind, where in found:
+        with store.told(where):
+            yield from filter(None, map(str.strip, SOURCES[kind](where)))
 
 
 def check(names: Sequence[str]) -> None:
@@ -99,10 +100,10 @@ def describe(names: Sequence[str]) -> list[list[str | int]]:
     """
     described: list[list[str | int]] = []
     for kind, where in (found for name in names for found in _resolve(name)):
-        path = pathlib.Path(where)
         if kind in FILES:
-            described.append(_describe_file(path, path.name))
+            described.append(_describe_file(where, pathlib.Path(where).name))
         elif kind == "folder":
+            path = store.fetch(where)
             files = sorted(file for file in path.rglob("*") if file.is_file())
             described += [_describe_file(file, file.relative_to(path).as_posix())
                           for file in files]
@@ -111,9 +112,9 @@ def describe(names: Sequence[str]) -> list[list[str | int]]:
     return described
 
 
-def _describe_file(path: pathlib.Path, name: str) -> list[str | int]:
+def _describe_file(path: str | pathlib.Path, name: str) -> list[str | int]:
     try:
-        with path.open("rb") as file:
+        with store.told(path), store.open_binary(path) as file:
             ends = hashlib.sha256(file.read(ENDS))
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - ENDS, 0))
@@ -136,11 +137,11 @@ def _resolve(name: str) -> list[tuple[str, str]]:
     """A word as (key of SOURCES, what its function is given), globs spelled out."""
     if name == "python-docs":
         return [("python-docs", "")]
-    paths = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+    paths = [name] if store.exists(name) else store.glob(name)
     if paths:
         return [(_file_kind(path), path) for path in paths]
     prefix, colon, rest = name.partition(":")
-    if colon and rest and "/" not in prefix:
+    if colon and rest and "/" not in prefix and not store.is_remote(name):
         return [(choose(prefix, ("hf", "tfds"), "kind of corpus"), rest)]
     raise UserError(f"corpus {name!r}: no such file or folder (known: FILE.txt, FILE.jsonl, "
                     "FILE.parquet, a saved datasets folder, hf:NAME[:CONFIG], tfds:NAME, "
@@ -148,7 +149,7 @@ def _resolve(name: str) -> list[tuple[str, str]]:
 
 
 def _file_kind(path: str) -> str:
-    if os.path.isdir(path):
+    if store.is_folder(path):
         return "folder"
     kind = pathlib.Path(path.removesuffix(".gz").removesuffix(".zst")).suffix
     return {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(kind, "text")
@@ -178,8 +179,9 @@ def _json_lines(path: str) -> Iterator[str]:
 def _lines(path: str) -> Iterator[tuple[int, str]]:
     """Numbered lines of a file, from 1, unpacked when its name ends in .gz or .zst."""
     packed = pathlib.Path(path).suffix
+    unpack = OPENERS[packed][1] if packed in OPENERS else lambda raw: raw
     try:
-        with OPENERS.get(packed, ("", open))[1](path, "rb") as file:
+        with store.open_binary(path) as raw, unpack(raw) as file:
             for number, line in enumerate(file, 1):
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
@@ -190,20 +192,23 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
     except (OSError, EOFError, zlib.error) as error:
         if isinstance(error, OSError) and error.errno:
             raise UserError(f"{path}: {os.strerror(error.errno)}") from error
+        if packed not in OPENERS:
+            raise UserError(f"{path}: cannot be read ({error})") from error
         raise UserError(f"{path}: damaged {OPENERS[packed][0]} file ({error})") from error
 
 
-def _open_zst(path: str, _: str) -> io.BufferedReader:
+def _open_zst(raw: BinaryIO) -> io.BufferedReader:
     import pyarrow
 
-    return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
+    return io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"))
 
 
 def _parquet(path: str) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
-    with _told(path), pyarrow.parquet.ParquetFile(path) as file:
+    with _told(path), pyarrow.parquet.ParquetFile(
+            store.open_binary(path) if store.is_remote(path) else path) as file:
         fields = file.schema_arrow
         strings = [field.name for field in fields if field.type in (
             pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())]
@@ -247,7 +252,7 @@ def _no_text(where: str, columns: Iterable[str]) -> UserError:
 def _saved_folder(path: str) -> Iterator[str]:
     datasets = _library("datasets", path)
     with _told(path):
-        saved = datasets.load_from_disk(path)
+        saved = datasets.load_from_disk(store.fetch(path))
         if isinstance(saved, datasets.DatasetDict):
             saved = saved[choose("train", saved, f"split in {path}:")]
         for record in saved:

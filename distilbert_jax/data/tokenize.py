@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from distilbert_jax import store
 from distilbert_jax.config import UserError
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def load_tokenizer(
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            store.fetch(folder) if store.is_remote(folder) else folder)
     except Exception as error:  # what is raised depends on which file is missing or damaged
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"no tokenizer in {folder}: {reason}") from error

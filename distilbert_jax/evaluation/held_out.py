@@ -15,7 +15,7 @@ from distilbert_jax.progress import bar
 from distilbert_jax.sharding import local_rows, place_rows
 
 SEED = 20191001  # which tokens are hidden; the same for every model and run
-BATCH_TOKENS = 8192  # at most, in a power of two of rows; a larger data axis rounds it up
+BATCH_TOKENS = 8192  # at most, in a power of two of rows
 
 
 def held_out(
@@ -44,21 +44,21 @@ def held_out(
         student over the teacher's. Sums are taken in float64 over all batches.
     """
     data = mesh.shape["data"]
-    size = 2 ** int(math.log2(max(1, BATCH_TOKENS // packed.rows.shape[1])))
-    size = math.ceil(size / data) * data
+    taken = 2 ** int(math.log2(max(1, BATCH_TOKENS // packed.rows.shape[1])))
+    size = math.ceil(taken / data) * data  # blank rows at the end change no mask before them
     own = local_rows(mesh, size)
     order = np.random.default_rng(SEED).permutation(len(packed))[:rows]
     key = jax.random.key(SEED)
     total: dict[str, float] = {}
     progress = bar(total=len(order), desc="evaluate", unit=" rows", leave=False, delay=1)
-    for number, start in enumerate(range(0, len(order), size)):
-        mine = np.sort(order[start:start + size])
+    for number, start in enumerate(range(0, len(order), taken)):
+        mine = np.sort(order[start:start + taken])
         mine = mine[own[own < len(mine)]]  # rows of this process; the last batch is not full
         batch = place_rows(_filled(read(packed, mine), len(own)), mesh, size)
         sums = eval_step(params, teacher_params, vocabulary, batch, jax.random.fold_in(key, number))
         for name, value in jax.device_get(sums).items():
             total[name] = total.get(name, 0.0) + float(value)
-        progress.update(min(size, len(order) - start))
+        progress.update(min(taken, len(order) - start))
     progress.close()
     return _figures(total)
 

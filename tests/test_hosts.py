@@ -1,0 +1,97 @@
+"""A process that is killed or hangs ends the others, in one line, and the run goes on after it."""
+
+import re
+import signal
+import time
+
+import pytest
+from test_two_processes import alone, assert_same, distil, start  # noqa: F401
+
+from distilbert_jax import processes
+
+pytest.importorskip("transformers")
+LOST = re.compile(r"^error: another process of this run is lost \((.*)\); the same command, "
+                  "started on every host, goes on from the last checkpoint$", re.M)
+
+
+def until(true, running, seconds=600):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline and all(p.poll() is None for p in running)
+        time.sleep(0.02)
+
+
+def saved(output, step):
+    return lambda: (output / "checkpoints" / str(step) / "sha256.json").exists()
+
+
+def reasons(survivors, seconds=120):
+    """Each must end with code 75 and one line; what it gives as the reason."""
+    said = [process.communicate(timeout=seconds)[1] for process in survivors]
+    assert [process.returncode for process in survivors] == [75] * len(said), said
+    found = [LOST.findall(errors) for errors in said]
+    assert all(len(lines) == 1 for lines in found), said
+    assert not any("Traceback" in errors or "stopped at" in errors for errors in said), said
+    return [line for line, in found]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_hangs_ends_the_other(victim, toy, tmp_path, monkeypatch):
+    monkeypatch.setenv("HEARTBEAT_SECONDS", "10")
+    running = start(toy, tmp_path / "run", 2, "--steps", 100_000, "--eval-every", 100_000,
+                    "--save-every", 20)
+    try:
+        until(saved(tmp_path / "run", 20), running)
+        running[victim].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        reason, = reasons([running[1 - victim]])
+        assert "JAX heard nothing of it for 10 s" in reason and time.monotonic() - began < 60
+    finally:
+        for process in running:
+            process.kill()
+
+
+def test_four_processes_of_which_one_and_then_all_are_killed_train_the_same(toy, alone, tmp_path):  # noqa: F811
+    output = tmp_path / "run"
+    running = start(toy, output, 4)
+    until(saved(output, 2), running)
+    running[0].kill()
+    assert all(reasons(running[1:]))
+    running = start(toy, output, 4)
+    until(saved(output, 4), running)
+    for process in running:
+        process.kill()
+        process.communicate()
+    assert not (output / "student").exists()
+    distil(toy, output, 1)
+    assert_same(output, alone)
+
+
+def test_updates_that_no_longer_come(monkeypatch):
+    lost = []
+    monkeypatch.setattr(processes, "UPDATE_SECONDS", 0.2)
+    monkeypatch.setattr(processes, "give_up", lost.append)
+    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    with processes.Watch() as watch:
+        for _ in range(30):
+            watch.beat()
+            time.sleep(0.01)
+        assert not lost
+        time.sleep(0.5)
+        assert set(lost) == {"no update was completed for 0.2 s"}
+    ended = len(lost)
+    time.sleep(0.2)
+    assert len(lost) == ended
+
+
+def test_only_the_loss_of_another_process_is_one(monkeypatch):
+    try:
+        raise ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer\nat: ...")
+    except ValueError as cause:
+        error = RuntimeError("update 3 cannot be saved")
+        error.__cause__ = cause
+    assert processes.find_loss(error) == ""  # a process alone
+    monkeypatch.setattr(processes.jax.distributed, "is_initialized", lambda: True)
+    assert processes.find_loss(error) == (
+        "UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
+    assert processes.find_loss(RuntimeError("RESOURCE_EXHAUSTED: out of memory")) == ""
