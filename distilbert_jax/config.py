@@ -132,6 +132,8 @@ class TrainConfig(DataConfig):
     batch_size: int = _option(128, "training", "rows per update, over all devices")
     accumulate: int = _option(
         1, "training", "micro-batches an update is cut into, to save memory; same result")
+    remat: bool = _option(
+        False, "training", "compute each layer again for its gradient, to save memory; same result")
     learning_rate: float = _option(5e-4, "training", "peak of the learning rate")
     warmup: float = _option(
         0.05, "training", "share of the updates over which the rate rises, before it falls to 0")
@@ -157,8 +159,8 @@ class TrainConfig(DataConfig):
         "skipped, before the run stops")
 
     # Fields that may differ between a run and its continuation; all others are its meaning.
-    HARMLESS = ("steps", "mesh", "output", "save_every", "eval_every", "keep", "on_save_error",
-                "max_skipped", "recipe", "workers")
+    HARMLESS = ("steps", "mesh", "remat", "output", "save_every", "eval_every", "keep",
+                "on_save_error", "max_skipped", "recipe", "workers", "compile_only")
     LARGEST_SEED = 2**32 - 1
 
     def __post_init__(self) -> None:
@@ -205,6 +207,9 @@ class DistilConfig(TrainConfig):
     alpha_mse: float = _option(0.0, "losses", "weight of the squared error between logits")
     restrict_ce_to_mask: bool = _option(
         False, "losses", "KL and squared error on masked positions only, not on all real tokens")
+    compile_only: str = _option(
+        "", "devices", "a TPU topology, e.g. v5e:2x4: compile the update for it, on this machine, "
+        "and end: does it fit, and what would the run take")
     recipe: str = _option("", "output", "a file of experiments/recipes that sets other defaults")
 
     def __post_init__(self) -> None:
@@ -217,6 +222,11 @@ class DistilConfig(TrainConfig):
                   "must be 0 or a positive, finite number")
         if not any(getattr(self, name) for name in alphas):
             raise UserError("all loss weights are 0: give at least one --alpha-... above 0")
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Parameters of the student, by the beginning of their path, that keep their start."""
+        return ("embeddings/position",) if self.freeze_position_embeddings else ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

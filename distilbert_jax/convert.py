@@ -52,6 +52,24 @@ def load(name: str) -> Pretrained:
             unknown, missing, duplicated, untied or misshapen tensor is in the message.
     """
     folder = _resolve(name)
+    family, config = _read_shape(folder)
+    tensors = _read_tensors(folder)
+    try:
+        return Pretrained(folder, family, *from_hf(tensors, family, config))
+    except (UserError, TypeError, ValueError) as error:
+        raise _named(folder, error) from error
+
+
+def load_shape(name: str) -> EncoderConfig:
+    """The shape of a model, for which its config.json is enough.
+
+    Raises:
+        UserError: as for load.
+    """
+    return _read_shape(_resolve(name))[1]
+
+
+def _read_shape(folder: Path) -> tuple[ModuleType, EncoderConfig]:
     raw = _read_config(folder)
     kind = str(raw.get("model_type"))
     if kind not in FAMILIES:
@@ -62,7 +80,6 @@ def load(name: str) -> Pretrained:
         raise UserError(f"{folder}: tie_word_embeddings is false; only a tied decoder is supported")
     if raw.get("position_embedding_type", "absolute") != "absolute" or raw.get("is_decoder", False):
         raise UserError(f"{folder}: only encoders with absolute positions are supported")
-    tensors = _read_tensors(folder)
     try:
         config = family.from_hf(raw)
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -73,10 +90,15 @@ def load(name: str) -> Pretrained:
         if config.hidden_size % config.num_attention_heads:
             raise UserError(f"config.json: {config.num_attention_heads} attention heads do not "
                             f"divide hidden size {config.hidden_size}")
-        return Pretrained(folder, family, *from_hf(tensors, family, config))
     except (UserError, TypeError, ValueError) as error:
-        text = str(error)
-        raise UserError(text if text.startswith(str(folder)) else f"{folder}: {text}") from error
+        raise _named(folder, error) from error
+    return family, config
+
+
+def _named(folder: Path, error: Exception) -> UserError:
+    """The error with its folder in front."""
+    text = str(error)
+    return UserError(text if text.startswith(str(folder)) else f"{folder}: {text}")
 
 
 def from_hf(

@@ -32,6 +32,7 @@ from distilbert_jax.config import (
     PretrainConfig,
     TrainConfig,
     UserError,
+    check,
     flag,
 )
 from distilbert_jax.data import pack, sources
@@ -48,6 +49,7 @@ from distilbert_jax.sharding import (
     first_process_first,
     make_mesh,
     replicated,
+    rows_each,
     shardings,
     to_host,
     use_all_cores,
@@ -96,7 +98,7 @@ def distil(config: DistilConfig) -> Path:
         raise UserError(f"{config.teacher} has no masked-language-model head to distil from; "
                         f"train one: python experiments/pretrain.py --model {config.teacher} ...")
     settings = _settings(config, teacher.params)
-    mesh, dtype, param_dtype = check(config, teacher.config, settings)
+    mesh, dtype, param_dtype = check_job(config, teacher.config, settings)
     layers = student.choose_layers(config.student_layers, teacher.config.num_hidden_layers)
     shape = student.student_config(teacher.config, len(layers), config.dropout)
     setup = _prepare(config, mesh, dtype, param_dtype, load_tokenizer(
@@ -106,13 +108,12 @@ def distil(config: DistilConfig) -> Path:
     if config.init == "random":
         start = init_params(shape, config.seed, param_dtype)
     start = _cast(start, param_dtype)
-    frozen = ("embeddings/position",) if config.freeze_position_embeddings else ()
-    objective = Objective(
-        **{f.name: getattr(config, f.name) for f in dataclasses.fields(Objective)})
-    graphs = graphdef(shape, dtype, param_dtype), graphdef(teacher.config, dtype, param_dtype)
+    graphs = (graphdef(shape, dtype, param_dtype, config.remat),
+              graphdef(teacher.config, dtype, param_dtype))
     frozen_teacher = _teacher_on(mesh, teacher.params, dtype)
     trained = _train(
-        setup, graphs, start, frozen_teacher, objective, Masking(), "distil", frozen)
+        setup, graphs, start, frozen_teacher, Objective.of(config), Masking(), "distil",
+        config.frozen)
 
     folder = store.local(config.output) / "student"
     figures = {"student": _evaluator(setup, graphs, frozen_teacher)(trained),
@@ -139,7 +140,7 @@ def pretrain(config: PretrainConfig) -> Path:
     source = convert.load(config.model) if config.model else None
     shape, family = (source.config, source.family) if source else (scratch_shape(config), bert)
     settings = _settings(config, source.params if source else None)
-    mesh, dtype, param_dtype = check(config, shape, settings)
+    mesh, dtype, param_dtype = check_job(config, shape, settings)
     own = store.join(config.output, "tokenizer")
     learnt = store.exists(store.join(own, "tokenizer_config.json"))
     if source or learnt:
@@ -161,7 +162,7 @@ def pretrain(config: PretrainConfig) -> Path:
     if source is not None:
         start |= {name: part for name, part in source.params.items() if name in start}
     start = _cast(start, param_dtype)
-    graph = graphdef(shape, dtype, param_dtype)
+    graph = graphdef(shape, dtype, param_dtype, config.remat)
     uniform = Masking(smoothing=0.0)  # as BERT was trained; rare words first would be slow
     trained = _train(setup, (graph, None), start, {}, Objective(), uniform, "train teacher")
 
@@ -192,8 +193,9 @@ def scratch_shape(config: PretrainConfig) -> EncoderConfig:
         initializer_range=0.02 * math.sqrt(768 / config.hidden_size))  # BERT-base's, scaled
 
 
-def check(config: TrainConfig, shape: EncoderConfig, settings: dict[str, Any] | None = None
-          ) -> tuple[Mesh, Any, Any]:
+def check_job(
+    config: TrainConfig, shape: EncoderConfig, settings: dict[str, Any] | None = None
+) -> tuple[Mesh, Any, Any]:
     """Check all that can be known before tokenizer and corpus are read.
 
     Args:
@@ -211,9 +213,8 @@ def check(config: TrainConfig, shape: EncoderConfig, settings: dict[str, Any] | 
         student.choose_layers(config.student_layers, shape.num_hidden_layers)
     if not config.corpus:
         raise UserError("--corpus is missing: give text or JSON-lines files, a datasets name ...")
-    if config.sequence_length > shape.max_position_embeddings:
-        raise UserError(f"--sequence-length {config.sequence_length} is beyond the model's "
-                        f"{shape.max_position_embeddings} positions")
+    check(config, "sequence_length", config.sequence_length <= shape.max_position_embeddings,
+          f"is beyond the model's {shape.max_position_embeddings} positions")
     sources.check([*config.corpus, *config.valid])
     is_prepared(config.corpus)
     store.check_writable(config.output)
@@ -221,14 +222,10 @@ def check(config: TrainConfig, shape: EncoderConfig, settings: dict[str, Any] | 
         refuse_other_run(config.output, settings or _settings(config))
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    micro = config.batch_size // config.accumulate
     if not config.mesh:
-        use_all_cores(micro)
+        use_all_cores(config.batch_size // config.accumulate)
     mesh = make_mesh(config.mesh)
-    data = mesh.shape["data"]
-    if micro % data:
-        raise UserError(f"--batch-size {config.batch_size} in {config.accumulate} micro-batches is "
-                        f"{micro} rows, which {data} devices of --mesh do not divide")
+    rows_each(config, mesh)
     on_cpu = jax.default_backend() == "cpu"
     name = config.dtype if config.dtype != "auto" else "float32" if on_cpu else "bfloat16"
     return mesh, jnp.dtype(name), jnp.promote_types(name, jnp.float32)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+from jax.experimental import multihost_utils, topologies
 from jax.sharding import (
     AbstractMesh,
     AxisType,
@@ -22,32 +22,49 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
-from distilbert_jax.config import UserError
+from distilbert_jax.config import TrainConfig, UserError
 from distilbert_jax.models.encoder import SHARDING_ROWS, path_name
 
 WEEK = 7 * 24 * 60 * 60 * 1000  # ms
 _turns = itertools.count()  # the same in every process
 
 
-def make_mesh(shape: str) -> Mesh:
+def make_mesh(shape: str, topology: Any = None) -> Mesh:
     """A mesh with axes data and model.
 
     Args:
         shape: "DATAxMODEL", e.g. "8x1"; "" puts all devices on data.
+        topology: of devices that are not here, to compile for; default: those that are here.
 
     Raises:
-        UserError: not of that form, or not the number of devices that are here.
+        UserError: not of that form, or not the number of devices that there are.
     """
-    here = jax.device_count()
+    here = len(topology.devices) if topology else jax.device_count()
     shape = shape or f"{here}x1"
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape)
     if not match:
         raise UserError(f"--mesh {shape} must look like 8x1: devices on data x devices on model")
     data, model = int(match[1]), int(match[2])
     if data * model != here:
-        raise UserError(f"--mesh {shape} needs {data * model} devices, found {here} "
-                        f"(simulate them with JAX_NUM_CPU_DEVICES={data * model})")
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+        way_out = "" if topology else (
+            f" (simulate them with JAX_NUM_CPU_DEVICES={data * model})")
+        raise UserError(f"--mesh {shape} needs {data * model} devices, found {here}{way_out}")
+    make = functools.partial(topologies.make_mesh, topology) if topology else jax.make_mesh
+    mesh = make((data, model), ("data", "model"))
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * 2)
+
+
+def rows_each(config: TrainConfig, mesh: Mesh) -> int:
+    """Rows of a micro-batch on each device of the data axis.
+
+    Raises:
+        UserError: they are not the same number on all.
+    """
+    micro, data = config.batch_size // config.accumulate, mesh.shape["data"]
+    if micro % data:
+        raise UserError(f"--batch-size {config.batch_size} in {config.accumulate} micro-batches is "
+                        f"{micro} rows, which {data} devices of --mesh do not divide")
+    return micro // data
 
 
 def use_all_cores(rows: int) -> None:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from distilbert_jax import losses
-from distilbert_jax.config import EVALUATION_MASKING, Masking
+from distilbert_jax.config import EVALUATION_MASKING, DistilConfig, Masking
 from distilbert_jax.fused_head import Head, Targets, fused_losses
 from distilbert_jax.masking import Vocabulary, mask_tokens
 from distilbert_jax.models.encoder import RowKeys
@@ -48,6 +48,11 @@ class Objective:
     alpha_mse: float = 0.0
     temperature: float = 2.0
     restrict_ce_to_mask: bool = False
+
+    @classmethod
+    def of(cls, config: DistilConfig) -> "Objective":
+        """As the settings say."""
+        return cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(cls)})
 
     @property
     def logits_everywhere(self) -> bool:

@@ -9,8 +9,11 @@ import dataclasses
 from launch import launch, recipes
 
 from distilbert_jax import store
+from distilbert_jax.benchmark.compile import compile_only
 from distilbert_jax.config import DistilConfig, PretrainConfig, parse
-from distilbert_jax.distil import check, distil, pretrain, scratch_shape
+from distilbert_jax.convert import load_shape
+from distilbert_jax.distil import check_job, distil, pretrain, scratch_shape
+from distilbert_jax.models import bert
 
 
 def main(argv: list[str]) -> None:
@@ -20,12 +23,19 @@ def main(argv: list[str]) -> None:
     if not (config.teacher or config.corpus or config.recipe):
         config = parse(DistilConfig, __doc__, [*argv, "--recipe", "quickstart"], defaults)
     recipe = known.get(config.recipe)
+    teacher = None
     if not config.teacher and hasattr(recipe, "PRETRAIN"):
         teacher = PretrainConfig(
             **recipe.PRETRAIN, output=store.join(config.output, "teacher"),
             mesh=config.mesh, dtype=config.dtype, seed=config.seed)
+    if config.compile_only:
+        shape = scratch_shape(teacher) if teacher else (
+            load_shape(config.teacher) if config.teacher else bert.BASE)
+        print(compile_only(config, shape))
+        return
+    if teacher:
         config = dataclasses.replace(config, teacher=store.join(teacher.output, "model"))
-        check(config, scratch_shape(teacher))  # before the minutes that the teacher takes
+        check_job(config, scratch_shape(teacher))  # before the minutes that the teacher takes
         pretrain(teacher)
     distil(config)
 

@@ -147,8 +147,8 @@ class Problem:
     tx: optax.GradientTransformation
     objective: Objective
 
-    def step(self, accumulate=1, mesh=None):
-        graphs = (graphdef(c, "float64", "float64") for c in (self.student, self.teacher))
+    def step(self, accumulate=1, mesh=None, remat=False):
+        graphs = (graphdef(c, "float64", "float64", remat) for c in (self.student, self.teacher))
         return make_train_step(*graphs, self.tx, self.objective, Masking(), accumulate, mesh)
 
     def state(self):

@@ -133,9 +133,9 @@ def test_more_steps_on_another_mesh_are_the_same_run(distilled, learnt):
     config, _ = distilled
     shape = convert.load(str(learnt[1])).config
     changed = dict(vars(config), mesh="4x2", steps=50, save_every=5, eval_every=7, recipe="x")
-    distil.check(DistilConfig(**changed), shape)
+    distil.check_job(DistilConfig(**changed), shape)
     with pytest.raises(UserError, match="another run .--seed was 56, is 3; --temperature was 2.0"):
-        distil.check(DistilConfig(**changed | {"seed": 3, "temperature": 3.0}), shape)
+        distil.check_job(DistilConfig(**changed | {"seed": 3, "temperature": 3.0}), shape)
 
 
 def positions(params):

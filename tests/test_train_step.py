@@ -230,6 +230,14 @@ def test_micro_batches_change_nothing(x64, dropping, vocabulary, step):
                      result, results[0])
 
 
+def test_rematerialisation_changes_nothing(x64, dropping, vocabulary):
+    """Not even what is dropped."""
+    given = dropping.state(), dropping.teacher_params, vocabulary, dropping.batches[0]
+    kept, again = (jax.jit(dropping.step(remat=remat))(*given) for remat in (False, True))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11),
+                 (kept[0].params, kept[1]), (again[0].params, again[1]))
+
+
 @pytest.mark.parametrize("shape, accumulate", [("1x1", 1), ("8x1", 1), ("4x2", 2)])
 def test_an_update_that_is_not_finite_is_skipped(shape, accumulate, x64, problem, vocabulary):
     """One row of one micro-batch on one device spoils the loss, or the gradient alone."""

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from distilbert_jax.config import Masking, TrainBenchmark, TrainConfig, UserError
 from distilbert_jax.data import batches, pack, sources, tokenize
 from distilbert_jax.masking import mask_tokens, vocabulary
+from distilbert_jax.models import bert
 from distilbert_jax.models.encoder import EncoderConfig, graphdef, init_params
 from distilbert_jax.optimizer import make_optimizer
 from distilbert_jax.sharding import (
@@ -42,9 +43,7 @@ SHAPES = {  # of the teacher; the student has half its layers
     "small": EncoderConfig(
         vocab_size=30522, hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
         intermediate_size=1024, max_position_embeddings=512, type_vocab_size=2),
-    "bert-base": EncoderConfig(
-        vocab_size=30522, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
-        intermediate_size=3072, max_position_embeddings=512, type_vocab_size=2)}
+    "bert-base": bert.BASE}
 OBJECTIVE = Objective(alpha_ce=5.0, alpha_mlm=2.0, alpha_cos=1.0)
 UPDATES = 4  # of a round
 LENGTHS = 8  # batches of PyTorch's round over documents, from the shortest to the longest

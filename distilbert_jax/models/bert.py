@@ -37,6 +37,12 @@ IGNORED = (
     "bert.embeddings.position_ids", "cls.seq_relationship.weight", "cls.seq_relationship.bias")
 
 
+# Devlin et al. 2019, section 3, with the vocabulary of bert-base-uncased.
+BASE = EncoderConfig(
+    vocab_size=30522, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+    intermediate_size=3072, max_position_embeddings=512, type_vocab_size=2)
+
+
 def from_hf(config: dict[str, Any]) -> EncoderConfig:
     """Read a config.json; keys that are absent take BERT-base's values, as in transformers."""
     return EncoderConfig(
