@@ -331,8 +331,8 @@ def test_run_outlives_the_connection_and_stops_on_request(ready):
     until(lambda: "w-0: distil: 20%" in ready.good("status").stdout)
     ready.good("run", "--stop")
     lines = ready.good("status").stdout.splitlines()
-    assert lines == ["distil (v4-16 in us-central2-b): ACTIVE", "w-0: exit 75",
-                     "w-0: stopped at update 7", "w-1: exit 75", "w-1: stopped at update 7"]
+    assert lines == ["distil (v4-16 in us-central2-b): ACTIVE", "w-0: stopped",
+                     "w-0: stopped at update 7", "w-1: stopped", "w-1: stopped at update 7"]
     ready.jobs("0")
     ready.good("run")  # free again
     ready.ended()
@@ -468,6 +468,26 @@ def test_keep_alive_gives_up_on_a_run_that_always_crashes(ready):
     ready.jobs("1")
     assert "gave up after 3 failures (last: ACTIVE/exit 1)" in ready.refused("run", "--keep-alive")
     assert steps(ready) == ["install", "check", *START * 3]
+
+
+def test_keep_alive_gives_up_on_a_run_that_is_always_interrupted(ready):
+    ready.jobs("75")
+    assert "gave up after 10 interruptions" in ready.refused("run", "--keep-alive")
+    assert steps(ready) == ["install", "check", *START * 10]
+
+
+def test_a_stop_ends_the_watching(ready):
+    ready.jobs("wait")
+    watch = subprocess.Popen([ready.clone / "tpu" / "run", "--keep-alive"], env=ready.env,
+                             stderr=subprocess.PIPE, text=True)
+    for line in watch.stderr:
+        if "job: running" in line:
+            break
+    ready.good("run", "--stop")
+    assert "stopped by tpu/run --stop" in watch.communicate(timeout=60)[1]
+    assert watch.returncode == 75 and steps(ready).count("start") == 1
+    ready.jobs("0")
+    ready.good("run", "--keep-alive")  # the same command goes on
 
 
 def test_keep_alive_stops_at_the_users_mistake(ready):

@@ -178,6 +178,8 @@ def _topology(name: str) -> tuple[Chip, Any]:
                    "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3", "TPU_WORKER_ID": "0",
                    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-8"}
     jax.config.update("jax_platforms", "cpu")
+    # What is compiled for absent devices cannot be read back.
+    jax.config.update("jax_enable_compilation_cache", False)
     try:
         return chip, topologies.get_topology_desc(
             platform="tpu", topology_name=name, **chip.options)
@@ -205,36 +207,13 @@ def _steps(config: DistilConfig) -> int | None:
 
 
 def _report(step: _Step, asked: Compiled, best: Compiled) -> str:
-    config, chip, chips = step.config, step.chip, step.mesh.size
-    program, need = hlo.read(asked.program.as_text()), asked.program.memory_analysis()
-    memory = {
-        "student, float32": step.bytes_each(step.state.params),
-        f"teacher, {step.dtype}": step.bytes_each(step.teacher_params),
-        "moments of the optimizer": step.bytes_each(step.state.opt_state),
-        "activations and other temporaries": need.temp_size_in_bytes,
-        "program": need.generated_code_size_in_bytes}
-    times = [
-        ("matrix products", f"{asked.flops / chips / 1e12:.3f} TFLOP",
-         asked.flops / chips / chip.flops),
-        ("memory, each result written and read once", f"{program.traffic / 1e9:.2f} GB",
-         program.traffic / chip.traffic),
-        *((f"{each.kind} over {each.devices} chips, {each.count} times",
-           f"{each.bytes / 1e6:,.1f} MB", each.seconds(chip.exchange))
-          for each in program.collectives if each.devices > 1)]
-    busy = max(times[0][2], times[1][2])
-    seconds = busy + sum(time for _, _, time in times[2:])
-    tokens = config.batch_size * config.sequence_length
-    hosts = len({device.process_index for device in step.mesh.devices.flat})
-    total = sum(memory.values())
+    chip, memory, times = step.chip, _memory(step, asked), _times(step, asked)
+    seconds = max(times[0][2], times[1][2]) + sum(time for _, _, time in times[2:])
+    tokens = step.config.batch_size * step.config.sequence_length
     lines = [
-        f"{config.compile_only}, {hosts} host{'s'[:hosts > 1]}, mesh "
-        f"{'x'.join(map(str, step.mesh.devices.shape))}: {step.teacher.num_hidden_layers} layers → "
-        f"{step.student.num_hidden_layers}, {step.dtype}"
-        f"{', rematerialised' if config.remat else ''}; updates of {config.batch_size:,} rows of "
-        f"{config.sequence_length} tokens, {asked.rows} at a time on each device of the data axis",
-        "", "| memory of a chip | GiB |", "|---|--:|",
+        _title(step), "", "| memory of a chip | GiB |", "|---|--:|",
         *(f"| {name} | {size / GIB:.3f} |" for name, size in memory.items()),
-        f"| together, of {chip.memory / GIB:.2f} | {total / GIB:.3f} |",
+        f"| together, of {chip.memory / GIB:.2f} | {sum(memory.values()) / GIB:.3f} |",
         "", f"It fits. {_more(step, asked, best)}",
         "", "| an update, on each chip | | at the chip's peak |", "|---|--:|--:|",
         *(f"| {name} | {amount} | {1e3 * time:.2f} ms |" for name, amount, time in times), "",
@@ -243,6 +222,39 @@ def _report(step: _Step, asked: Compiled, best: Compiled) -> str:
         f"{EFFICIENCY:.0%} of that, an assumption (no TPU was measured): "
         f"{EFFICIENCY * tokens / seconds:,.0f} tokens/s.", _cost(step, seconds / EFFICIENCY)]
     return "\n".join(lines)
+
+
+def _title(step: _Step) -> str:
+    config, mesh = step.config, "x".join(map(str, step.mesh.devices.shape))
+    layers = f"{step.teacher.num_hidden_layers} layers → {step.student.num_hidden_layers}"
+    again = ", each layer computed twice" if config.remat else ""
+    return (f"{config.compile_only}, mesh {mesh}: {layers}, {step.dtype}{again}; updates of "
+            f"{config.batch_size:,} rows of {config.sequence_length} tokens, {step.rows} at a time "
+            "on each device of the data axis")
+
+
+def _memory(step: _Step, asked: Compiled) -> dict[str, int]:
+    """What lies in a chip's memory → bytes."""
+    need = asked.program.memory_analysis()
+    return {
+        "student, float32": step.bytes_each(step.state.params),
+        f"teacher, {step.dtype}": step.bytes_each(step.teacher_params),
+        "moments of the optimizer": step.bytes_each(step.state.opt_state),
+        "activations and other temporaries": need.temp_size_in_bytes,
+        "program": need.generated_code_size_in_bytes}
+
+
+def _times(step: _Step, asked: Compiled) -> list[tuple[str, str, float]]:
+    """(What, how much, seconds at the peak) on a chip: products, memory, each collective."""
+    program, chip = hlo.read(asked.program.as_text()), step.chip
+    flops = asked.flops / step.mesh.size
+    return [
+        ("matrix products", f"{flops / 1e12:.3f} TFLOP", flops / chip.flops),
+        ("memory, each result written and read once", f"{program.traffic / 1e9:.2f} GB",
+         program.traffic / chip.traffic),
+        *((f"{each.kind} over {each.devices} chips, {each.count} times",
+           f"{each.bytes / 1e6:,.1f} MB", each.seconds(chip.exchange))
+          for each in program.collectives if each.devices > 1)]
 
 
 def _more(step: _Step, asked: Compiled, best: Compiled) -> str:

@@ -30,7 +30,6 @@ class Collective:
     devices: int  # that take part in one of them
     count: int  # an update
     bytes: int  # an update, of the results on each chip
-    arrays: tuple[tuple[int, ...], ...]  # shapes of the results
 
     def seconds(self, bandwidth: float) -> float:
         """Around a ring with this many bytes a second through each chip, all directions."""
@@ -84,8 +83,7 @@ def read(text: str) -> Program:
                 shapes |= {shape for _, shape in in_memory}
     merged = [Collective(
         kind, devices, sum(n for n, _ in each),
-        sum(n * size for n, arrays in each for size, _, _ in arrays),
-        tuple(shape for _, arrays in each for _, shape, _ in arrays))
+        sum(n * size for n, arrays in each for size, _, _ in arrays))
         for (kind, devices), each in sorted(found.items())]
     return Program([c for c in merged if c.count], traffic, shapes)
 
