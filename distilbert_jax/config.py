@@ -6,6 +6,7 @@ Every other module receives these dataclasses; nothing here imports jax.
 import argparse
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
@@ -184,6 +185,10 @@ class TrainConfig(DataConfig):
         choose(self.on_save_error, ("stop", "continue"), "--on-save-error")
         choose(self.dtype, ("auto", "float32", "bfloat16", "float64"), "--dtype")
 
+    def updates(self, rows: int) -> int:
+        """Updates of the run on a corpus of so many rows: `steps`, or three passes."""
+        return self.steps or max(1, math.ceil(3 * rows / self.batch_size))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistilConfig(TrainConfig):
@@ -302,6 +307,11 @@ class TrainBenchmark(HeadBenchmark):
                             "for the others")
         if bool(self.corpus) != bool(self.tokenizer):
             raise UserError("--corpus and --tokenizer belong together: give both, or neither")
+
+
+def compute_dtype(name: str, platform: str) -> str:
+    """The dtype of matrix products that --dtype means on "cpu", "gpu" or "tpu"."""
+    return name if name != "auto" else "float32" if platform == "cpu" else "bfloat16"
 
 
 def flag(name: str) -> str:

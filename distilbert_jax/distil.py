@@ -33,6 +33,7 @@ from distilbert_jax.config import (
     TrainConfig,
     UserError,
     check,
+    compute_dtype,
     flag,
 )
 from distilbert_jax.data import pack, sources
@@ -110,7 +111,7 @@ def distil(config: DistilConfig) -> Path:
     start = _cast(start, param_dtype)
     graphs = (graphdef(shape, dtype, param_dtype, config.remat),
               graphdef(teacher.config, dtype, param_dtype))
-    frozen_teacher = _teacher_on(mesh, teacher.params, dtype)
+    frozen_teacher = _on(mesh, student.frozen_params(teacher.params, dtype))
     trained = _train(
         setup, graphs, start, frozen_teacher, Objective.of(config), Masking(), "distil",
         config.frozen)
@@ -226,8 +227,7 @@ def check_job(
         use_all_cores(config.batch_size // config.accumulate)
     mesh = make_mesh(config.mesh)
     rows_each(config, mesh)
-    on_cpu = jax.default_backend() == "cpu"
-    name = config.dtype if config.dtype != "auto" else "float32" if on_cpu else "bfloat16"
+    name = compute_dtype(config.dtype, jax.default_backend())
     return mesh, jnp.dtype(name), jnp.promote_types(name, jnp.float32)
 
 
@@ -300,9 +300,8 @@ def _prepare(config: TrainConfig, mesh: Mesh, dtype: Any, param_dtype: Any, toke
         data = prepare(config, tokenizer, store.join(config.output, "data"), progress)
     print(report.describe_data(data.manifest))
     words = vocabulary(data.train.counts, tokenizer.all_special_ids, tokenizer.mask_token_id)
-    steps = config.steps or max(1, math.ceil(3 * len(data.train) / config.batch_size))
     return Setup(config, mesh, dtype, param_dtype, tokenizer, data,
-                 jax.device_put(words, replicated(mesh)), steps,
+                 jax.device_put(words, replicated(mesh)), config.updates(len(data.train)),
                  settings | _data_settings(data))
 
 
@@ -340,19 +339,13 @@ def _evaluator(
         vocabulary=setup.vocabulary, packed=setup.data.valid, mesh=setup.mesh, rows=rows)
 
 
-def _cast(params: dict[str, Any], dtype: Any, least_axes: int = 0) -> dict[str, Any]:
+def _cast(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
     """On the host, so that the step may take over what is put on the devices."""
-    return jax.tree.map(
-        lambda x: np.asarray(x, dtype if x.ndim >= least_axes else None), params)
+    return jax.tree.map(lambda x: np.asarray(x, dtype), params)
 
 
 def _on(mesh: Mesh, params: dict[str, Any]) -> dict[str, Any]:
     return jax.device_put(params, shardings(params, mesh))
-
-
-def _teacher_on(mesh: Mesh, params: dict[str, Any], dtype: Any) -> dict[str, Any]:
-    """The frozen teacher: matrices in the compute dtype, laid out like the student."""
-    return _on(mesh, _cast(params, dtype, least_axes=2))
 
 
 def _card(config: DistilConfig, layers: list[int], figures: dict[str, float],

@@ -17,20 +17,27 @@ import numpy as np
 from jax.experimental import topologies
 
 from distilbert_jax.benchmark import hlo
-from distilbert_jax.config import DistilConfig, Masking, UserError, check, choose
+from distilbert_jax.config import (
+    DistilConfig,
+    Masking,
+    UserError,
+    check,
+    choose,
+    compute_dtype,
+)
 from distilbert_jax.data import pack, prepare
 from distilbert_jax.masking import vocabulary
 from distilbert_jax.models.encoder import EncoderConfig, abstract_params, graphdef
 from distilbert_jax.optimizer import make_optimizer
 from distilbert_jax.progress import say
 from distilbert_jax.sharding import make_mesh, rows_each, shardings
-from distilbert_jax.student import choose_layers, student_config
+from distilbert_jax.student import choose_layers, frozen_params, student_config
 from distilbert_jax.train import jit_step
 from distilbert_jax.train_step import Objective, init_state, make_train_step
 
 GIB = 2**30
 EFFICIENCY = 0.5  # share of the roofline's speed that is assumed: no TPU was measured yet
-LARGEST = 2**10  # times the batch that is asked for, at most, is a larger one looked for
+DOUBLINGS = 10  # of the batch that is asked for, at most, in the search for a larger one
 BEYOND = 1.25  # times what seems to fit is tried: short of memory, the compiler finds ways
 
 
@@ -100,17 +107,16 @@ class _Step:
         self.config, self.teacher, self.chip = config, teacher, chip
         layers = choose_layers(config.student_layers, teacher.num_hidden_layers)
         self.student = student_config(teacher, len(layers), config.dropout)
-        self.dtype = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)
+        self.dtype = jnp.dtype(compute_dtype(config.dtype, "tpu"))
         self.mesh = make_mesh(config.mesh, topology)
         self.rows = rows_each(config, self.mesh)
-        self.steps = config.steps or _steps(config)
+        self.steps = _steps(config)
         self._tx = make_optimizer(config, self.steps or 1, config.frozen)
         self.state = jax.eval_shape(
             lambda params: init_state(params, self._tx, config.seed),
             abstract_params(self.student))
-        self.teacher_params = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, self.dtype if x.ndim > 1 else x.dtype),
-            abstract_params(teacher))
+        self.teacher_params = jax.eval_shape(
+            lambda params: frozen_params(params, self.dtype), abstract_params(teacher))
         self.fixed = self.bytes_each(self.state) + self.bytes_each(self.teacher_params)
 
     def compile(self, rows: int) -> Compiled:
@@ -138,11 +144,12 @@ class _Step:
         """The largest micro-batch found to fit: foretold from what a row takes, then compiled."""
         whole = self.config.batch_size // self.mesh.shape["data"]
         sizes = [n for n in range(1, whole + 1) if whole % n == 0] + [
-            whole * 2**n for n in range(1, LARGEST.bit_length())]
+            whole * 2**n for n in range(1, DOUBLINGS + 1)]
         best = tried if tried.program else None
         while True:
             room = (self.chip.memory - self.fixed) * tried.rows / tried.temporaries
-            sizes = [n for n in sizes if n <= BEYOND * room and (best is None or n > best.rows)]
+            sizes = [n for n in sizes if n <= BEYOND * room
+                     and (n > best.rows if best else n < tried.rows)]
             if not sizes:
                 return best
             tried = self.compile(sizes.pop())
@@ -199,11 +206,10 @@ def _overflow(error: Exception) -> float:
 
 
 def _steps(config: DistilConfig) -> int | None:
-    """Updates of the run, where its corpus is prepared."""
-    if not prepare.is_prepared(config.corpus):
-        return None
-    rows = len(pack.load(config.corpus[0], verify=False).train)
-    return max(1, math.ceil(3 * rows / config.batch_size))
+    """Updates of the run; None where they depend on a corpus that is not prepared."""
+    if config.steps or not prepare.is_prepared(config.corpus):
+        return config.steps
+    return config.updates(len(pack.load(config.corpus[0], verify=False).train))
 
 
 def _report(step: _Step, asked: Compiled, best: Compiled) -> str:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from distilbert_jax.config import TrainConfig
+from distilbert_jax.config import TrainConfig, compute_dtype
 from distilbert_jax.models import bert, distilbert
 from distilbert_jax.models.encoder import EncoderConfig
 from distilbert_jax.train_step import Objective
@@ -45,8 +45,7 @@ class TorchLoop:
         self.platform = "gpu" if torch.cuda.is_available() else "cpu"
         self._device = "cuda" if self.platform == "gpu" else "cpu"
         self.devices = 1
-        self.dtype = config.dtype if config.dtype != "auto" else (
-            "float32" if self.platform == "cpu" else "bfloat16")
+        self.dtype = compute_dtype(config.dtype, self.platform)
         self._narrow = getattr(torch, self.dtype)
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         torch.set_float32_matmul_precision("high" if self.dtype == "bfloat16" else "highest")

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distilbert_jax.config import Masking, TrainBenchmark, TrainConfig, UserError
+from distilbert_jax.config import Masking, TrainBenchmark, TrainConfig, UserError, compute_dtype
 from distilbert_jax.data import batches, pack, sources, tokenize
 from distilbert_jax.masking import mask_tokens, vocabulary
 from distilbert_jax.models import bert
@@ -35,7 +35,7 @@ from distilbert_jax.sharding import (
     shardings,
     use_all_cores,
 )
-from distilbert_jax.student import choose_layers, student_config, student_params
+from distilbert_jax.student import choose_layers, frozen_params, student_config, student_params
 from distilbert_jax.train import jit_step
 from distilbert_jax.train_step import Objective, init_state, make_train_step
 
@@ -111,15 +111,12 @@ class Ours:
         use_all_cores(config.batch_size)
         mesh = make_mesh("")
         self.devices, self.platform = mesh.size, jax.default_backend()
-        on_cpu = self.platform == "cpu"
-        self.dtype = config.dtype if config.dtype != "auto" else (
-            "float32" if on_cpu else "bfloat16")
+        self.dtype = compute_dtype(config.dtype, self.platform)
         graphs = [graphdef(shape, self.dtype) for shape in (problem.student, problem.teacher)]
         teacher = jax.device_get(init_params(problem.teacher, config.seed))
         self.start = student_params(teacher, choose_layers(
             str(problem.student.num_hidden_layers), problem.teacher.num_hidden_layers))
-        self.teacher = jax.tree.map(
-            lambda x: x.astype(self.dtype if x.ndim > 1 else None), teacher)
+        self.teacher = frozen_params(teacher, self.dtype)
         tx = make_optimizer(config, config.steps)
         state = init_state(self.start, tx, config.seed)
         self._key = jax.device_get(state.key)
