@@ -4,11 +4,13 @@ Every other module receives these dataclasses; nothing here imports jax.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import math
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 GROUPS = ("models", "data", "training", "losses", "devices", "output")  # of --help, in this order
@@ -144,7 +146,7 @@ class TrainConfig(DataConfig):
     seed: int = _option(56, "training", "seed of initialisation, data order, masks and dropout")
     dtype: str = _option(
         "auto", "devices", "float32, bfloat16 or float64 matrix products (float64: everything); "
-        "auto is bfloat16 on TPU and GPU, float32 on CPU")
+        "auto is bfloat16 on TPU, GPU and CPUs with AMX, float32 on others")
     mesh: str = _option(
         "", "devices", "DATAxMODEL, e.g. 8x1 or 4x2; default: all devices on data")
     output: str = _option(
@@ -286,7 +288,7 @@ class TrainBenchmark(HeadBenchmark):
     tokenizer: str = _option("", "models", "Hugging Face folder, for --corpus")
     updates: int = _option(4, "training", "of ours in a round")
     dtype: str = _option(
-        "auto", "devices", "float32 or bfloat16; auto is bfloat16 on GPU and TPU, else float32")
+        "auto", "devices", "float32 or bfloat16; auto: as for run.py")
     sides: tuple[str, ...] = _option(
         ("ours", "torch"), "devices", "of ours, torch (eager) and torch.compile; ours first "
         "(default: ours torch)", nargs="+")
@@ -311,7 +313,18 @@ class TrainBenchmark(HeadBenchmark):
 
 def compute_dtype(name: str, platform: str) -> str:
     """The dtype of matrix products that --dtype means on "cpu", "gpu" or "tpu"."""
-    return name if name != "auto" else "float32" if platform == "cpu" else "bfloat16"
+    if name != "auto":
+        return name
+    return "float32" if platform == "cpu" and "amx_bf16" not in _cpu_flags() else "bfloat16"
+
+
+def _cpu_flags() -> list[str]:
+    """What this machine's processor can do, in Linux's words; nothing elsewhere."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("flags"):
+                return line.split()
+    return []
 
 
 def flag(name: str) -> str:

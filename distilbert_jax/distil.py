@@ -53,7 +53,6 @@ from distilbert_jax.sharding import (
     rows_each,
     shardings,
     to_host,
-    use_all_cores,
 )
 from distilbert_jax.train import Run, read_metrics, train
 from distilbert_jax.train_step import (
@@ -223,8 +222,6 @@ def check_job(
         refuse_other_run(config.output, settings or _settings(config))
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    if not config.mesh:
-        use_all_cores(config.batch_size // config.accumulate)
     mesh = make_mesh(config.mesh)
     rows_each(config, mesh)
     name = compute_dtype(config.dtype, jax.default_backend())

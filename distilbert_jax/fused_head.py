@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from distilbert_jax.models.products import product, turned_product, wide
 from distilbert_jax.sharding import head_specs
 
 # A device's positions are cut into CHUNKS, which keeps its logits to that share of what they would
@@ -87,8 +88,8 @@ _fused.defvjp(_forward, _backward)
 
 def _on_mesh(student, teacher, targets, terms, temperature, with_gradients):
     """(Total, means), and gradients if asked for, from the rows and words of each device."""
-    wide = jnp.promote_types(student.states.dtype, jnp.float32)
-    scales = {name: factor / weight.astype(wide) for name, (factor, weight) in terms.items()}
+    dtype = wide(student.states.dtype)
+    scales = {name: factor / weight.astype(dtype) for name, (factor, weight) in terms.items()}
     over = functools.partial(
         _over_chunks, temperature=temperature, with_gradients=with_gradients)
     mesh = jax.sharding.get_abstract_mesh()
@@ -111,7 +112,7 @@ def _over_chunks(
 ) -> tuple[Figures, Head | None]:
     """Sums, and gradients of the total if asked for, added up over the axes named."""
     shape, words = student.states.shape, len(student.embedding)
-    wide = jnp.promote_types(student.states.dtype, jnp.float32)
+    dtype = wide(student.states.dtype)
     models = [student] if teacher is None else [student, teacher]
     embeddings = [model.embedding.astype(model.states.dtype) for model in models]
     if word_axis:  # a label of other devices' words is out of range here
@@ -120,64 +121,80 @@ def _over_chunks(
 
     def chunk(carry, taken):
         states, at = taken  # [P, D] of each model, [P]
-        logits = [
-            jnp.einsum("PD,VD->PV", x, embedding, preferred_element_type=wide) + model.bias
-            for x, embedding, model in zip(states, embeddings, models, strict=True)]
-        sums, slope = _losses(logits, at, scales, temperature, word_axis)  # [P, V]
+        heads = [Head(x, embedding, model.bias)
+                 for x, embedding, model in zip(states, embeddings, models, strict=True)]
+        logits = [product(head.states, head.embedding, rows=True) + head.bias for head in heads]
+        at_label = _at_labels(heads[0], at.labels) if "mlm" in scales else None
+        sums, slope = _losses(logits, at_label, at, scales, temperature, word_axis)  # [P, V]
         carry, total = carry[1:], jax.tree.map(jnp.add, carry[0], sums)
         if not with_gradients:
             return (total,), None
         narrow = slope.astype(student.states.dtype)
-        product = functools.partial(jnp.einsum, preferred_element_type=wide)
-        carry = (carry[0] + product("PV,PD->VD", narrow, states[0]), carry[1] + slope.sum(0))
-        return (total, *carry), product("PV,VD->PD", narrow, embeddings[0])
+        words_slope = carry[0] + turned_product(states[0], narrow)  # [D, V]
+        bias_slope = carry[1] + jnp.einsum("P,PV->V", jnp.ones(len(slope), dtype), slope)
+        return (total, words_slope, bias_slope), product(narrow, embeddings[0])
 
-    carry = ({name: jnp.zeros((), wide) for name in scales},)
+    carry = ({name: jnp.zeros((), dtype) for name in scales},)
     if with_gradients:
-        carry += jnp.zeros(student.embedding.shape, wide), jnp.zeros(words, wide)
+        carry += jnp.zeros(student.embedding.T.shape, dtype), jnp.zeros(words, dtype)
     chunks = _cut(([model.states for model in models], targets))
     carry, states = jax.lax.scan(chunk, carry, chunks)
     carry = _added(carry, row_axes)
     if not with_gradients:
         return carry[0], None
     states = _added(states.reshape(-1, shape[-1])[:math.prod(shape[:-1])], word_axis)
-    return carry[0], Head(states.reshape(shape), *carry[1:])
+    return carry[0], Head(states.reshape(shape), carry[1].T, carry[2])
 
 
-def _losses(logits, at, scales, temperature, word_axis):
+def _at_labels(head: Head, labels: Int[Array, " P"]) -> Float[Array, " P"]:
+    """Logits of the labels; 0 where a label is not among the words."""
+    here = (labels >= 0) & (labels < len(head.bias))
+    words = jnp.where(here, labels, 0)
+    dtype = wide(head.states.dtype)
+    products = head.states.astype(dtype) * head.embedding[words].astype(dtype)
+    logits = head.bias[words] + products.sum(-1)
+    return jnp.where(here, logits, 0)
+
+
+def _losses(logits, at_label, at, scales, temperature, word_axis):
     """One chunk: sums, and the total's gradient in the student's logits [P, V].
 
-    Both softmaxes subtract the largest logit first. With u = student and v = teacher logits over
-    the temperature, less their maxima, KL = Σ_v p (v − u) + log Σ eᵘ − log Σ eᵛ.
+    All softmaxes subtract the largest logit first. With s = student and t = teacher logits and m
+    their maxima, p the teacher's softmax and E the sums of e^((x − m)/T) over words,
+    KL = (Σ p (t − s) − (m_t − m_s))/T + log E_s − log E_t.
     """
     largest = [jax.lax.stop_gradient(x.max(-1)) for x in logits]
     if word_axis:
         largest = jax.lax.pmax(largest, word_axis)
-    low = [x - m[:, None] for x, m in zip(logits, largest, strict=True)]
+    powers = [jnp.exp((x - m[:, None]) * (1 / temperature))
+              for x, m in zip(logits, largest, strict=True)]
     parts = {}  # sums over words, [P]
     if "mlm" in scales:
-        hot = jnp.arange(low[0].shape[1]) == at.labels[:, None]
-        parts |= {"mlm": jnp.exp(low[0]).sum(-1), "label": jnp.where(hot, low[0], 0).sum(-1)}
+        # A square instead of another exponential, where that is what it is.
+        whole = powers[0] ** 2 if temperature == 2 else jnp.exp(logits[0] - largest[0][:, None])
+        parts |= {"mlm": whole.sum(-1), "label": at_label}
     if "ce" in scales:
-        ours, theirs = (x / temperature for x in low)
-        parts |= {"ours": jnp.exp(ours).sum(-1), "theirs": jnp.exp(theirs).sum(-1),
-                  "apart": (jnp.exp(theirs) * (theirs - ours)).sum(-1)}
+        ours, theirs = powers
+        parts |= {"ours": ours.sum(-1), "theirs": theirs.sum(-1),
+                  "apart": (theirs * (logits[1] - logits[0])).sum(-1)}
     if "mse" in scales:
         parts["mse"] = ((logits[0] - logits[1]) ** 2).sum(-1)
     parts = _added(parts, word_axis)
 
     sums, slope = {}, 0.0
     if "mlm" in scales:
-        sums["mlm"] = (at.label_weights * (jnp.log(parts["mlm"]) - parts["label"])).sum()
-        factor = scales["mlm"] * at.label_weights
-        slope += (factor / parts["mlm"])[:, None] * jnp.exp(low[0]) - jnp.where(
-            hot, factor[:, None], 0)
+        nll = largest[0] + jnp.log(parts["mlm"]) - parts["label"]
+        sums["mlm"] = (at.label_weights * nll).sum()
+        factor = (scales["mlm"] * at.label_weights)[:, None]
+        hot = jnp.arange(logits[0].shape[1]) == at.labels[:, None]
+        slope += factor / parts["mlm"][:, None] * whole - jnp.where(hot, factor, 0)
     if "ce" in scales:
-        divergence = parts["apart"] / parts["theirs"] + jnp.log(parts["ours"] / parts["theirs"])
+        apart = parts["apart"] / parts["theirs"] - (largest[1] - largest[0])
+        divergence = apart / temperature + jnp.log(parts["ours"] / parts["theirs"])
         sums["ce"] = temperature**2 * (at.soft_weights * divergence).sum()
         factor = temperature * scales["ce"] * at.soft_weights
-        slope += ((factor / parts["ours"])[:, None] * jnp.exp(ours)
-                  - (factor / parts["theirs"])[:, None] * jnp.exp(theirs))
+        slope += ((factor / parts["ours"])[:, None] * ours
+                  - (factor / parts["theirs"])[:, None] * theirs)
     if "mse" in scales:
         sums["mse"] = (at.soft_weights * parts["mse"]).sum()
         slope += 2 * (scales["mse"] * at.soft_weights)[:, None] * (logits[0] - logits[1])

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import itertools
 import math
-import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -65,19 +64,6 @@ def rows_each(config: TrainConfig, mesh: Mesh) -> int:
         raise UserError(f"--batch-size {config.batch_size} in {config.accumulate} micro-batches is "
                         f"{micro} rows, which {data} devices of --mesh do not divide")
     return micro // data
-
-
-def use_all_cores(rows: int) -> None:
-    """Give the CPU a device for each core, up to 8 that divide `rows`; call it before JAX starts.
-
-    One device for all cores leaves them idle between matrix products: on two cores, two devices
-    trained 1.25 to 1.5 times as fast. A number of devices set in the environment wins, and other
-    platforms are not touched.
-    """
-    said = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not said and "JAX_NUM_CPU_DEVICES" not in os.environ:
-        with contextlib.suppress(RuntimeError):  # JAX has started: the devices are what they are
-            jax.config.update("jax_num_cpu_devices", math.gcd(rows, min(os.cpu_count() or 1, 8)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -4,12 +4,14 @@ import dataclasses
 
 import pytest
 
+from distilbert_jax import config
 from distilbert_jax.config import (
     DistilConfig,
     PrepareConfig,
     PretrainConfig,
     UserError,
     choose,
+    compute_dtype,
     flag,
     parse,
 )
@@ -133,3 +135,13 @@ def test_choose_lists_what_is_known():
     assert choose("a", {"a": 1}, "thing") == "a"
     with pytest.raises(UserError, match=r"unknown thing 'zzz' \(known: a, b\)"):
         choose("zzz", ["b", "a"], "thing")
+
+
+@pytest.mark.parametrize("name, platform, flags, dtype", [
+    ("auto", "tpu", "", "bfloat16"), ("auto", "gpu", "", "bfloat16"),
+    ("auto", "cpu", "avx512f avx512_bf16", "float32"), ("auto", "cpu", "", "float32"),
+    ("auto", "cpu", "avx512f amx_bf16 amx_tile", "bfloat16"),
+    ("float32", "gpu", "", "float32"), ("bfloat16", "cpu", "", "bfloat16")])
+def test_the_dtype_of_products(name, platform, flags, dtype, monkeypatch):
+    monkeypatch.setattr(config, "_cpu_flags", flags.split)
+    assert compute_dtype(name, platform) == dtype

@@ -140,7 +140,7 @@ def test_every_mesh(shape, words, x64):
     assert_close(jax.device_get(found), expected, 1e-12)
 
     parts = words // (model if words % model == 0 else 1)
-    gradient = f"f64[{parts},{WIDTH}]"
+    gradient = f"f64[{WIDTH},{parts}]"
     collectives = re.findall(r"= (.*) (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(",
                              call.as_text())
     reduced = [result for result, kind in collectives if kind == "all-reduce"]

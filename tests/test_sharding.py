@@ -52,21 +52,6 @@ def test_meshes_that_cannot_be(shape, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("said, rows, devices", [
-    ({}, 32, min(os.cpu_count(), 8) & -min(os.cpu_count(), 8)),  # its largest power of two
-    ({}, 7, 7 if min(os.cpu_count(), 8) == 7 else 1),
-    ({"JAX_NUM_CPU_DEVICES": "3"}, 32, 3),
-    ({"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 32, 5)])
-def test_a_cpu_gets_a_device_for_each_core(said, rows, devices):
-    environment = {name: value for name, value in os.environ.items()
-                   if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
-    code = ("import jax; from distilbert_jax.sharding import use_all_cores; "
-            f"use_all_cores({rows}); print(jax.device_count())")
-    out = subprocess.run([sys.executable, "-c", code], env=environment | said, check=True,
-                         capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert int(out.stdout) == devices
-
-
 def test_parameters_lie_where_the_rows_say(tiny_model):
     config, params = tiny_model(num_hidden_layers=2)
     mesh = mesh_of("2x4")

@@ -33,7 +33,6 @@ from distilbert_jax.sharding import (
     place_rows,
     replicated,
     shardings,
-    use_all_cores,
 )
 from distilbert_jax.student import choose_layers, frozen_params, student_config, student_params
 from distilbert_jax.train import jit_step
@@ -66,7 +65,7 @@ class Problem:
     mask_id: int
     ours: list[Batch]  # packed rows, not masked
     theirs: list[Batch]  # one document a row; masked before they are given to PyTorch
-    devices: int = 0  # of ours; 0: as many as the trainer takes
+    devices: int = 0  # of ours, on CPU; 0: as many as the trainer takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +107,6 @@ class Ours:
         config = problem.config
         if problem.devices:
             jax.config.update("jax_num_cpu_devices", problem.devices)
-        use_all_cores(config.batch_size)
         mesh = make_mesh("")
         self.devices, self.platform = mesh.size, jax.default_backend()
         self.dtype = compute_dtype(config.dtype, self.platform)

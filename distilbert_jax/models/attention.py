@@ -6,6 +6,7 @@ backend: XLA everywhere, cuDNN's flash attention on NVIDIA, splash attention (Pa
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
+
+from distilbert_jax.models.products import product
 
 BLOCKS = (512, 384, 256, 128)  # positions that splash attention takes at a time; one divides T
 
@@ -54,15 +57,13 @@ def attention(
 def _xla(query, key, value, segment_ids, dropout):
     # Heads before positions: on CPU the two products are then plain batched matrix products.
     query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
-    wide = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("BNTH,BNSH->BNTS", query, key, preferred_element_type=wide)
-    scores = scores / jnp.sqrt(jnp.asarray(query.shape[-1], wide))
-    scores = jnp.where(_same_segment(segment_ids), scores, jnp.finfo(wide).min)
+    scores = product(query, key, rows=True) / math.sqrt(query.shape[-1])  # [B, N, T, S]
+    scores = jnp.where(_same_segment(segment_ids), scores, jnp.finfo(scores.dtype).min)
     probabilities = jax.nn.softmax(scores, axis=-1)
     if dropout:
         probabilities = dropout(probabilities)
-    return jnp.einsum(
-        "BNTS,BNSH->BNTH", probabilities.astype(value.dtype), value).transpose(0, 2, 1, 3)
+    context = product(probabilities.astype(value.dtype), value)  # [B, N, T, H]
+    return context.astype(value.dtype).transpose(0, 2, 1, 3)
 
 
 def _cudnn(query, key, value, segment_ids):
@@ -120,11 +121,6 @@ KERNELS: dict[str, tuple[Callable[..., Array], Callable[[Any, str], str]]] = {
 
 def _same_segment(segment_ids: Int[Array, "B T"]) -> Array:
     return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B, 1, T, S]
-
-
-def platform_here() -> str:
-    """Where what is traced will run: "cpu", "gpu" or "tpu"."""
-    return _device(jax.sharding.get_abstract_mesh())[0]
 
 
 def _device(mesh: AbstractMesh) -> tuple[str, str]:

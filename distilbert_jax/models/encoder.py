@@ -18,7 +18,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key, UInt32
 
-from distilbert_jax.models.attention import attention, platform_here
+from distilbert_jax.models.attention import attention
+from distilbert_jax.models.products import affine, wide
 
 
 @jax.custom_vjp
@@ -28,8 +29,8 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     By erf, as in PyTorch: the erfc of jax.nn.gelu takes more than twice as long on a CPU, and the
     TPU compiler 5 s over every layer. For the gradient x alone is kept.
     """
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (wide * _normal(wide)).astype(x.dtype)
+    x32 = x.astype(wide(x.dtype))
+    return (x32 * _normal(x32)).astype(x.dtype)
 
 
 def _normal(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -37,9 +38,9 @@ def _normal(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _gelu_slope(x: Float[Array, "..."], above: Float[Array, "..."]) -> tuple[Array]:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    density = jnp.exp(-0.5 * wide * wide) / math.sqrt(2 * math.pi)
-    return ((above * (_normal(wide) + wide * density)).astype(x.dtype),)
+    x32 = x.astype(wide(x.dtype))
+    density = jnp.exp(-0.5 * x32 * x32) / math.sqrt(2 * math.pi)
+    return ((above * (_normal(x32) + x32 * density)).astype(x.dtype),)
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_slope)
@@ -88,6 +89,14 @@ class EncoderConfig:
     mlm_head: bool = True
     initializer_range: float = 0.02
     pad_token_id: int = 0
+
+
+class Linear(nnx.Linear):
+    """The same, with products in the form that the platform is fast at."""
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
+        kernel, bias = jnp.asarray(self.kernel[...]), jnp.asarray(self.bias[...])
+        return affine(x.astype(self.dtype), kernel, bias)
 
 
 class Attention(nnx.Module):
@@ -239,10 +248,9 @@ class Encoder(nnx.Module):
     def mlm_logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Logits of the masked language model, at least float32: [..., D] → [..., V]."""
         states, embedding, bias = self.mlm_projection(hidden)
-        wide = jnp.promote_types(states.dtype, jnp.float32)
-        logits = jnp.einsum(
-            "...D,VD->...V", states, embedding.astype(states.dtype), preferred_element_type=wide)
-        return logits + bias.astype(wide)
+        logits = jnp.einsum("...D,VD->...V", states, embedding.astype(states.dtype),
+                            preferred_element_type=wide(states.dtype))
+        return logits + bias.astype(logits.dtype)
 
     def pooled(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B D"]:
         """BERT's pooler: tanh of a projection of the first position, [B, T, D] → [B, D]."""
@@ -361,32 +369,7 @@ def _linear(
     rows: int, columns: int, config: EncoderConfig, dtypes: dict[str, Any], rngs: nnx.Rngs
 ) -> nnx.Linear:
     init = nnx.initializers.normal(config.initializer_range)
-    return nnx.Linear(
-        rows, columns, kernel_init=init, rngs=rngs, dot_general=_dot_general, **dtypes)
-
-
-def _dot_general(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
-    """What nnx.Linear asks for: [..., D] times [D, F]."""
-    return _on_cpu(x, kernel) if platform_here() == "cpu" else x @ kernel
-
-
-@jax.custom_vjp
-def _on_cpu(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
-    """x @ kernel; for the kernel's gradient x is turned first.
-
-    XLA's CPU compiler (jax 0.10.2) gives a product whose left side lies the wrong way round to a
-    library that takes twice as long over it; the barrier keeps it from undoing the turn.
-    """
-    return x @ kernel
-
-
-def _backward(saved: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    turned = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)  # [D, positions]
-    return slope @ kernel.T, turned @ slope.reshape(-1, slope.shape[-1])
-
-
-_on_cpu.defvjp(lambda x, kernel: (_on_cpu(x, kernel), (x, kernel)), _backward)
+    return Linear(rows, columns, kernel_init=init, rngs=rngs, **dtypes)
 
 
 def _layer_norm(config: EncoderConfig, dtypes: dict[str, Any], rngs: nnx.Rngs) -> nnx.LayerNorm:
