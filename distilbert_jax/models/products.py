@@ -1,6 +1,9 @@
 """Matrix products, in the form that each platform is fast at; and which platform that is.
 
-All give at least float32: what bfloat16 factors are multiplied and added up to is not cut.
+Compilers for TPU and GPU find that form themselves, and what they make of plain products and their
+derivatives is left to them. XLA's CPU compiler (jax 0.10.2) hands a product to its fast library,
+the only one that knows a CPU's bfloat16, if rows of both factors lie one after the other and the
+result is float32; so on CPU products and their gradients are written out, in that form.
 """
 
 import functools
@@ -11,86 +14,77 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(
     left: Float[Array, "*B M K"], right: Float[Array, "*B J L"], rows: bool = False
 ) -> Float[Array, "*B M N"]:
-    """left @ right or, by its rows, left @ right.T; for each of B.
+    """left @ right or, by its rows, left @ right.T, for each of B; at least in float32.
 
-    The slope that comes back is cut to the dtype of the factors, so that no product of the
+    On CPU the slope that comes back is cut to the dtype of the factors, so that no product of the
     gradient is slower than this one.
-
-    XLA's CPU compiler (jax 0.10.2) hands a product to its fast library, the only one that knows
-    a CPU's bfloat16, if rows of the factors lie one after the other; so on CPU they do. The
-    barrier keeps it from turning the product over afterwards, which bfloat16 does not survive.
     """
+    return (_on_cpu if platform_here() == "cpu" else _multiply)(left, right, rows)
+
+
+def _multiply(left: Array, right: Array, rows: bool) -> Array:
     across = "...mk,...nk->...mn" if rows else "...mk,...kn->...mn"
-    multiply = functools.partial(jnp.einsum, across, preferred_element_type=wide(left.dtype))
-    if platform_here() != "cpu":
-        return multiply(left, right)
-    return jax.lax.optimization_barrier(multiply(_in_rows(left), _in_rows(right)))
+    return jnp.einsum(across, left, right, preferred_element_type=wide(left.dtype))
 
 
-def _in_rows(x: Array) -> Array:
-    """x, laid out in memory row by row."""
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _on_cpu(left: Array, right: Array, rows: bool) -> Array:
+    left, right = (with_layout_constraint(x, Layout(tuple(range(x.ndim)))) for x in (left, right))
+    # Without the barrier the product may be turned over, which bfloat16 does not survive.
+    return jax.lax.optimization_barrier(_multiply(left, right, rows))
 
 
-def _forward(left: Array, right: Array, rows: bool) -> tuple[Array, tuple[Array, Array]]:
-    return product(left, right, rows), (left, right)
-
-
-def _backward(rows: bool, saved: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
+def _slopes(rows: bool, saved: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
     left, right = saved
     slope = slope.astype(left.dtype)
     of_right = turned_product(slope, left) if rows else turned_product(left, slope)
-    return (product(slope, right, not rows).astype(left.dtype), of_right.astype(right.dtype))
+    return _on_cpu(slope, right, not rows).astype(left.dtype), of_right.astype(right.dtype)
 
 
-product.defvjp(_forward, _backward)
-
-
-@jax.custom_vjp
-def affine(
-    x: Float[Array, "*B D"], kernel: Float[Array, "D F"], bias: Float[Array, " F"]
-) -> Float[Array, "*B F"]:
-    """x @ kernel + bias in the dtype of x, to which the gradients of the parameters are not cut."""
-    flat, narrow = x.reshape(-1, x.shape[-1]), kernel.astype(x.dtype)
-    # Elsewhere what is multiplied is cut where it is made, and not written to memory before.
-    result = product(flat, narrow) if platform_here() == "cpu" else flat @ narrow
-    return (result + bias.astype(result.dtype)).astype(x.dtype).reshape(*x.shape[:-1], -1)
-
-
-def _affine_backward(saved: tuple[Array, Array, Array], slope: Array) -> tuple[Array, ...]:
-    x, kernel, bias = saved
-    flat, above = (y.reshape(-1, y.shape[-1]) for y in (x, slope))
-    of_x = product(above, kernel.astype(x.dtype), rows=True).astype(x.dtype)
-    of_kernel, of_bias = turned_product(flat, above), column_sums(above)
-    return of_x.reshape(x.shape), of_kernel.astype(kernel.dtype), of_bias.astype(bias.dtype)
-
-
-affine.defvjp(lambda *of: (affine(*of), of), _affine_backward)
-
-
-def column_sums(x: Float[Array, "P F"]) -> Float[Array, " F"]:
-    """Sums over P, at least in float32: of bfloat16 as a product, at which CPUs are faster."""
-    if platform_here() == "cpu" and x.dtype == jnp.bfloat16:
-        return product(jnp.ones((1, len(x)), x.dtype), x)[0]
-    return x.sum(0, dtype=wide(x.dtype))
+_on_cpu.defvjp(lambda *of: (_on_cpu(*of), of[:2]), _slopes)
 
 
 def turned_product(
     left: Float[Array, "*B K M"], right: Float[Array, "*B K N"]
 ) -> Float[Array, "*B M N"]:
-    """left.T @ right for each of B.
+    """left.T @ right for each of B; at least in float32.
 
-    On CPU bfloat16 is turned in memory first, for the reason said above; float32 only where that
-    gains more than it costs.
+    On CPU bfloat16 is turned in memory first; float32 only where that gains more than it costs.
     """
     narrow = left.ndim == 2 and left.shape[1] < right.shape[1]
     if platform_here() == "cpu" and (left.dtype == jnp.bfloat16 or narrow):
-        return product(left.mT, right)
+        return _on_cpu(left.mT, right, False)
     return jnp.einsum("...km,...kn->...mn", left, right, preferred_element_type=wide(left.dtype))
+
+
+def affine(
+    x: Float[Array, "*B D"], kernel: Float[Array, "D F"], bias: Float[Array, " F"]
+) -> Float[Array, "*B F"]:
+    """x @ kernel + bias in the dtype of x."""
+    if platform_here() != "cpu":
+        return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+    return _affine(x.reshape(-1, x.shape[-1]), kernel, bias).reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def _affine(x: Array, kernel: Array, bias: Array) -> Array:
+    """Of rows, on CPU; the gradients of kernel and bias are not cut to the dtype of x."""
+    result = _on_cpu(x, kernel.astype(x.dtype), False)
+    return (result + bias.astype(result.dtype)).astype(x.dtype)
+
+
+def _affine_slopes(saved: tuple[Array, Array, Array], slope: Array) -> tuple[Array, ...]:
+    x, kernel, bias = saved
+    # A product with ones: the sum over rows of bfloat16 itself takes several times as long.
+    of_bias = _on_cpu(jnp.ones((1, len(slope)), slope.dtype), slope, False)[0]
+    return (_on_cpu(slope, kernel.astype(x.dtype), True).astype(x.dtype),
+            turned_product(x, slope).astype(kernel.dtype), of_bias.astype(bias.dtype))
+
+
+_affine.defvjp(lambda *of: (_affine(*of), of), _affine_slopes)
 
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
