@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from distilbert_jax.models.products import product, turned_product, wide
+from distilbert_jax.models.products import column_sums, product, turned_product, wide
 from distilbert_jax.sharding import head_specs
 
 # A device's positions are cut into CHUNKS, which keeps its logits to that share of what they would
@@ -131,8 +131,7 @@ def _over_chunks(
             return (total,), None
         narrow = slope.astype(student.states.dtype)
         words_slope = carry[0] + turned_product(states[0], narrow)  # [D, V]
-        bias_slope = carry[1] + jnp.einsum("P,PV->V", jnp.ones(len(slope), dtype), slope)
-        return (total, words_slope, bias_slope), product(narrow, embeddings[0])
+        return (total, words_slope, carry[1] + column_sums(slope)), product(narrow, embeddings[0])
 
     carry = ({name: jnp.zeros((), dtype) for name in scales},)
     if with_gradients:

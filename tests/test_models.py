@@ -176,7 +176,7 @@ def test_rematerialisation_keeps_a_layer_s_input_only(tiny_model):
     ids, segments, positions = map(jnp.asarray, padded(
         np.random.default_rng(4), 72, LENGTHS, 13)[:3])
     config, params = tiny_model(num_hidden_layers=6, intermediate_size=64)
-    params = jax.tree.map(jnp.float32, params)
+    params = jax.tree.map(np.float32, params)
 
     def kept(remat):
         graph = graphdef(config, jnp.float32, remat=remat)

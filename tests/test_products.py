@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distilbert_jax.config import _cpu_flags
+from distilbert_jax.config import compute_dtype
 from distilbert_jax.models.products import affine, product, turned_product
 
 TOLERANCE = {"float64": 1e-13, "float32": 1e-6, "bfloat16": 1e-2}
@@ -68,7 +68,7 @@ def test_what_is_turned_over_afterwards(turn):
     assert (jax.jit(turn)(a, b) == 8).all()
 
 
-@pytest.mark.skipif("amx_bf16" not in _cpu_flags(), reason="a CPU without bfloat16 of its own")
+@pytest.mark.skipif(compute_dtype("auto", "cpu") != "bfloat16", reason="a CPU without AMX")
 def test_bfloat16_is_not_widened():
     """No matrix that is multiplied in a layer or its gradient is made float32 before."""
     x, kernel = normal("bfloat16", 256, 128), normal("float32", 128, 512)
