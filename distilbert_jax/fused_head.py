@@ -160,7 +160,7 @@ def _losses(logits, at_label, at, scales, temperature, word_axis):
 
     All softmaxes subtract the largest logit first. With s = student and t = teacher logits and m
     their maxima, p the teacher's softmax and E the sums of e^((x − m)/T) over words,
-    KL = (Σ p (t − s) − (m_t − m_s))/T + log E_s − log E_t.
+    KL = Σ p (t − s − (m_t − m_s))/T + log E_s − log E_t.
     """
     largest = [jax.lax.stop_gradient(x.max(-1)) for x in logits]
     if word_axis:
@@ -174,8 +174,10 @@ def _losses(logits, at_label, at, scales, temperature, word_axis):
         parts |= {"mlm": whole.sum(-1), "label": at_label}
     if "ce" in scales:
         ours, theirs = powers
+        # Less the maxima before it is summed: what all logits have in common would not cancel.
+        over = largest[1] - largest[0]
         parts |= {"ours": ours.sum(-1), "theirs": theirs.sum(-1),
-                  "apart": (theirs * (logits[1] - logits[0])).sum(-1)}
+                  "apart": (theirs * (logits[1] - logits[0] - over[:, None])).sum(-1)}
     if "mse" in scales:
         parts["mse"] = ((logits[0] - logits[1]) ** 2).sum(-1)
     parts = _added(parts, word_axis)
@@ -188,8 +190,8 @@ def _losses(logits, at_label, at, scales, temperature, word_axis):
         hot = jnp.arange(logits[0].shape[1]) == at.labels[:, None]
         slope += factor / parts["mlm"][:, None] * whole - jnp.where(hot, factor, 0)
     if "ce" in scales:
-        apart = parts["apart"] / parts["theirs"] - (largest[1] - largest[0])
-        divergence = apart / temperature + jnp.log(parts["ours"] / parts["theirs"])
+        apart = parts["apart"] / parts["theirs"] / temperature
+        divergence = apart + jnp.log(parts["ours"] / parts["theirs"])
         sums["ce"] = temperature**2 * (at.soft_weights * divergence).sum()
         factor = temperature * scales["ce"] * at.soft_weights
         slope += ((factor / parts["ours"])[:, None] * ours

@@ -99,6 +99,18 @@ def test_a_student_close_to_its_teacher(dtype, x64):
     assert_close(found, expected, TOLERANCE[dtype])
 
 
+def test_what_all_logits_have_in_common(x64):
+    """An offset of 20 beside the teacher's changes no softmax, and no figure but by rounding."""
+    (student, _), _, targets = make(dtype="float32")
+    random = np.random.default_rng(1)
+    teacher = Head(*(rounded(x + 0.3 * random.normal(size=x.shape), "float32") for x in student))
+    student = student._replace(bias=rounded(student.bias + 20, "float32"))
+    found, expected = (
+        value_and_gradients(losses, (student, None), teacher, targets, TERMS["distilled"], dtype)
+        for losses, dtype in ((fused_losses, "float32"), (dense_losses, "float64")))
+    assert_close(found, expected, TOLERANCE["float32"])
+
+
 def test_only_the_total_and_only_the_student_have_a_gradient(x64):
     (student, _), teacher, targets = jax.tree.map(jnp.asarray, make())
     terms = {"ce": (1.0, jnp.ones(())), "mlm": (1.0, jnp.ones(()))}
