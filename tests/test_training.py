@@ -2,17 +2,24 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from distilbert_jax import convert
 from distilbert_jax.benchmark import training, training_report
-from distilbert_jax.config import TrainBenchmark
+from distilbert_jax.config import TrainBenchmark, UserError
 from distilbert_jax.data import tokenize
 from distilbert_jax.models import bert, distilbert
 from distilbert_jax.student import student_config
 
+ROOT = Path(__file__).parents[1]
 TINY = dataclasses.replace(
     training.SHAPES["small"], vocab_size=72, hidden_size=16, num_hidden_layers=2,
     intermediate_size=24, max_position_embeddings=24, hidden_dropout=0.0, attention_dropout=0.0,
@@ -101,6 +108,42 @@ def test_measured_figures(tiny, tmp_path):
     assert 0 < ours.compile_seconds < ours.first_update_seconds
     assert measured.ratio("ours") == 1
     assert training_report.table(measured).splitlines()[2].startswith("| ours |")
+
+
+def runs(process: str) -> bool:
+    try:
+        return " Z " not in Path("/proc", process, "stat").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in /proc")
+def test_ctrl_c_ends_all_sides(tmp_path):
+    """One word, no traceback, and nobody is left; ours waits for its turn, PyTorch starts."""
+    pytest.importorskip("torch")
+    driver = subprocess.Popen(
+        [sys.executable, ROOT / "experiments" / "benchmark.py", "train", "--batch-size", "1",
+         "--sequence-length", "8", "--output", tmp_path], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    children = Path(f"/proc/{driver.pid}/task/{driver.pid}/children")
+    while len(sides := children.read_text().split()) < 3:  # beside multiprocessing's own
+        assert driver.poll() is None
+        time.sleep(0.1)
+    time.sleep(1)
+    os.killpg(driver.pid, signal.SIGINT)
+    said, _ = driver.communicate(timeout=60)  # ends when nobody is left who could write
+    assert said == "interrupted\n" and driver.returncode == 1
+    until = time.monotonic() + 60
+    while any(map(runs, sides)):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def test_rows_that_devices_do_not_divide_are_one_line(tiny):
+    with pytest.raises(UserError, match="--batch-size 8 .* 8 rows, which 3 devices"):
+        training.measure(dataclasses.replace(training.problem_of(tiny), devices=3), ("ours",), 1)
 
 
 def test_ratio_is_of_rounds_side_by_side():

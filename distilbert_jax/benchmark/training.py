@@ -9,6 +9,7 @@ import itertools
 import multiprocessing
 import os
 import resource
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +33,7 @@ from distilbert_jax.sharding import (
     place,
     place_rows,
     replicated,
+    rows_each,
     shardings,
 )
 from distilbert_jax.student import choose_layers, frozen_params, student_config, student_params
@@ -108,6 +110,7 @@ class Ours:
         if problem.devices:
             jax.config.update("jax_num_cpu_devices", problem.devices)
         mesh = make_mesh("")
+        rows_each(config, mesh)  # or an error
         self.devices, self.platform = mesh.size, jax.default_backend()
         self.dtype = compute_dtype(config.dtype, self.platform)
         graphs = [graphdef(shape, self.dtype) for shape in (problem.student, problem.teacher)]
@@ -167,12 +170,21 @@ def _product(mesh: Mesh, dtype: str) -> Callable[[], float]:
     return rate
 
 
-def serve(side: str, problem: Problem, began: float, pipe: Connection) -> None:
-    """Be one side, in a process of its own: each True that is received is a round.
+def serve(side: str, began: float, pipe: Connection) -> None:
+    """Be one side, in a process of its own: the problem is received, then each True is a round.
 
     What is sent: first the platform and the masked batches, then (seconds, FLOP/s of products) of
-    each round, and at the end what is known of the side beside its speed.
+    each round, and at the end what is known of the side beside its speed; or a UserError.
     """
+    try:
+        _serve(side, pipe.recv(), began, pipe)
+    except UserError as error:
+        pipe.send(error)
+    except (EOFError, ConnectionError):  # the driver is gone
+        pass
+
+
+def _serve(side: str, problem: Problem, began: float, pipe: Connection) -> None:
     if side == "ours":
         # What is compiled is timed, and so not looked up.
         jax.config.update("jax_enable_compilation_cache", False)
@@ -215,30 +227,35 @@ class _Side:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._process = context.Process(
-            target=serve, args=(name, problem, time.time(), other), daemon=True)
+            target=serve, args=(name, time.time(), other), daemon=True)
+        # Ctrl-C reaches all processes of a terminal: the driver ends, and its sides with it.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._process.start()
+        signal.signal(signal.SIGINT, before)
         other.close()
-        self.platform, self.masked = self._receive()
+        self.platform, self.masked = self._ask(problem)
 
     def round(self) -> tuple[float, float]:
         """Seconds of its updates, and the rate of a matrix product [FLOP/s]."""
-        self._pipe.send(True)
-        return self._receive()
+        return self._ask(True)
 
     def end(self) -> dict[str, Any]:
         """Let it go; what it knows of itself."""
-        self._pipe.send(False)
-        known = self._receive()
+        known = self._ask(False)
         self._process.join()
         return known
 
-    def _receive(self) -> Any:
+    def _ask(self, what: Any) -> Any:
         try:
-            return self._pipe.recv()
-        except EOFError:
+            self._pipe.send(what)
+            answer = self._pipe.recv()
+        except (EOFError, ConnectionError):
             self._process.join()
             raise UserError(f"a side of the benchmark ended by itself, with code "
                             f"{self._process.exitcode}; what it said stands above") from None
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
 
 
 def measure(problem: Problem, sides: Sequence[str], rounds: int) -> Measured:

@@ -95,7 +95,8 @@ def _panels(found: dict[str, dict[int, dict[str, float]]], path: Path, title: st
     figure, all_axes = plt.subplots(1, len(found), figsize=(14, 3.6), layout="constrained")
     for axes, (name, points) in zip(all_axes, found.items(), strict=True):
         for side in next(iter(points.values())):
-            axes.plot(list(points), [speeds[side] for speeds in points.values()], "o-", label=side)
+            axes.plot(list(points), [speeds[side] for speeds in points.values()], "o-", label=side,
+                      clip_on=False)
         axes.set(xlabel=name, ylim=(0, None), xticks=list(points))
         axes.grid(alpha=0.3)
     all_axes[0].set_ylabel("real tokens per second")
