@@ -121,12 +121,13 @@ def runs(process: str) -> bool:
 def test_ctrl_c_ends_all_sides(tmp_path):
     """One word, no traceback, and nobody is left; ours waits for its turn, PyTorch starts."""
     pytest.importorskip("torch")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
     driver = subprocess.Popen(
         [sys.executable, ROOT / "experiments" / "benchmark.py", "train", "--batch-size", "1",
          "--sequence-length", "8", "--output", tmp_path], stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"})
+    signal.signal(signal.SIGINT, before)
     children = Path(f"/proc/{driver.pid}/task/{driver.pid}/children")
     while len(sides := children.read_text().split()) < 3:  # beside multiprocessing's own
         assert driver.poll() is None
