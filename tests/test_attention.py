@@ -12,6 +12,7 @@ from test_sharding import mesh_of
 
 from distilbert_jax.models import attention as module
 from distilbert_jax.models.attention import KERNELS, attention
+from distilbert_jax.models.dropout import Dropout
 
 ROWS, LENGTH, HEADS, SIZE = 4, 128, 2, 64
 
@@ -28,17 +29,28 @@ def rows():
 
 
 @pytest.fixture
-def splash(monkeypatch):
-    """The TPU's kernel, interpreted, as the CPU's own."""
+def pallas(monkeypatch):
+    """The TPU's kernels, interpreted, as the CPU's own."""
     kernel, lacks = KERNELS["tpu"]
     monkeypatch.setitem(KERNELS, "cpu", (functools.partial(kernel, interpret=True), lacks))
     module._tell.cache_clear()
 
 
-def contexts_and_gradients(vectors, segments, weights):
+@pytest.fixture
+def splash(pallas, monkeypatch):
+    """As if rows were too long for our own."""
+    monkeypatch.setattr(module, "LONGEST", 0)
+
+
+@pytest.fixture
+def drop():
+    return Dropout(0.3, jax.random.bits(jax.random.key(1), (ROWS, 2), "uint32"))
+
+
+def contexts_and_gradients(vectors, segments, weights, drop=None):
     """Of a fresh trace, as what is chosen is chosen while tracing."""
     def call(vectors, segments):
-        contexts = attention(*vectors, segments)
+        contexts = attention(*vectors, segments, drop)
         return (weights * contexts).sum(), contexts
     (_, contexts), gradients = jax.jit(jax.value_and_grad(call, has_aux=True))(vectors, segments)
     return contexts, *gradients
@@ -57,30 +69,54 @@ def test_one_segment_at_a_time(rows):
             np.testing.assert_allclose(found[row, at, head], expected, rtol=0, atol=2e-6)
 
 
+def assert_close(found, expected, tolerance):
+    for ours, theirs in zip(found, expected, strict=True):
+        ours, theirs = (np.asarray(x, np.float64) for x in (ours, theirs))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
+    assert any((a != b).any() for a, b in zip(found, expected, strict=True))  # by another one
+
+
 @pytest.mark.parametrize("shape", ["1x1", "2x2", "4x1", "2x4"])  # 4 do not divide the heads
-def test_splash_equals_xla(rows, shape, request):
-    plain = contexts_and_gradients(*rows)
-    request.getfixturevalue("splash")
+@pytest.mark.parametrize("kernel", ["pallas", "splash", "dropout"])
+def test_kernels_equal_xla(rows, drop, shape, kernel, request):
+    drop = drop if kernel == "dropout" else None
+    plain = contexts_and_gradients(*rows, drop)
+    request.getfixturevalue("splash" if kernel == "splash" else "pallas")
     if jax.device_count() != 8 and shape != "1x1":
         pytest.skip("needs 8 devices (JAX_NUM_CPU_DEVICES=8)")
     with jax.set_mesh(mesh_of(shape)):
-        found = contexts_and_gradients(*rows)
-    for ours, expected in zip(found, plain, strict=True):
-        np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
-    assert any((a != b).any() for a, b in zip(found, plain, strict=True))  # it was another one
+        found = contexts_and_gradients(*rows, drop)
+    assert_close(found, plain, 2e-5)
 
 
-def test_fallback_tells_once(rows, splash, caplog):
+@pytest.mark.parametrize("length, heads, size, dtype, tolerance", [
+    (384, 4, 64, "float32", 2e-5),  # two blocks of heads, three of queries
+    (128, 3, 64, "float32", 2e-5),  # all heads at once, as no smaller number fills the lanes
+    (128, 2, 128, "float32", 2e-5),
+    (256, 2, 64, "bfloat16", 1e-2)])
+def test_our_kernel_drops_the_same(length, heads, size, dtype, tolerance, drop, pallas):
+    """What its every block drops of a row is what is dropped of the whole row."""
+    random = np.random.default_rng(0)
+    *vectors, weights = jnp.asarray(random.normal(size=(4, ROWS, length, heads, size)), dtype)
+    segments = jnp.asarray(np.sort(random.integers(0, 4, (ROWS, length))), jnp.int32)
+    found = contexts_and_gradients(vectors, segments, weights, drop)
+    with pytest.MonkeyPatch.context() as without:
+        without.delitem(KERNELS, "cpu")
+        plain = contexts_and_gradients(vectors, segments, weights, drop)
+    assert_close(found, plain, tolerance)
+
+
+def test_fallback_tells_once(rows, drop, splash, caplog):
     (query, key, value), segments, _ = rows
-    plain = module._xla(query, key, value, segments, None)
+    plain = module._xla(query, key, value, segments, drop)
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
-            halved = attention(query, key, value, segments, lambda x: x / 2)
+            dropped = attention(query, key, value, segments, drop)
             odd = attention(query[:, 1:], key[:, 1:], value[:, 1:], segments[:, 1:])
-    np.testing.assert_allclose(halved, plain / 2, rtol=1e-6)
+    np.testing.assert_array_equal(dropped, plain)
     assert odd.shape == (ROWS, LENGTH - 1, HEADS, SIZE)
     assert [record.getMessage() for record in caplog.records] == [
-        "attention without the kernel for cpu, which lacks: attention dropout",
+        "attention without the kernel for cpu, which lacks: dropout of 128 positions (up to 0)",
         "attention without the kernel for cpu, which lacks: 127 positions (multiples of 128)"]
 
 
@@ -94,21 +130,30 @@ def test_fallback_tells_once(rows, splash, caplog):
     ("gpu", "bfloat16", 64, 512, "7.5", "compute capability 7.5 (8.0 or later)"),
     ("gpu", "bfloat16", 64, 512, "gfx90a", "compute capability gfx90a (8.0 or later)"),
     ("tpu", "bfloat16", 64, 512, "TPU v5 lite", ""),
-    ("tpu", "float32", 128, 128, "TPU v3", ""),
+    ("tpu", "float32", 128, 2048, "TPU v3", ""),
     ("tpu", "bfloat16", 64, 512, "TPU v3", "bfloat16 on TPU v3"),
     ("tpu", "float64", 64, 512, "TPU v4", "float64"),
     ("tpu", "bfloat16", 32, 512, "TPU v4", "heads of 32 (multiples of 64)"),
     ("tpu", "bfloat16", 64, 200, "TPU v4", "200 positions (multiples of 128)")])
 def test_what_kernels_lack(platform, dtype, size, length, device, reason):
     query = jax.ShapeDtypeStruct((2, length, 4, size), jnp.dtype(dtype))
-    assert KERNELS[platform][1](query, device) == reason
+    assert KERNELS[platform][1](query, device, False) == reason
 
 
-@pytest.mark.parametrize("platform, calls", [
-    ("cuda", ["__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"]),
-    ("tpu", ["tpu_custom_call"] * 3)])
-def test_kernels_lower_without_their_device(platform, calls, monkeypatch):
-    """Forward and gradients on a mesh, each device with its own 2 of 8 rows and 2 of 4 heads."""
+@pytest.mark.parametrize("platform, length, reason", [
+    ("gpu", 512, "attention dropout"), ("tpu", 1024, ""),
+    ("tpu", 1152, "dropout of 1152 positions (up to 1024)")])
+def test_what_kernels_lack_for_dropout(platform, length, reason):
+    query = jax.ShapeDtypeStruct((2, length, 4, 64), jnp.bfloat16)
+    assert KERNELS[platform][1](query, "9.0", True) == reason
+
+
+@pytest.mark.parametrize("platform, length, rate, calls", [
+    ("cuda", 512, 0.0, ["__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"]),
+    ("tpu", 512, 0.0, ["tpu_custom_call"]), ("tpu", 512, 0.1, ["tpu_custom_call"]),
+    ("tpu", 2048, 0.0, ["tpu_custom_call"] * 3)])
+def test_kernels_lower_without_their_device(platform, length, rate, calls, monkeypatch):
+    """Gradients on a mesh, each device with its own 2 of 8 rows and 2 of 4 heads."""
     if jax.device_count() != 8:
         pytest.skip("needs 8 devices (JAX_NUM_CPU_DEVICES=8)")
     inside = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
@@ -117,13 +162,15 @@ def test_kernels_lower_without_their_device(platform, calls, monkeypatch):
     monkeypatch.setitem(KERNELS, "cpu", KERNELS["gpu" if platform == "cuda" else "tpu"])
     monkeypatch.setattr(module, "_device", lambda mesh: ("cpu", "9.0"))
 
-    def loss(vectors, segments):
-        return attention(*vectors, segments).astype(jnp.float32).sum()
+    def loss(vectors, segments, seeds):
+        drop = Dropout(rate, seeds) if rate else None
+        return attention(*vectors, segments, drop).astype(jnp.float32).sum()
 
-    vectors = [jax.ShapeDtypeStruct((8, 512, 4, 64), jnp.bfloat16)] * 3
-    segments = jax.ShapeDtypeStruct((8, 512), jnp.int32)
+    vectors = [jax.ShapeDtypeStruct((8, length, 4, 64), jnp.bfloat16)] * 3
+    segments = jax.ShapeDtypeStruct((8, length), jnp.int32)
+    seeds = jax.ShapeDtypeStruct((8, 2), jnp.uint32)
     with jax.set_mesh(mesh_of("4x2")):
-        traced = jax.jit(jax.grad(loss)).trace(vectors, segments)
+        traced = jax.jit(jax.grad(loss)).trace(vectors, segments, seeds)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert re.findall(r"stablehlo.custom_call @(\S+)\(", text) == calls
-    assert "tensor<2x512x2x64xbf16>" in text
+    assert f"tensor<2x{length}x2x64xbf16>" in text

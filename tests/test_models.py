@@ -1,6 +1,7 @@
 """The encoders compute what transformers' torch modules compute, and packing changes nothing."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 from distilbert_jax import convert
-from distilbert_jax.models import encoder
+from distilbert_jax.models import dropout, encoder
 from distilbert_jax.models.encoder import ACTIVATIONS, graphdef, init_params
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-9}
@@ -191,8 +192,9 @@ def test_what_is_dropped_is_random():
     """Of each bit half is set; neighbours, rows and keys have nothing to do with one another."""
     keys = jax.random.split(jax.random.key(5), 4)
     shape = 2, 3, 2**13
-    found = np.asarray(encoder._bits(keys, shape)).reshape(4, -1)
-    size = found.shape[1]
+    seeds, size = dropout.dropout(0.5, keys).seeds, math.prod(shape)
+    places = jnp.arange(size, dtype=jnp.uint32)
+    found = np.stack([dropout.bits(places, *own) for own in seeds])
     ones = (found[..., None] >> np.arange(32, dtype=np.uint32) & 1).astype(float) - 0.5
     assert abs(ones.mean(1)).max() < 5 * 0.5 / size**0.5
     for far in (1, 2, 3 * 2**13):
@@ -200,7 +202,7 @@ def test_what_is_dropped_is_random():
     for other in range(1, 4):
         assert abs((ones[0] * ones[other]).mean(0)).max() < 5 * 0.25 / size**0.5
     for rate in (0.1, 0.3):
-        left = np.asarray(encoder._dropped(jnp.ones((4, *shape)), rate, keys))
+        left = np.asarray(dropout.dropped(jnp.ones((4, *shape)), dropout.dropout(rate, keys)))
         np.testing.assert_allclose(np.unique(left), [0, 1 / (1 - rate)], rtol=1e-6)
         spread = (rate * (1 - rate) / left.size)**0.5
         assert abs((left == 0).mean() - rate) < 4 * spread
@@ -211,13 +213,13 @@ def test_a_row_drops_by_its_own_key(tiny_model, monkeypatch):
     given = [jnp.asarray(x) for x in padded(np.random.default_rng(4), 72, LENGTHS, 13)[:3]]
     config, params = tiny_model(num_hidden_layers=2, hidden_dropout=0.3, attention_dropout=0.3)
     model = nnx.merge(graphdef(config, jnp.float32), jax.tree.map(np.float32, params))
-    keys, used, drop = jax.random.split(jax.random.key(0), 4), [], encoder._dropped
+    keys, used, drop = jax.random.split(jax.random.key(0), 4), [], encoder.dropout
 
-    def noted(x, rate, keys):
+    def noted(rate, keys):
         used.append(jax.random.key_data(keys))
-        return drop(x, rate, keys)
+        return drop(rate, keys)
 
-    monkeypatch.setattr(encoder, "_dropped", noted)
+    monkeypatch.setattr(encoder, "dropout", noted)
     whole = model(*given, dropout_keys=keys)
     places = 1 + 2 * 3  # embeddings; attention, what it puts out, feed-forward
     assert len(used) == places and len(np.unique(np.concatenate(used), axis=0)) == places * 4

@@ -19,7 +19,7 @@ INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(?.*?\)?) ([a-z][\w-]*)
 CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
 # What writes no array of its own.
 SILENT = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
-          "after-all", "call", "async-start", "copy-start")
+          "after-all", "call", "async-start", "copy-start", "slice-start")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """One attention call for every model: queries, keys, values [B, T, N, H] in, contexts out.
 
 A packed row holds several documents; `segment_ids` keeps each to itself. The platform chooses the
-backend: XLA everywhere, cuDNN's flash attention on NVIDIA, splash attention (Pallas) on TPU.
+backend: XLA everywhere, cuDNN's flash attention on NVIDIA; on TPU a kernel of our own for rows of
+usual length, and splash attention (Pallas) beyond.
 """
 
 import functools
@@ -16,9 +17,11 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from distilbert_jax.models.dropout import Dropout, dropped
 from distilbert_jax.models.products import product
 
 BLOCKS = (512, 384, 256, 128)  # positions that splash attention takes at a time; one divides T
+LONGEST = 1024  # positions that our kernel takes: scores of 128 queries are then 0.5 MB
 
 
 def attention(
@@ -26,18 +29,19 @@ def attention(
     key: Float[Array, "B T N H"],
     value: Float[Array, "B T N H"],
     segment_ids: Int[Array, "B T"],
-    dropout: Callable[[Array], Array] | None = None,
+    drop: Dropout | None = None,
 ) -> Float[Array, "B T N H"]:
     """Scaled dot-product attention within segments (Vaswani et al. 2017, section 3.2.1).
 
-    Where the platform has a kernel of its own, that is taken; what it cannot do, dropout among it,
-    is done by XLA, with one line in the log.
+    Where the platform has a kernel of its own, that is taken; what it cannot do is done by XLA,
+    with one line in the log.
 
     Args:
         query, key, value: [B, T, N, H], in the compute dtype.
         segment_ids: [B, T]; a position attends to the positions of its own number only. Padding
             is segment 0: it attends to padding, so that no row of the softmax is empty.
-        dropout: applied to the attention probabilities; None for none.
+        drop: dropout of the attention probabilities, whose places are those of an array
+            [N, T, T] in each row; None for none.
 
     Returns:
         Contexts [B, T, N, H] in the dtype of `value`; the softmax is at least float32.
@@ -45,23 +49,24 @@ def attention(
     mesh = jax.sharding.get_abstract_mesh()
     platform, device = _device(mesh)
     if platform not in KERNELS:
-        return _xla(query, key, value, segment_ids, dropout)
-    kernel, refuse = KERNELS[platform]
-    reason = "attention dropout" if dropout else refuse(query, device)
-    if reason:
+        return _xla(query, key, value, segment_ids, drop)
+    kernel, lacks = KERNELS[platform]
+    if reason := lacks(query, device, drop is not None):
         _tell(f"attention without the kernel for {platform}, which lacks: {reason}")
-        return _xla(query, key, value, segment_ids, dropout)
-    return _on_mesh(kernel, query, mesh)(query, key, value, segment_ids)
+        return _xla(query, key, value, segment_ids, drop)
+    given = (query, key, value, segment_ids)
+    if drop:
+        kernel = functools.partial(kernel, rate=drop.rate)
+        given += (drop.seeds, jnp.arange(query.shape[2]))
+    return _on_mesh(kernel, given, mesh)
 
 
-def _xla(query, key, value, segment_ids, dropout):
+def _xla(query, key, value, segment_ids, drop):
     # Heads before positions: on CPU the two products are then plain batched matrix products.
     query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
     scores = product(query, key, rows=True) / math.sqrt(query.shape[-1])  # [B, N, T, S]
     scores = jnp.where(_same_segment(segment_ids), scores, jnp.finfo(scores.dtype).min)
-    probabilities = jax.nn.softmax(scores, axis=-1)
-    if dropout:
-        probabilities = dropout(probabilities)
+    probabilities = dropped(jax.nn.softmax(scores, axis=-1), drop)
     context = product(probabilities.astype(value.dtype), value)  # [B, N, T, H]
     return context.astype(value.dtype).transpose(0, 2, 1, 3)
 
@@ -72,9 +77,11 @@ def _cudnn(query, key, value, segment_ids):
         query, key, value, mask=_same_segment(segment_ids), implementation="cudnn")
 
 
-def _cudnn_lacks(query: Any, capability: str) -> str:
+def _cudnn_lacks(query: Any, capability: str, drops: bool) -> str:
     """Why cuDNN cannot take it, by the rules that jax 0.10.2 checks; empty if it can."""
     length, _, size = query.shape[1:]
+    if drops:
+        return "attention dropout"
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return str(query.dtype)
     if size % 8 or size > 128:
@@ -86,7 +93,17 @@ def _cudnn_lacks(query: Any, capability: str) -> str:
     return "" if modern else f"compute capability {capability} (8.0 or later)"
 
 
-def _splash(query, key, value, segment_ids, interpret=False):
+def _pallas(query, key, value, segment_ids, seeds=None, heads=None, rate=0.0, interpret=False):
+    if query.shape[1] > LONGEST:
+        return _splash(query, key, value, segment_ids, interpret)
+    from distilbert_jax.models.row_attention import row_attention  # slow to import
+
+    if not rate:
+        seeds, heads = jnp.zeros((len(query), 2), jnp.uint32), jnp.arange(query.shape[2])
+    return row_attention(query, key, value, segment_ids, seeds, heads, rate, interpret)
+
+
+def _splash(query, key, value, segment_ids, interpret):
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import
 
     length, heads, size = query.shape[1:]
@@ -102,8 +119,8 @@ def _splash(query, key, value, segment_ids, interpret=False):
     return jax.vmap(kernel)(*heads_first, segments).transpose(0, 2, 1, 3)
 
 
-def _splash_lacks(query: Any, device: str) -> str:
-    """Why splash attention cannot take it; empty if it can."""
+def _pallas_lacks(query: Any, device: str, drops: bool) -> str:
+    """Why the kernels for TPU cannot take it; empty if they can."""
     length, _, size = query.shape[1:]
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return str(query.dtype)
@@ -111,12 +128,15 @@ def _splash_lacks(query: Any, device: str) -> str:
         return f"bfloat16 on {device}"
     if size % 64:
         return f"heads of {size} (multiples of 64)"
+    if drops and length > LONGEST:
+        return f"dropout of {length} positions (up to {LONGEST})"
     return f"{length} positions (multiples of 128)" if length % BLOCKS[-1] else ""
 
 
-# Platform → its kernel, and a function (query, what the device is) → what the kernel lacks for it.
-KERNELS: dict[str, tuple[Callable[..., Array], Callable[[Any, str], str]]] = {
-    "gpu": (_cudnn, _cudnn_lacks), "tpu": (_splash, _splash_lacks)}
+# Platform → its kernel, and a function (query, what the device is, whether something is dropped)
+# → what the kernel lacks for it.
+KERNELS: dict[str, tuple[Callable[..., Array], Callable[[Any, str, bool], str]]] = {
+    "gpu": (_cudnn, _cudnn_lacks), "tpu": (_pallas, _pallas_lacks)}
 
 
 def _same_segment(segment_ids: Int[Array, "B T"]) -> Array:
@@ -131,21 +151,21 @@ def _device(mesh: AbstractMesh) -> tuple[str, str]:
     return device.platform, device.device_kind
 
 
-def _on_mesh(kernel: Callable[..., Array], query: Array, mesh: AbstractMesh
-             ) -> Callable[..., Array]:
+def _on_mesh(kernel: Callable[..., Array], given: tuple[Array, ...], mesh: AbstractMesh) -> Array:
     """Kernels are not divided by the compiler: each device takes its own rows and heads."""
     free = set(mesh.axis_names) - set(mesh.manual_axes)
     if not free or mesh.size == 1:
-        return kernel
+        return kernel(*given)
 
     def divides(axis: str, size: int) -> str | None:
         return axis if axis in free and size % mesh.shape[axis] == 0 else None
 
-    rows, heads = divides("data", query.shape[0]), divides("model", query.shape[2])
+    rows, heads = divides("data", given[0].shape[0]), divides("model", given[0].shape[2])
     states = P(rows, None, heads, None)
+    specs = (states, states, states, P(rows), P(rows), P(heads))  # the last two with dropout
     return jax.shard_map(
-        kernel, in_specs=(states, states, states, P(rows)), out_specs=states, check_vma=False,
-        axis_names=free)
+        kernel, in_specs=specs[:len(given)], out_specs=states, check_vma=False,
+        axis_names=free)(*given)
 
 
 @functools.cache

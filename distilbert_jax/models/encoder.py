@@ -13,12 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, Float, Int
 
 from distilbert_jax.models.attention import attention
+from distilbert_jax.models.dropout import RowKeys, dropout, dropped
 from distilbert_jax.models.products import affine, wide
 
 
@@ -50,8 +50,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
-
-RowKeys = Key[Array, " B"] | None  # of dropout; None for none
 
 SHARPNESS = 80  # of the first layer's attention at its start: score of the position looked at
 
@@ -115,9 +113,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         heads = (*x.shape[:2], self.num_heads, -1)
         q, k, v = (f(x).reshape(heads) for f in (self.query, self.key, self.value))  # [B, T, N, H]
-        drops = functools.partial(_dropped, rate=self.dropout, keys=keys)
-        silent = keys is None or not self.dropout
-        context = attention(q, k, v, segment_ids, None if silent else drops)
+        context = attention(q, k, v, segment_ids, dropout(self.dropout, keys))
         return self.output(context.reshape(x.shape))
 
 
@@ -148,8 +144,9 @@ class Layer(nnx.Module):
         self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], keys: RowKeys
     ) -> Float[Array, "B T D"]:
         attended = self.attention(x, segment_ids, _own(keys, 0))
-        x = self.attention_norm(x + _dropped(attended, self.attended_dropout, _own(keys, 1)))
-        return self.output_norm(x + _dropped(self.ffn(x), self.dropout, _own(keys, 2)))
+        attended = dropped(attended, dropout(self.attended_dropout, _own(keys, 1)))
+        x = self.attention_norm(x + attended)
+        return self.output_norm(x + dropped(self.ffn(x), dropout(self.dropout, _own(keys, 2))))
 
 
 class Embeddings(nnx.Module):
@@ -177,7 +174,7 @@ class Embeddings(nnx.Module):
         if self.token_type is not None:
             types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             x = x + self.token_type(types)
-        return _dropped(self.norm(x), self.dropout, keys)
+        return dropped(self.norm(x), dropout(self.dropout, keys))
 
 
 class MLMHead(nnx.Module):
@@ -336,33 +333,6 @@ def _abstract(
 def _own(keys: RowKeys, number: int) -> RowKeys:
     """Keys of the part of the model that has this number among its neighbours."""
     return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, number)
-
-
-def _dropped(x: Float[Array, "B ..."], rate: float, keys: RowKeys) -> Float[Array, "B ..."]:
-    """Dropout of every row by its own key."""
-    if keys is None or not rate:
-        return x
-    dropped = np.uint32(rate * 2**32)  # of all numbers
-    return jnp.where(_bits(keys, x.shape[1:]) >= dropped, x / (1 - rate), 0)
-
-
-def _bits(keys: Key[Array, " B"], shape: tuple[int, ...]) -> UInt32[Array, "B ..."]:
-    """Random bits for every row by its own key: [B, *shape].
-
-    A hash of the place and of 64 random bits of the row. jax.random would hash every place by
-    threefry, which has eight times the operations and makes the TPU compiler's work twice as long.
-    """
-    seeds = jax.vmap(lambda key: jax.random.bits(key, (2,), "uint32"))(keys)  # [B, 2]
-    first, second = (seeds[:, i].reshape(-1, *[1] * len(shape)) for i in range(2))
-    place = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
-    return _mixed(_mixed(place ^ first) + second)
-
-
-def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """The last step of MurmurHash3 (Appleby 2011), after which each bit depends on all."""
-    x = (x ^ x >> 16) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ x >> 13) * jnp.uint32(0xC2B2AE35)
-    return x ^ x >> 16
 
 
 def _linear(
