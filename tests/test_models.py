@@ -188,6 +188,21 @@ def test_rematerialisation_keeps_a_layer_s_input_only(tiny_model):
     assert kept(True) - own < 0.5 * (kept(False) - own)
 
 
+def test_gradient_of_words_is_not_added_up_in_bfloat16():
+    """A sum of 500 numbers of one sign would stand still there."""
+    random = np.random.default_rng(0)
+    ids = random.integers(0, 8, 4000)
+    slope = jnp.asarray(random.normal(1, 1, (4000, 16)), jnp.bfloat16)
+    embed = encoder.Embed(8, 16, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(embed)
+    found, backward = jax.vjp(lambda params: nnx.merge(graph, params)(jnp.asarray(ids)), params)
+    assert found.dtype == jnp.bfloat16
+    expected = np.zeros((8, 16))
+    np.add.at(expected, ids, np.asarray(slope, np.float64))
+    gradient, = jax.tree.leaves(backward(slope))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+
+
 def test_what_is_dropped_is_random():
     """Of each bit half is set; neighbours, rows and keys have nothing to do with one another."""
     keys = jax.random.split(jax.random.key(5), 4)

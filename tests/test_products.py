@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from distilbert_jax.config import compute_dtype
+from distilbert_jax.models import products
 from distilbert_jax.models.products import affine, product, turned_product
 
 TOLERANCE = {"float64": 1e-13, "float32": 1e-6, "bfloat16": 1e-2}
@@ -41,6 +42,18 @@ def test_products_and_gradients(rows, lead, dtype, x64):
     assert_close(of_left, g @ b.swapaxes(-1, -2), dtype)
     expected = a.swapaxes(-1, -2) @ g
     assert_close(of_right, expected.swapaxes(-1, -2) if rows else expected, dtype)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gradient_of_a_bias_is_not_added_up_in_bfloat16(dtype, platform, monkeypatch, x64):
+    monkeypatch.setattr(products, "platform_here", lambda: platform)
+    x, slope = normal(dtype, 2, 2000, 4), normal(dtype, 2, 2000, 8, seed=3) + 1
+    kernel, bias = normal(WIDE[dtype], 4, 8, seed=1), normal(WIDE[dtype], 8, seed=2)
+    found, backward = jax.vjp(lambda bias: affine(x, kernel, bias), bias)
+    assert found.dtype == dtype
+    expected = np.asarray(slope, np.float64).sum((0, 1))
+    assert_close(*backward(slope), expected, "float32" if dtype == "bfloat16" else dtype)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

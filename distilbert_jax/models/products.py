@@ -73,8 +73,18 @@ def affine(
 ) -> Float[Array, "*B F"]:
     """x @ kernel + bias in the dtype of x."""
     if platform_here() != "cpu":
-        return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+        return _plus(x @ kernel.astype(x.dtype), bias)
     return _affine(x.reshape(-1, x.shape[-1]), kernel, bias).reshape(*x.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def _plus(x: Array, bias: Array) -> Array:
+    """x + bias in the dtype of x, in which the gradient of the bias is not added up."""
+    return x + bias.astype(x.dtype)
+
+
+_plus.defvjp(lambda x, bias: (_plus(x, bias), bias), lambda bias, slope: (
+    slope, column_sums(slope.reshape(-1, len(bias))).astype(bias.dtype)))
 
 
 @jax.custom_vjp
