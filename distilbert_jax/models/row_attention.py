@@ -51,8 +51,8 @@ def _save(*given: Any) -> tuple[Array, tuple[Array, ...]]:
 
 def _slopes(rate: float, interpret: bool, saved: tuple[Array, ...], slope: Array) -> tuple:
     query, key, value, *rest = saved
-    return *_call(_backward, (query, key, value, slope), (key, value), *rest, rate, interpret), \
-        None, None, None
+    slopes = _call(_backward, (query, key, value, slope), (key, value), *rest, rate, interpret)
+    return *slopes, None, None, None
 
 
 row_attention.defvjp(_save, _slopes)
