@@ -93,6 +93,7 @@ def test_kernels_equal_xla(rows, drop, shape, kernel, request):
     (384, 4, 64, "float32", 2e-5),  # two blocks of heads, three of queries
     (128, 3, 64, "float32", 2e-5),  # all heads at once, as no smaller number fills the lanes
     (128, 2, 128, "float32", 2e-5),
+    (128, 8, 32, "float32", 2e-5),
     (256, 2, 64, "bfloat16", 1e-2)])
 def test_our_kernel_drops_the_same(length, heads, size, dtype, tolerance, drop, pallas):
     """What its every block drops of a row is what is dropped of the whole row."""
@@ -133,7 +134,9 @@ def test_fallback_tells_once(rows, drop, splash, caplog):
     ("tpu", "float32", 128, 2048, "TPU v3", ""),
     ("tpu", "bfloat16", 64, 512, "TPU v3", "bfloat16 on TPU v3"),
     ("tpu", "float64", 64, 512, "TPU v4", "float64"),
-    ("tpu", "bfloat16", 32, 512, "TPU v4", "heads of 32 (multiples of 64)"),
+    ("tpu", "bfloat16", 32, 512, "TPU v4", ""),
+    ("tpu", "bfloat16", 48, 512, "TPU v4", "heads of 48 (multiples of 64 or divisors of 128)"),
+    ("tpu", "bfloat16", 32, 2048, "TPU v4", "heads of 32 (multiples of 64)"),
     ("tpu", "bfloat16", 64, 200, "TPU v4", "200 positions (multiples of 128)")])
 def test_what_kernels_lack(platform, dtype, size, length, device, reason):
     query = jax.ShapeDtypeStruct((2, length, 4, size), jnp.dtype(dtype))

@@ -126,8 +126,9 @@ def _pallas_lacks(query: Any, device: str, drops: bool) -> str:
         return str(query.dtype)
     if query.dtype == jnp.bfloat16 and device in ("TPU v2", "TPU v3"):
         return f"bfloat16 on {device}"
-    if size % 64:
-        return f"heads of {size} (multiples of 64)"
+    if size % 64 and (length > LONGEST or 128 % size):
+        own = "" if length > LONGEST else " or divisors of 128"
+        return f"heads of {size} (multiples of 64{own})"
     if drops and length > LONGEST:
         return f"dropout of {length} positions (up to {LONGEST})"
     return f"{length} positions (multiples of 128)" if length % BLOCKS[-1] else ""
