@@ -46,6 +46,20 @@ def test_collectives_count_as_often_as_their_loop_turns():
     assert (2, 6, 5) in program.shapes and program.traffic >= 3 * 2 * each
 
 
+def test_what_is_fetched_ahead_is_not_written_anew():
+    """In the TPU compiler's words: both ways into a chip's fast memory, S(1)."""
+    program = hlo.read("""
+ENTRY %main (x: f32[1024]) -> f32[256] {
+  %x = f32[1024]{0:T(1024)} parameter(0)
+  %made = f32[1024]{0:T(1024)} negate(%x)
+  %copy-start = (f32[1024]{0:T(1024)S(1)}, f32[1024]{0:T(1024)}, u32[]{:S(2)}) copy-start(%made)
+  %copied = f32[1024]{0:T(1024)S(1)} copy-done(%copy-start)
+  %slice-start = ((f32[1024]{0:T(1024)}), f32[256]{0:T(1024)S(1)}, s32[]{:S(2)}) slice-start(%made)
+  ROOT %sliced = f32[256]{0:T(1024)S(1)} slice-done(%slice-start)
+}""")
+    assert program.traffic == 2 * 4096 and program.shapes == {(1024,)}
+
+
 @pytest.mark.parametrize("shape, accumulate", [("8x1", 1), ("4x2", 2), ("2x4", 4)])
 def test_gradients_are_added_up_once_an_update(
         shape, accumulate, problem, vocabulary, x64):
