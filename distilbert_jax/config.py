@@ -3,40 +3,16 @@
 Every other module receives these dataclasses; nothing here imports jax.
 """
 
-import argparse
 import contextlib
 import dataclasses
-import difflib
 import math
 import re
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from distilbert_jax.errors import UserError, choose
 
 GROUPS = ("models", "data", "training", "losses", "devices", "output")  # of --help, in this order
-
-
-class UserError(Exception):
-    """An error that the user can mend; the command line prints its one line and exits with 2."""
-
-
-def choose(name: str, known: Iterable[str], what: str) -> str:
-    """Return `name` when it is one of `known`.
-
-    Args:
-        name: what the user wrote.
-        known: the names that exist.
-        what: what is being named, for the message, e.g. "recipe".
-
-    Raises:
-        UserError: unknown name; the message suggests the nearest one and lists all.
-    """
-    known = sorted(known)
-    if name in known:
-        return name
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"unknown {what} {name!r}{hint} (known: {', '.join(known)})")
 
 
 def _option(default: Any, group: str, text: str, **extra: Any) -> Any:
@@ -344,57 +320,3 @@ def check_output(name: str) -> None:
     if found and (scheme != "gs" or not re.fullmatch(r"[a-z0-9][\w.-]+/.*[^/]/?", rest)):
         raise UserError(f"--output {name} must be a folder of this machine, or look like "
                         "gs://bucket/name")
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse, with one line for an error instead of the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        unknown = message.removeprefix("unrecognized arguments: ").split()
-        if len(unknown) < len(message.split()) and unknown and unknown[0].startswith("-"):
-            choose(unknown[0].split("=")[0], self._option_string_actions, "flag")
-        raise UserError(message.removeprefix("argument ") + " (see --help)")
-
-
-def parse(config_class: type, description: str, argv: Sequence[str],
-          recipes: dict[str, dict[str, Any]]) -> Any:
-    """Read the command line into `config_class`.
-
-    Args:
-        config_class: DistilConfig, PretrainConfig or PrepareConfig; each field with metadata
-            is one flag.
-        description: first line of `--help`.
-        argv: the words after the program's name.
-        recipes: recipe name → the defaults it sets; flags that are given win over them.
-
-    Returns:
-        A `config_class`.
-
-    Raises:
-        UserError: unknown flag or recipe, or a value that cannot be.
-    """
-    parser = _Parser(
-        description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [FLAG VALUE ...]")
-    groups = {name: parser.add_argument_group(name) for name in GROUPS}
-    for field in dataclasses.fields(config_class):
-        meta = dict(field.metadata)
-        group = groups[meta["group"]]
-        text = meta["help"].replace("%", "%%")
-        if field.default not in (None, "", ()) and "default:" not in text:
-            text += f" (default: {field.default})"
-        if field.name == "recipe":
-            text += f" (known: {', '.join(sorted(recipes))})"
-        if isinstance(field.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        else:
-            value_type = int if field.name == "steps" else type(field.default)
-            value_type = meta.get("type", str if value_type is tuple else value_type)
-            kind = {"type": value_type, "metavar": "X"}
-            kind |= {"nargs": meta["nargs"]} if "nargs" in meta else {}
-        group.add_argument(flag(field.name), help=text, **kind)
-    given = vars(parser.parse_args(argv))
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    recipe = given.get("recipe", "")
-    defaults = recipes[choose(recipe, recipes, "--recipe")] if recipe else {}
-    return config_class(**{**defaults, **given})

@@ -14,15 +14,10 @@ from pathlib import Path
 from launch import launch
 
 from distilbert_jax.benchmark import head, preparation, training, training_report
-from distilbert_jax.config import (
-    HeadBenchmark,
-    PrepareConfig,
-    TrainBenchmark,
-    UserError,
-    choose,
-    parse,
-)
-from distilbert_jax.report import versions
+from distilbert_jax.cli import parse
+from distilbert_jax.config import HeadBenchmark, PrepareConfig, TrainBenchmark
+from distilbert_jax.errors import UserError, choose
+from distilbert_jax.evaluation.report import versions
 
 
 def train(argv: list[str]) -> None:

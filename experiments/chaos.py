@@ -19,10 +19,10 @@ from pathlib import Path
 
 from launch import HERE, launch
 
-from distilbert_jax import report
-from distilbert_jax.config import UserError
 from distilbert_jax.data.tokenize import train_wordpiece
-from distilbert_jax.export import export
+from distilbert_jax.errors import UserError
+from distilbert_jax.evaluation import report
+from distilbert_jax.export.huggingface import export
 from distilbert_jax.models import bert
 from distilbert_jax.models.encoder import EncoderConfig, init_params
 

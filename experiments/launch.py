@@ -13,10 +13,10 @@ from types import ModuleType
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # so that a clone runs without being installed
 
-from distilbert_jax.config import UserError  # noqa: E402
-from distilbert_jax.processes import GO_ON, connect, find_loss, give_up  # noqa: E402
-from distilbert_jax.progress import say  # noqa: E402
-from distilbert_jax.train import Interrupted  # noqa: E402
+from distilbert_jax.errors import UserError  # noqa: E402
+from distilbert_jax.machine.processes import GO_ON, connect, find_loss, give_up  # noqa: E402
+from distilbert_jax.machine.progress import say  # noqa: E402
+from distilbert_jax.training.train import Interrupted  # noqa: E402
 
 
 def recipes() -> dict[str, ModuleType]:

@@ -8,10 +8,12 @@ Stopped, the same command goes on. Several machines that share a disk add --shar
 
 from launch import launch
 
-from distilbert_jax import report
-from distilbert_jax.config import PrepareConfig, UserError, parse
+from distilbert_jax.cli import parse
+from distilbert_jax.config import PrepareConfig
 from distilbert_jax.data.prepare import prepare
 from distilbert_jax.data.tokenize import load_tokenizer
+from distilbert_jax.errors import UserError
+from distilbert_jax.evaluation import report
 
 
 def main(argv: list[str]) -> None:

@@ -5,8 +5,9 @@
 
 from launch import launch
 
-from distilbert_jax.config import PretrainConfig, parse
-from distilbert_jax.distil import pretrain
+from distilbert_jax.cli import parse
+from distilbert_jax.config import PretrainConfig
+from distilbert_jax.jobs.distil import pretrain
 
 
 def main(argv: list[str]) -> None:

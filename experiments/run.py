@@ -8,12 +8,13 @@ import dataclasses
 
 from launch import launch, recipes
 
-from distilbert_jax import store
-from distilbert_jax.benchmark.compile import compile_only
-from distilbert_jax.config import DistilConfig, PretrainConfig, parse
-from distilbert_jax.convert import load_shape
-from distilbert_jax.distil import check_job, distil, pretrain, scratch_shape
+from distilbert_jax.cli import parse
+from distilbert_jax.config import DistilConfig, PretrainConfig
+from distilbert_jax.jobs.distil import check_job, distil, pretrain, scratch_shape
+from distilbert_jax.jobs.forecast import compile_only
+from distilbert_jax.machine import store
 from distilbert_jax.models import bert
+from distilbert_jax.models.convert import load_shape
 
 
 def main(argv: list[str]) -> None:

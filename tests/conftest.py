@@ -24,13 +24,14 @@ import numpy as np
 import optax
 import pytest
 
-from distilbert_jax import masking
 from distilbert_jax.config import Masking, TrainConfig
-from distilbert_jax.convert import FAMILIES, from_hf
-from distilbert_jax.models.encoder import EncoderConfig, abstract_params, graphdef, path_name
-from distilbert_jax.optimizer import make_optimizer
-from distilbert_jax.student import student_config, student_params
-from distilbert_jax.train_step import Objective, init_state, make_train_step
+from distilbert_jax.machine.trees import path_name
+from distilbert_jax.models.convert import FAMILIES, from_hf
+from distilbert_jax.models.encoder import EncoderConfig, abstract_params, graphdef
+from distilbert_jax.models.student import student_config, student_params
+from distilbert_jax.training import labels as masking
+from distilbert_jax.training.optimizer import make_optimizer
+from distilbert_jax.training.train_step import Objective, init_state, make_train_step
 
 VOCAB = 72  # divisible by 8, so that every mesh divides the word embedding
 SPECIAL = [0, 1, 2, 3, 4]  # [PAD], [UNK], [CLS], [SEP], [MASK]
@@ -178,7 +179,7 @@ def dropping(problem):
 def toy(tmp_path_factory, tiny_model):
     """A folder: corpus.txt, each document of which repeats one word, and teacher, a noisy BERT."""
     from distilbert_jax.data.tokenize import train_wordpiece
-    from distilbert_jax.export import export
+    from distilbert_jax.export.huggingface import export
     from distilbert_jax.models import bert
 
     folder = tmp_path_factory.mktemp("toy")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from test_sharding import mesh_of
 
-from distilbert_jax.models import attention as module
-from distilbert_jax.models.attention import KERNELS, attention
-from distilbert_jax.models.dropout import Dropout
+from distilbert_jax.kernels import attention as module
+from distilbert_jax.kernels.attention import KERNELS, attention
+from distilbert_jax.kernels.dropout import Dropout
 
 ROWS, LENGTH, HEADS, SIZE = 4, 128, 2, 64
 

@@ -15,11 +15,11 @@ import optax
 import pytest
 from test_sharding import mesh_of
 
-from distilbert_jax import checkpoint
-from distilbert_jax.checkpoint import Checkpoints, abstract, find_fault, refuse_other_run
-from distilbert_jax.config import UserError
-from distilbert_jax.sharding import shardings
-from distilbert_jax.train_step import init_state
+from distilbert_jax.errors import UserError
+from distilbert_jax.machine.sharding import shardings
+from distilbert_jax.training import checkpoint
+from distilbert_jax.training.checkpoint import Checkpoints, abstract, find_fault, refuse_other_run
+from distilbert_jax.training.train_step import init_state
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
 SETTINGS = {"--teacher": "a" * 64, "--temperature": 2.0}
@@ -232,8 +232,8 @@ FULL = {  # what fails when the disk is full: in Orbax at once and in its thread
     "writing": "orbax.checkpoint._src.serialization.jax_array_handlers.serialization."
                "async_serialize_from_host",
     "committing": "orbax.checkpoint._src.checkpointers.async_checkpointer._on_commit_callback",
-    "hashing": "distilbert_jax.checkpoint._digest",
-    "sealing": "distilbert_jax.checkpoint._write",
+    "hashing": "distilbert_jax.training.checkpoint._digest",
+    "sealing": "distilbert_jax.training.checkpoint._write",
     "naming": "pathlib.Path.rename",
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from distilbert_jax.train import Interrupted
+from distilbert_jax.training.train import Interrupted
 
 pytest.importorskip("transformers")
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -128,7 +128,7 @@ def with_run(**settings):
     """The output holds a checkpoint of a run with these settings and today's defaults."""
     def write():
         from distilbert_jax.config import DistilConfig
-        from distilbert_jax.distil import _settings
+        from distilbert_jax.jobs.distil import _settings
 
         made = DistilConfig(**dict(
             teacher="teacher", corpus=("corpus.txt",), sequence_length=16, batch_size=8) | settings)

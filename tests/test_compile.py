@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distilbert_jax.benchmark import compile as tpu
 from distilbert_jax.benchmark import hlo, training
-from distilbert_jax.config import DistilConfig, TrainConfig, UserError
+from distilbert_jax.config import DistilConfig, TrainConfig
+from distilbert_jax.errors import UserError
+from distilbert_jax.jobs import forecast as tpu
+from distilbert_jax.machine.sharding import make_mesh
 from distilbert_jax.models import bert
-from distilbert_jax.sharding import make_mesh
-from distilbert_jax.train import jit_step
+from distilbert_jax.training.train import jit_step
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,10 +117,11 @@ def test_without_the_compiler():
 # Runs without the flags and devices that the tests' own JAX is given.
 COMPILE = """
 import dataclasses, json, sys
-from distilbert_jax.benchmark import compile as tpu, hlo
+from distilbert_jax.benchmark import hlo
+from distilbert_jax.jobs import forecast as tpu
 from distilbert_jax.config import DistilConfig
 from distilbert_jax.models import bert
-from distilbert_jax.sharding import make_mesh
+from distilbert_jax.machine.sharding import make_mesh
 import jax
 topology, mesh, batch_size = sys.argv[1:]
 config = DistilConfig(compile_only=topology, mesh=mesh, batch_size=int(batch_size), accumulate=2)

@@ -5,16 +5,9 @@ import dataclasses
 import pytest
 
 from distilbert_jax import config
-from distilbert_jax.config import (
-    DistilConfig,
-    PrepareConfig,
-    PretrainConfig,
-    UserError,
-    choose,
-    compute_dtype,
-    flag,
-    parse,
-)
+from distilbert_jax.cli import parse
+from distilbert_jax.config import DistilConfig, PrepareConfig, PretrainConfig, compute_dtype, flag
+from distilbert_jax.errors import UserError, choose
 
 RECIPES = {"short": {"steps": 7, "batch_size": 16, "alpha_cos": 0.5}}
 

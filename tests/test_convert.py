@@ -14,8 +14,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from distilbert_jax import convert
-from distilbert_jax.config import UserError
+from distilbert_jax.errors import UserError
+from distilbert_jax.models import convert
 from distilbert_jax.models.encoder import graphdef
 
 WORDS = "embeddings.word_embeddings.weight"

@@ -6,13 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from distilbert_jax import convert, distil
 from distilbert_jax.benchmark import latency
-from distilbert_jax.config import DistilConfig, PrepareConfig, PretrainConfig, UserError
+from distilbert_jax.config import DistilConfig, PrepareConfig, PretrainConfig
 from distilbert_jax.data.prepare import prepare
 from distilbert_jax.data.tokenize import load_tokenizer
+from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import held_out
-from distilbert_jax.train import read_metrics
+from distilbert_jax.jobs import distil
+from distilbert_jax.models import convert
+from distilbert_jax.training.train import read_metrics
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from test_held_out import outputs
 
-from distilbert_jax import convert
 from distilbert_jax.data.tokenize import load_tokenizer
-from distilbert_jax.export import export
+from distilbert_jax.export.huggingface import export
+from distilbert_jax.models import convert
 from distilbert_jax.models.encoder import graphdef
-from distilbert_jax.student import student_config, student_params
+from distilbert_jax.models.student import student_config, student_params
 
 TEXTS = ["ba be bu da", "fa fe", "unheard words, ba"]
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from test_sharding import mesh_of
 
-from distilbert_jax import fused_head
 from distilbert_jax.benchmark.head import compare, dense_losses
-from distilbert_jax.fused_head import Head, Targets, fused_losses
+from distilbert_jax.kernels import head as fused_head
+from distilbert_jax.kernels.head import Head, Targets, fused_losses
 
 ROWS, LENGTH, WIDTH, TEACHER_WIDTH, TEMPERATURE = 8, 13, 16, 24, 1.7
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 1e-2}

@@ -15,9 +15,9 @@ from distilbert_jax.config import EVALUATION_MASKING
 from distilbert_jax.data.pack import PackedRows
 from distilbert_jax.evaluation import held_out as module
 from distilbert_jax.evaluation.held_out import held_out
-from distilbert_jax.masking import mask_tokens
 from distilbert_jax.models.encoder import graphdef
-from distilbert_jax.train_step import encode, make_eval_step
+from distilbert_jax.training.labels import mask_tokens
+from distilbert_jax.training.train_step import encode, make_eval_step
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
 

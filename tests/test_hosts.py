@@ -7,7 +7,7 @@ import time
 import pytest
 from test_two_processes import alone, assert_same, distil, start  # noqa: F401
 
-from distilbert_jax import processes
+from distilbert_jax.machine import processes
 
 pytest.importorskip("transformers")
 LOST = re.compile(r"^error: another process of this run is lost \((.*)\); the same command, "

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distilbert_jax import losses
+from distilbert_jax.training import losses
 
 RANDOM = np.random.default_rng(0)
 STUDENT, TEACHER = 3 * RANDOM.normal(size=(2, 3, 5, 11))  # [B, K, V], also as [B, T, D]

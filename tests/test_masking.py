@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from distilbert_jax.config import EVALUATION_MASKING, Masking
-from distilbert_jax.masking import mask_tokens, num_predictions, vocabulary
 from distilbert_jax.models.encoder import graphdef
-from distilbert_jax.train_step import Objective, loss_weights, total_loss
+from distilbert_jax.training.labels import mask_tokens, num_predictions, vocabulary
+from distilbert_jax.training.train_step import Objective, loss_weights, total_loss
 
 # A right sampler fails a statistical test here with this probability (and never flickers: the
 # keys are fixed).

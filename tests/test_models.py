@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from distilbert_jax import convert
-from distilbert_jax.models import dropout, encoder
+from distilbert_jax.kernels import dropout
+from distilbert_jax.models import convert, encoder
 from distilbert_jax.models.encoder import ACTIVATIONS, graphdef, init_params
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-9}

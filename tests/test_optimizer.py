@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from distilbert_jax.config import TrainConfig
-from distilbert_jax.optimizer import learning_rate, make_optimizer
+from distilbert_jax.training.optimizer import learning_rate, make_optimizer
 
 
 @pytest.mark.parametrize("steps, share, warmup", [

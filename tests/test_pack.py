@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distilbert_jax.config import UserError
 from distilbert_jax.data import pack
+from distilbert_jax.errors import UserError
 
 SIZES = st.lists(st.integers(1, 16), min_size=1)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from test_held_out import outputs
 
+from distilbert_jax.export.predict import fill_mask
 from distilbert_jax.models.encoder import graphdef
-from distilbert_jax.predict import fill_mask
 
 
 def test_fill_mask(x64, tiny_model, batch_of):

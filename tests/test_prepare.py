@@ -11,10 +11,11 @@ import time
 import numpy as np
 import pytest
 
-from distilbert_jax.config import PrepareConfig, UserError
+from distilbert_jax.config import PrepareConfig
 from distilbert_jax.data import pack, sources, tokenize
 from distilbert_jax.data import prepare as module
 from distilbert_jax.data.prepare import prepare
+from distilbert_jax.errors import UserError
 
 pytest.importorskip("transformers")
 

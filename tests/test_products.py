@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from distilbert_jax.config import compute_dtype
-from distilbert_jax.models import products
-from distilbert_jax.models.products import affine, product, turned_product
+from distilbert_jax.kernels import products
+from distilbert_jax.kernels.products import affine, product, turned_product
 
 TOLERANCE = {"float64": 1e-13, "float32": 1e-6, "bfloat16": 1e-2}
 WIDE = {"float64": "float64", "float32": "float32", "bfloat16": "float32"}

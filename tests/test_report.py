@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from distilbert_jax import report
+from distilbert_jax.evaluation import report
 
 
 def test_count_parameters():

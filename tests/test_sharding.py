@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from distilbert_jax.config import UserError
-from distilbert_jax.models.encoder import SHARDING_ROWS, abstract_params, path_name
-from distilbert_jax.sharding import (
+from distilbert_jax.errors import UserError
+from distilbert_jax.machine.sharding import (
+    SHARDING_ROWS,
     by_rows,
     local_rows,
     make_mesh,
@@ -22,6 +22,8 @@ from distilbert_jax.sharding import (
     replicated,
     shardings,
 )
+from distilbert_jax.machine.trees import path_name
+from distilbert_jax.models.encoder import abstract_params
 
 pytestmark = pytest.mark.skipif(
     jax.device_count() != 8, reason="needs 8 devices (JAX_NUM_CPU_DEVICES=8)")
@@ -143,7 +145,7 @@ def test_one_process_gives_all_rows():
 TWO_PROCESSES = """
 import sys, jax, numpy as np
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from distilbert_jax.sharding import local_rows, make_mesh, place_rows
+from distilbert_jax.machine.sharding import local_rows, make_mesh, place_rows
 for shape in ("4x1", "2x2", "1x4"):
     mesh, batch = make_mesh(shape), np.arange(24).reshape(8, 3)
     own = local_rows(mesh, 8)

@@ -9,8 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from distilbert_jax.config import UserError
 from distilbert_jax.data import python_docs, sources
+from distilbert_jax.errors import UserError
 
 TEXTS = ["First document.", "Zweites: Käse", "세 번째"]
 

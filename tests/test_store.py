@@ -15,12 +15,13 @@ from test_cli import TEACHER, refused
 from test_cli import place as working_folder  # noqa: F401
 from test_two_processes import alone, assert_same, distil, ended, start  # noqa: F401
 
-from distilbert_jax import store
-from distilbert_jax.checkpoint import Checkpoints, refuse_other_run
-from distilbert_jax.config import DataConfig, PrepareConfig, UserError
+from distilbert_jax.config import DataConfig, PrepareConfig
 from distilbert_jax.data import sources
 from distilbert_jax.data.prepare import prepare
 from distilbert_jax.data.tokenize import load_tokenizer
+from distilbert_jax.errors import UserError
+from distilbert_jax.machine import store
+from distilbert_jax.training.checkpoint import Checkpoints, refuse_other_run
 
 pytest.importorskip("gcsfs", reason="speaks to the bucket (pip install gcsfs)")
 pytest.importorskip("transformers")
@@ -281,9 +282,9 @@ def test_two_hosts_without_a_common_disk(toy, alone, bucket, run, tmp_path):  # 
 
 def test_a_model_trained_in_the_bucket_is_a_teacher_there(toy, bucket, run, tmp_path, monkeypatch):
     """The second machine takes the tokenizer that the first one learnt, and finds nothing to do."""
-    from distilbert_jax import convert
-    from distilbert_jax import distil as jobs
     from distilbert_jax.config import PretrainConfig
+    from distilbert_jax.jobs import distil as jobs
+    from distilbert_jax.models import convert
 
     config = PretrainConfig(
         corpus=(str(toy / "corpus.txt"),), valid_share=0.1, sequence_length=16, batch_size=16,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from distilbert_jax.config import UserError
+from distilbert_jax.errors import UserError
 from distilbert_jax.models.encoder import abstract_params, graphdef
-from distilbert_jax.student import choose_layers, student_config, student_params
+from distilbert_jax.models.student import choose_layers, student_config, student_params
 
 
 @pytest.mark.parametrize("wish, teacher, layers", [

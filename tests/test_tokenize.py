@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from distilbert_jax.config import UserError
 from distilbert_jax.data import tokenize
+from distilbert_jax.errors import UserError
 
 transformers = pytest.importorskip("transformers")
 

@@ -16,14 +16,15 @@ import pytest
 from test_checkpoint import numbers, place
 from test_sharding import mesh_of
 
-from distilbert_jax import train as loop
-from distilbert_jax.config import Masking, TrainConfig, UserError
+from distilbert_jax.config import Masking, TrainConfig
 from distilbert_jax.data.batches import row_indices
 from distilbert_jax.data.pack import PackedRows
+from distilbert_jax.errors import UserError
 from distilbert_jax.models.encoder import graphdef
-from distilbert_jax.optimizer import make_optimizer
-from distilbert_jax.student import student_config, student_params
-from distilbert_jax.train_step import Objective, init_state, make_train_step
+from distilbert_jax.models.student import student_config, student_params
+from distilbert_jax.training import train as loop
+from distilbert_jax.training.optimizer import make_optimizer
+from distilbert_jax.training.train_step import Objective, init_state, make_train_step
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
 STEPS = 7

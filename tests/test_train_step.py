@@ -12,16 +12,16 @@ import pytest
 from flax import nnx
 from test_sharding import mesh_of
 
-from distilbert_jax import convert, losses
 from distilbert_jax.config import EVALUATION_MASKING, Masking, TrainConfig
-from distilbert_jax.masking import mask_tokens
-from distilbert_jax.masking import vocabulary as vocabulary_of
-from distilbert_jax.models import distilbert
+from distilbert_jax.machine.sharding import by_rows, replicated, shardings
+from distilbert_jax.models import convert, distilbert
 from distilbert_jax.models.encoder import graphdef
-from distilbert_jax.optimizer import make_optimizer
-from distilbert_jax.sharding import by_rows, replicated, shardings
-from distilbert_jax.student import student_config, student_params
-from distilbert_jax.train_step import (
+from distilbert_jax.models.student import student_config, student_params
+from distilbert_jax.training import losses
+from distilbert_jax.training.labels import mask_tokens
+from distilbert_jax.training.labels import vocabulary as vocabulary_of
+from distilbert_jax.training.optimizer import make_optimizer
+from distilbert_jax.training.train_step import (
     Objective,
     at_masked,
     encode,

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distilbert_jax import convert
 from distilbert_jax.benchmark import training, training_report
-from distilbert_jax.config import TrainBenchmark, UserError
+from distilbert_jax.config import TrainBenchmark
 from distilbert_jax.data import tokenize
-from distilbert_jax.models import bert, distilbert
-from distilbert_jax.student import student_config
+from distilbert_jax.errors import UserError
+from distilbert_jax.models import bert, convert, distilbert
+from distilbert_jax.models.student import student_config
 
 ROOT = Path(__file__).parents[1]
 TINY = dataclasses.replace(

@@ -181,9 +181,9 @@ if __name__ == "__main__":
     import launch
     import run
 
-    from distilbert_jax import distil as job
-    from distilbert_jax import processes
     from distilbert_jax.evaluation import held_out
+    from distilbert_jax.jobs import distil as job
+    from distilbert_jax.machine import processes
 
     processes.HEARTBEAT_SECONDS = int(os.environ.get("HEARTBEAT_SECONDS", "60"))
     job._write_report = lambda *_: None  # seen elsewhere, and slow

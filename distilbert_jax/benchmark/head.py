@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from distilbert_jax import losses
-from distilbert_jax.fused_head import Figures, Head, Targets, Terms, fused_losses
+from distilbert_jax.kernels.head import Figures, Head, Targets, Terms, fused_losses
+from distilbert_jax.training import losses
 
 VOCABULARIES = (30522, 128256)  # words: BERT's, and a large one
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from distilbert_jax.config import TrainConfig, compute_dtype
 from distilbert_jax.models import bert, distilbert
 from distilbert_jax.models.encoder import EncoderConfig
-from distilbert_jax.train_step import Objective
+from distilbert_jax.training.train_step import Objective
 
 IGNORED = -100  # label of a position that is not predicted
 PRODUCT = 2048  # rows and columns of the matrices whose product is timed

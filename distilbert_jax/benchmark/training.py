@@ -21,13 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distilbert_jax.config import Masking, TrainBenchmark, TrainConfig, UserError, compute_dtype
+from distilbert_jax.config import Masking, TrainBenchmark, TrainConfig, compute_dtype
 from distilbert_jax.data import batches, pack, sources, tokenize
-from distilbert_jax.masking import mask_tokens, vocabulary
-from distilbert_jax.models import bert
-from distilbert_jax.models.encoder import EncoderConfig, graphdef, init_params
-from distilbert_jax.optimizer import make_optimizer
-from distilbert_jax.sharding import (
+from distilbert_jax.errors import UserError
+from distilbert_jax.machine.sharding import (
     make_mesh,
     one_each,
     place,
@@ -36,9 +33,18 @@ from distilbert_jax.sharding import (
     rows_each,
     shardings,
 )
-from distilbert_jax.student import choose_layers, frozen_params, student_config, student_params
-from distilbert_jax.train import jit_step
-from distilbert_jax.train_step import Objective, init_state, make_train_step
+from distilbert_jax.models import bert
+from distilbert_jax.models.encoder import EncoderConfig, graphdef, init_params
+from distilbert_jax.models.student import (
+    choose_layers,
+    frozen_params,
+    student_config,
+    student_params,
+)
+from distilbert_jax.training.labels import mask_tokens, vocabulary
+from distilbert_jax.training.optimizer import make_optimizer
+from distilbert_jax.training.train import jit_step
+from distilbert_jax.training.train_step import Objective, init_state, make_train_step
 
 SHAPES = {  # of the teacher; the student has half its layers
     "small": EncoderConfig(

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from distilbert_jax import store
-from distilbert_jax.config import UserError
+from distilbert_jax.errors import UserError
+from distilbert_jax.machine import store
 
 FORMAT = 2  # raise it when the files change their meaning
 PARTS = ("train", "valid")

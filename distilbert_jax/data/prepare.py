@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distilbert_jax import store
-from distilbert_jax.config import DataConfig, UserError
+from distilbert_jax.config import DataConfig
 from distilbert_jax.data import pack, sources, tokenize
+from distilbert_jax.errors import UserError
+from distilbert_jax.machine import store
 
 if TYPE_CHECKING:
     import transformers

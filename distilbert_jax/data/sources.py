@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, BinaryIO
 
-from distilbert_jax import store
-from distilbert_jax.config import UserError, choose
 from distilbert_jax.data.python_docs import python_docs
+from distilbert_jax.errors import UserError, choose
+from distilbert_jax.machine import store
 
 ENDS = 65536  # bytes at either end of a file that identify it, beside its name and size
 PARQUET_ROWS = 1024  # records decoded at once

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distilbert_jax import store
-from distilbert_jax.config import UserError
+from distilbert_jax.errors import UserError
+from distilbert_jax.machine import store
 
 if TYPE_CHECKING:
     import transformers

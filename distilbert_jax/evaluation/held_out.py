@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 
 from distilbert_jax.data.batches import read
 from distilbert_jax.data.pack import PackedRows
-from distilbert_jax.masking import Vocabulary
-from distilbert_jax.progress import bar
-from distilbert_jax.sharding import local_rows, place_rows
+from distilbert_jax.machine.progress import bar
+from distilbert_jax.machine.sharding import local_rows, place_rows
+from distilbert_jax.training.labels import Vocabulary
 
 SEED = 20191001  # which tokens are hidden; the same for every model and run
 BATCH_TOKENS = 8192  # at most, in a power of two of rows

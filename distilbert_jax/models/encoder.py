@@ -14,12 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from distilbert_jax.models.attention import attention
-from distilbert_jax.models.dropout import RowKeys, dropout, dropped
-from distilbert_jax.models.products import affine, wide
+from distilbert_jax.kernels.attention import attention
+from distilbert_jax.kernels.dropout import RowKeys, dropout, dropped
+from distilbert_jax.kernels.products import affine, wide
 
 
 @jax.custom_vjp
@@ -52,19 +51,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 SHARPNESS = 80  # of the first layer's attention at its start: score of the position looked at
-
-# Rows of (end of the parameter's path, how it lies on the mesh). Columns of the first product
-# and rows of the second lie on the model axis, so that a block needs one sum at its end.
-SHARDING_ROWS: tuple[tuple[str, P], ...] = (
-    (r"embeddings/word/embedding", P("model", None)),
-    (r"attention/(query|key|value)/kernel", P(None, "model")),
-    (r"attention/(query|key|value)/bias", P("model")),
-    (r"attention/output/kernel", P("model", None)),
-    (r"ffn/up/kernel", P(None, "model")),
-    (r"ffn/up/bias", P("model")),
-    (r"ffn/down/kernel", P("model", None)),
-    (r"mlm_head/bias", P("model")),
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -326,11 +312,6 @@ def _look_around(params: dict[str, Any], config: EncoderConfig) -> dict[str, Any
             first[name]["kernel"] = first[name]["kernel"].at[
                 :columns, head * size:head * size + columns].add(gain * turn)
     return params
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """A tree path as text: `layers/3/attention/query/kernel`."""
-    return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
 
 def _abstract(

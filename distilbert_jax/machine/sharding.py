@@ -21,8 +21,22 @@ from jax.sharding import (
     use_abstract_mesh,
 )
 
-from distilbert_jax.config import TrainConfig, UserError
-from distilbert_jax.models.encoder import SHARDING_ROWS, path_name
+from distilbert_jax.config import TrainConfig
+from distilbert_jax.errors import UserError
+from distilbert_jax.machine.trees import path_name
+
+# Rows of (end of the parameter's path, how it lies on the mesh). Columns of the first product
+# and rows of the second lie on the model axis, so that a block needs one sum at its end.
+SHARDING_ROWS: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"embeddings/word/embedding", PartitionSpec("model", None)),
+    (r"attention/(query|key|value)/kernel", PartitionSpec(None, "model")),
+    (r"attention/(query|key|value)/bias", PartitionSpec("model")),
+    (r"attention/output/kernel", PartitionSpec("model", None)),
+    (r"ffn/up/kernel", PartitionSpec(None, "model")),
+    (r"ffn/up/bias", PartitionSpec("model")),
+    (r"ffn/down/kernel", PartitionSpec("model", None)),
+    (r"mlm_head/bias", PartitionSpec("model")),
+)
 
 WEEK = 7 * 24 * 60 * 60 * 1000  # ms
 _turns = itertools.count()  # the same in every process

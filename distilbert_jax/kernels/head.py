@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from distilbert_jax.models.products import column_sums, product, turned_product, wide
-from distilbert_jax.sharding import head_specs
+from distilbert_jax.kernels.products import column_sums, product, turned_product, wide
+from distilbert_jax.machine.sharding import head_specs
 
 # A device's positions are cut into CHUNKS, which keeps its logits to that share of what they would
 # be; but not below LEAST positions, fewer of which leave matrix products and caches no better off.

@@ -17,23 +17,17 @@ import numpy as np
 from jax.experimental import topologies
 
 from distilbert_jax.benchmark import hlo
-from distilbert_jax.config import (
-    DistilConfig,
-    Masking,
-    UserError,
-    check,
-    choose,
-    compute_dtype,
-)
+from distilbert_jax.config import DistilConfig, Masking, check, compute_dtype
 from distilbert_jax.data import pack, prepare
-from distilbert_jax.masking import vocabulary
+from distilbert_jax.errors import UserError, choose
+from distilbert_jax.machine.progress import say
+from distilbert_jax.machine.sharding import make_mesh, rows_each, shardings
 from distilbert_jax.models.encoder import EncoderConfig, abstract_params, graphdef
-from distilbert_jax.optimizer import make_optimizer
-from distilbert_jax.progress import say
-from distilbert_jax.sharding import make_mesh, rows_each, shardings
-from distilbert_jax.student import choose_layers, frozen_params, student_config
-from distilbert_jax.train import jit_step
-from distilbert_jax.train_step import Objective, init_state, make_train_step
+from distilbert_jax.models.student import choose_layers, frozen_params, student_config
+from distilbert_jax.training.labels import vocabulary
+from distilbert_jax.training.optimizer import make_optimizer
+from distilbert_jax.training.train import jit_step
+from distilbert_jax.training.train_step import Objective, init_state, make_train_step
 
 GIB = 2**30
 EFFICIENCY = 0.5  # share of the roofline's speed that is assumed: no TPU was measured yet

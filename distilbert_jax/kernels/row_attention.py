@@ -19,8 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int, UInt32
 
-from distilbert_jax.models.dropout import kept
-from distilbert_jax.models.products import wide
+from distilbert_jax.kernels.dropout import kept
+from distilbert_jax.kernels.products import wide
 
 BLOCK = 128  # queries at a time
 LANES = 128

@@ -19,15 +19,14 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from distilbert_jax import store
-from distilbert_jax.checkpoint import Checkpoints, abstract
-from distilbert_jax.config import TrainConfig, UserError
+from distilbert_jax.config import TrainConfig
 from distilbert_jax.data.batches import Prefetch, read, row_indices, tokens_before
 from distilbert_jax.data.pack import PackedRows
-from distilbert_jax.masking import Vocabulary
-from distilbert_jax.processes import Watch
-from distilbert_jax.progress import bar, say
-from distilbert_jax.sharding import (
+from distilbert_jax.errors import UserError
+from distilbert_jax.machine import store
+from distilbert_jax.machine.processes import Watch
+from distilbert_jax.machine.progress import bar, say
+from distilbert_jax.machine.sharding import (
     by_rows,
     local_rows,
     one_each,
@@ -36,7 +35,9 @@ from distilbert_jax.sharding import (
     replicated,
     shardings,
 )
-from distilbert_jax.train_step import TrainState
+from distilbert_jax.training.checkpoint import Checkpoints, abstract
+from distilbert_jax.training.labels import Vocabulary
+from distilbert_jax.training.train_step import TrainState
 
 LOG_EVERY = 10  # updates
 

@@ -17,8 +17,8 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from distilbert_jax.models.dropout import Dropout, dropped
-from distilbert_jax.models.products import product
+from distilbert_jax.kernels.dropout import Dropout, dropped
+from distilbert_jax.kernels.products import product
 
 BLOCKS = (512, 384, 256, 128)  # positions that splash attention takes at a time; one divides T
 LONGEST = 1024  # positions that our kernel takes: scores of 128 queries are then 0.5 MB
@@ -96,7 +96,7 @@ def _cudnn_lacks(query: Any, capability: str, drops: bool) -> str:
 def _pallas(query, key, value, segment_ids, seeds=None, heads=None, rate=0.0, interpret=False):
     if query.shape[1] > LONGEST:
         return _splash(query, key, value, segment_ids, interpret)
-    from distilbert_jax.models.row_attention import row_attention  # slow to import
+    from distilbert_jax.kernels.row_attention import row_attention  # slow to import
 
     if not rate:
         seeds, heads = jnp.zeros((len(query), 2), jnp.uint32), jnp.arange(query.shape[2])

@@ -16,12 +16,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from distilbert_jax import losses
 from distilbert_jax.config import EVALUATION_MASKING, DistilConfig, Masking
-from distilbert_jax.fused_head import Head, Targets, fused_losses
-from distilbert_jax.masking import Vocabulary, mask_tokens
+from distilbert_jax.kernels.head import Head, Targets, fused_losses
+from distilbert_jax.machine.sharding import on_mesh, sum_over_rows
 from distilbert_jax.models.encoder import RowKeys
-from distilbert_jax.sharding import on_mesh, sum_over_rows
+from distilbert_jax.training import losses
+from distilbert_jax.training.labels import Vocabulary, mask_tokens
 
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]

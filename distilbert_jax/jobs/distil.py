@@ -23,15 +23,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from distilbert_jax import convert, report, store, student
 from distilbert_jax.benchmark.latency import latencies
-from distilbert_jax.checkpoint import fingerprint, refuse_other_run
 from distilbert_jax.config import (
     DistilConfig,
     Masking,
     PretrainConfig,
     TrainConfig,
-    UserError,
     check,
     compute_dtype,
     flag,
@@ -39,14 +36,13 @@ from distilbert_jax.config import (
 from distilbert_jax.data import pack, sources
 from distilbert_jax.data.prepare import is_prepared, prepare
 from distilbert_jax.data.tokenize import load_tokenizer, train_wordpiece
+from distilbert_jax.errors import UserError
+from distilbert_jax.evaluation import report
 from distilbert_jax.evaluation.held_out import held_out
-from distilbert_jax.export import export
-from distilbert_jax.masking import Vocabulary, vocabulary
-from distilbert_jax.models import bert, distilbert
-from distilbert_jax.models.encoder import EncoderConfig, graphdef, init_params
-from distilbert_jax.optimizer import make_optimizer
-from distilbert_jax.predict import fill_mask
-from distilbert_jax.sharding import (
+from distilbert_jax.export.huggingface import export
+from distilbert_jax.export.predict import fill_mask
+from distilbert_jax.machine import store
+from distilbert_jax.machine.sharding import (
     first_process_first,
     make_mesh,
     replicated,
@@ -54,8 +50,13 @@ from distilbert_jax.sharding import (
     shardings,
     to_host,
 )
-from distilbert_jax.train import Run, read_metrics, train
-from distilbert_jax.train_step import (
+from distilbert_jax.models import bert, convert, distilbert, student
+from distilbert_jax.models.encoder import EncoderConfig, graphdef, init_params
+from distilbert_jax.training.checkpoint import fingerprint, refuse_other_run
+from distilbert_jax.training.labels import Vocabulary, vocabulary
+from distilbert_jax.training.optimizer import make_optimizer
+from distilbert_jax.training.train import Run, read_metrics, train
+from distilbert_jax.training.train_step import (
     Objective,
     init_state,
     make_eval_step,

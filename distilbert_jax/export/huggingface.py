@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from distilbert_jax.convert import to_hf
+from distilbert_jax.models.convert import to_hf
 from distilbert_jax.models.encoder import EncoderConfig
 
 

@@ -16,15 +16,11 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
-from distilbert_jax import store
-from distilbert_jax.config import UserError, choose
+from distilbert_jax.errors import UserError, choose
+from distilbert_jax.machine import store
+from distilbert_jax.machine.trees import path_name
 from distilbert_jax.models import bert, distilbert
-from distilbert_jax.models.encoder import (
-    ACTIVATIONS,
-    EncoderConfig,
-    abstract_params,
-    path_name,
-)
+from distilbert_jax.models.encoder import ACTIVATIONS, EncoderConfig, abstract_params
 
 FAMILIES: dict[str, ModuleType] = {family.MODEL_TYPE: family for family in (bert, distilbert)}
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from distilbert_jax.progress import bar
+from distilbert_jax.machine.progress import bar
 
 COLUMNS = ("model", "layers", "parameters", "size [MB]", "top-1 [%]", "perplexity",
            "retention [%]", "latency [ms]")

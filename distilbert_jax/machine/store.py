@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilbert_jax.config import UserError
+from distilbert_jax.errors import UserError
 
 if TYPE_CHECKING:
     import gcsfs

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from distilbert_jax.config import UserError
+from distilbert_jax.errors import UserError
 from distilbert_jax.models.encoder import EncoderConfig
 
 

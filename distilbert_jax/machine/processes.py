@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import jax
 
-from distilbert_jax.config import UserError
+from distilbert_jax.errors import UserError
 
 GO_ON = 75  # EX_TEMPFAIL, the exit code: the same command goes on
 HEARTBEAT_SECONDS = 60  # a process that is silent for so long is lost

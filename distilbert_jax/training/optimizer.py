@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from distilbert_jax.config import TrainConfig
-from distilbert_jax.models.encoder import path_name
+from distilbert_jax.machine.trees import path_name
 
 
 def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:

@@ -34,12 +34,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from distilbert_jax import store
-from distilbert_jax.config import UserError
-from distilbert_jax.models.encoder import path_name
-from distilbert_jax.progress import say
-from distilbert_jax.store import AnyPath
-from distilbert_jax.train_step import TrainState
+from distilbert_jax.errors import UserError
+from distilbert_jax.machine import store
+from distilbert_jax.machine.progress import say
+from distilbert_jax.machine.store import AnyPath
+from distilbert_jax.machine.trees import path_name
+from distilbert_jax.training.train_step import TrainState
 
 RUN, SEAL = "run.json", "sha256.json"
 BEST = "mlm_loss"  # the held-out figure whose lowest value is kept

@@ -1,0 +1,1 @@
+"""Parameters → files that others open, and answers from a trained model."""

@@ -1,0 +1,1 @@
+"""The jobs, from settings to a finished folder."""

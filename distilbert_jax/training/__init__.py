@@ -1,0 +1,1 @@
+"""Labels, losses, optimizer, the pure step, the loop and its checkpoints."""
