@@ -1,4 +1,4 @@
-"""What the user can mend: one error class, and the choice of a known name."""
+"""What the user can mend, in one line: the error class, a library's words, the known names."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,15 @@ from collections.abc import Iterable
 
 class UserError(Exception):
     """An error that the user can mend; the command line prints its one line and exits with 2."""
+
+
+def first_line(error: BaseException) -> str:
+    """Shorten what a library raised to its first line that is not empty.
+
+    Returns:
+        At most 200 characters; the name of the error's type where it says nothing.
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def choose(name: str, known: Iterable[str], what: str) -> str:

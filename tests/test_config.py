@@ -7,7 +7,7 @@ import pytest
 from distilbert_jax import config
 from distilbert_jax.cli import parse
 from distilbert_jax.config import DistilConfig, PrepareConfig, PretrainConfig, compute_dtype, flag
-from distilbert_jax.errors import UserError, choose
+from distilbert_jax.errors import UserError, choose, first_line
 
 RECIPES = {"short": {"steps": 7, "batch_size": 16, "alpha_cos": 0.5}}
 
@@ -138,3 +138,9 @@ def test_choose_lists_what_is_known():
 def test_the_dtype_of_products(name, platform, flags, dtype, monkeypatch):
     monkeypatch.setattr(config, "_cpu_flags", flags.split)
     assert compute_dtype(name, platform) == dtype
+
+
+def test_the_first_line_of_an_error():
+    assert first_line(ValueError("\n  one\ntwo")) == "one"
+    assert first_line(ValueError(" ")) == "ValueError"
+    assert first_line(ValueError("x" * 300)) == "x" * 200

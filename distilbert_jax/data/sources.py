@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 from distilbert_jax.data.python_docs import python_docs
-from distilbert_jax.errors import UserError, choose
+from distilbert_jax.errors import UserError, choose, first_line
 from distilbert_jax.machine import store
 
 ENDS = 65536  # bytes at either end of a file that identify it, beside its name and size
@@ -292,8 +292,7 @@ def _told(where: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{where}: cannot be read: {line}") from error
+        raise UserError(f"{where}: cannot be read: {first_line(error)}") from error
 
 
 @functools.cache

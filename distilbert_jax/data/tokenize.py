@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from distilbert_jax.errors import UserError
+from distilbert_jax.errors import UserError, first_line
 from distilbert_jax.machine import store
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ def load_tokenizer(
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             store.fetch(folder) if store.is_remote(folder) else folder)
     except Exception as error:  # what is raised depends on which file is missing or damaged
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"no tokenizer in {folder}: {reason}") from error
+        raise UserError(f"no tokenizer in {folder}: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer in {folder} is {type(tokenizer).__name__}, not a fast one: "
                         "convert it to tokenizer.json")

@@ -19,7 +19,7 @@ from jax.experimental import topologies
 from distilbert_jax.benchmark import hlo
 from distilbert_jax.config import DistilConfig, Masking, check, compute_dtype
 from distilbert_jax.data import pack, prepare
-from distilbert_jax.errors import UserError, choose
+from distilbert_jax.errors import UserError, choose, first_line
 from distilbert_jax.machine.progress import say
 from distilbert_jax.machine.sharding import make_mesh, rows_each, shardings
 from distilbert_jax.models.encoder import EncoderConfig, abstract_params, graphdef
@@ -185,7 +185,7 @@ def _topology(name: str) -> tuple[Chip, Any]:
         return chip, topologies.get_topology_desc(
             platform="tpu", topology_name=name, **chip.options)
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0].partition(": ")[2]
+        reason = first_line(error).partition(": ")[2]
         raise UserError(f"--compile-only {name}: {reason}") from error
 
 

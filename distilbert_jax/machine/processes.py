@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import jax
 
-from distilbert_jax.errors import UserError
+from distilbert_jax.errors import UserError, first_line
 
 GO_ON = 75  # EX_TEMPFAIL, the exit code: the same command goes on
 HEARTBEAT_SECONDS = 60  # a process that is silent for so long is lost
@@ -55,8 +55,8 @@ def connect() -> None:
         jax.distributed.initialize(*arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                                    shutdown_timeout_seconds=SHUTDOWN_SECONDS)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes of this run do not find each other: "
-                        f"{str(error).splitlines()[0]}") from error
+        raise UserError("the processes of this run do not find each other: "
+                        f"{first_line(error)}") from error
     ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
     if jax.process_index():
         sys.stdout = open(os.devnull, "w")
@@ -66,7 +66,7 @@ def find_loss(error: BaseException | None) -> str:
     """What an error, or one behind it, tells of another process that is lost; "" for nothing."""
     while error is not None and jax.distributed.is_initialized():
         if re.search("Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED", str(error)):
-            return str(error).splitlines()[0][:200]
+            return first_line(error)
         error = error.__cause__ or error.__context__
     return ""
 

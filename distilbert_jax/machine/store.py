@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilbert_jax.errors import UserError
+from distilbert_jax.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import gcsfs
@@ -101,15 +101,15 @@ def named(name: str | os.PathLike[str]) -> Iterator[None]:
 
 def _reason(name: str, error: Exception) -> str:
     """What is wrong, and the way out."""
-    line = (str(error).strip() or type(error).__name__).replace("\n", " ")[:200]
+    line = first_line(error)
     root = "gs://" + name.removeprefix("gs://").split("/")[0]
     if isinstance(error, FileNotFoundError):
         return (f"not found ({line}); is there a bucket {root}? gcloud storage buckets create "
                 f"{root}")
-    if getattr(error, "code", None) == 401 or "credentials" in line.lower():
+    if getattr(error, "code", None) == 401 or "credentials" in str(error).lower():
         return (f"no credentials that are accepted ({line}); run gcloud auth application-default "
                 "login, or give the machine a service account")
-    if "Forbidden" in line:
+    if "Forbidden" in str(error):
         return f"not permitted ({line}); the account needs the role Storage Object Admin in {root}"
     return line
 

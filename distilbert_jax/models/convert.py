@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
-from distilbert_jax.errors import UserError, choose
+from distilbert_jax.errors import UserError, choose, first_line
 from distilbert_jax.machine import store
 from distilbert_jax.machine.trees import path_name
 from distilbert_jax.models import bert, distilbert
@@ -212,8 +212,8 @@ def _resolve(name: str) -> Path:
         if not any(folder.glob("*.safetensors")):
             snapshot_download(name, allow_patterns=["pytorch_model*.bin"])
     except Exception as error:  # the hub client has a dozen kinds; each means "not to be had"
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"no folder {name}, and the hub did not give it: {reason}") from error
+        raise UserError(
+            f"no folder {name}, and the hub did not give it: {first_line(error)}") from error
     return folder
 
 
@@ -257,8 +257,7 @@ def _checked(read: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, An
     except UserError:
         raise
     except Exception as error:  # each library has its own; the file is what the user can mend
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} is damaged or incomplete: {reason}") from error
+        raise UserError(f"{path} is damaged or incomplete: {first_line(error)}") from error
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:

@@ -34,7 +34,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from distilbert_jax.errors import UserError
+from distilbert_jax.errors import UserError, first_line
 from distilbert_jax.machine import store
 from distilbert_jax.machine.progress import say
 from distilbert_jax.machine.store import AnyPath
@@ -427,5 +427,4 @@ def _reason(error: Exception) -> str:
     """What the system said, or else the first line of what a library raised, within reason."""
     if found := re.search(r"os_error_code='(\d+)'", str(error)):  # tensorstore's
         return os.strerror(int(found[1]))
-    lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return getattr(error, "strerror", None) or first_line(error)
