@@ -6,19 +6,19 @@ import json
 import os
 import resource
 import shutil
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_seal import DAMAGES, assert_every_damage_is_found, flip
 from test_sharding import mesh_of
 
 from distilbert_jax.errors import UserError
+from distilbert_jax.machine import seal
 from distilbert_jax.machine.sharding import shardings
-from distilbert_jax.training import checkpoint
-from distilbert_jax.training.checkpoint import Checkpoints, abstract, find_fault, refuse_other_run
+from distilbert_jax.training.checkpoint import Checkpoints, abstract, refuse_other_run
 from distilbert_jax.training.train_step import init_state
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
@@ -113,42 +113,13 @@ def folder_of(output, step):
     return output / "checkpoints" / str(step)
 
 
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-DAMAGES = {"truncated": truncate, "deleted": Path.unlink, "bit flipped": flip,
-           "emptied": lambda path: path.write_bytes(b"")}
-
-
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_damage_to_any_file_is_found(kind, saved, tmp_path):
     """Every file that Orbax or we wrote, one after the other."""
     folder = shutil.copytree(folder_of(saved, 9), tmp_path / "9")
-    assert find_fault(folder) == ""
     files = [path for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 8 and any("ocdbt" in path.name for path in files)
-    for path in files:
-        if kind != "deleted" and not path.stat().st_size:
-            continue  # nothing in it that could be damaged
-        content = path.read_bytes()
-        DAMAGES[kind](path)
-        fault = find_fault(folder)
-        assert fault and (path.name in fault or path.name == "sha256.json"), path
-        path.write_bytes(content)
-    assert find_fault(folder) == ""
-
-
-def test_a_file_too_many_is_found(saved, tmp_path):
-    folder = shutil.copytree(folder_of(saved, 9), tmp_path / "9")
-    (folder / "d" / "stray").write_text("")
-    assert find_fault(folder) == "d/stray does not belong to it"
+    assert_every_damage_is_found(folder, kind)
 
 
 def largest(folder):
@@ -232,8 +203,8 @@ FULL = {  # what fails when the disk is full: in Orbax at once and in its thread
     "writing": "orbax.checkpoint._src.serialization.jax_array_handlers.serialization."
                "async_serialize_from_host",
     "committing": "orbax.checkpoint._src.checkpointers.async_checkpointer._on_commit_callback",
-    "hashing": "distilbert_jax.training.checkpoint._digest",
-    "sealing": "distilbert_jax.training.checkpoint._write",
+    "hashing": "distilbert_jax.machine.seal._digest",
+    "sealing": "distilbert_jax.machine.seal.write_json",
     "naming": "pathlib.Path.rename",
 }
 
@@ -265,7 +236,7 @@ def test_a_full_disk(policy, where, state, tmp_path, monkeypatch, capfd):
 
 
 def test_a_failed_save_is_told_by_the_next_one_and_at_the_end(state, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_digest", no_space)
+    monkeypatch.setattr(seal, "_digest", no_space)
     with pytest.raises(UserError, match="update 3 cannot be saved"):
         save(tmp_path, at(state, 3), at(state, 5))
     with pytest.raises(UserError, match="update 5 cannot be saved"):
@@ -295,12 +266,3 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(UserError, match="checkpoints cannot be used: File exists"):
         Checkpoints(tmp_path, SETTINGS)
-
-
-def test_a_fingerprint_is_of_names_and_values():
-    tree = {"a": np.arange(3.0), "b": {"c": np.ones((2, 2), np.float32)}}
-    first = checkpoint.fingerprint(tree)
-    assert first == checkpoint.fingerprint(jax.tree.map(np.copy, tree)) and len(first) == 64
-    for other in ({"a": tree["a"], "d": tree["b"]}, tree | {"a": np.array([0, 1, 2.5])},
-                  tree | {"a": np.arange(3)}, tree | {"b": {"c": np.ones(4, np.float32)}}):
-        assert checkpoint.fingerprint(other) != first

@@ -70,6 +70,21 @@ def test_a_name_on_a_disk_is_its_own_place(tmp_path):
     assert store.join("gs://a/b/", "c") == "gs://a/b/c"
 
 
+def test_what_is_written_is_whole_or_absent(tmp_path):
+    for whole, write in ((store.whole_file, lambda path, text: path.write_text(text)),
+                         (store.whole_folder, lambda path, text: (path / text).touch())):
+        with pytest.raises(KeyboardInterrupt), whole(tmp_path / "a") as new:
+            write(new, "x")
+            raise KeyboardInterrupt
+        assert not list(tmp_path.iterdir())
+    for text in "xy":
+        with store.whole_file(tmp_path / "a") as new:
+            new.write_text(text)
+        with store.whole_folder(tmp_path / "b") as new:
+            (new / text).touch()
+    assert (tmp_path / "a").read_text() == "y" and store.files(tmp_path) == ["a", "b/y"]
+
+
 def test_a_place_is_made_what_is_in_the_bucket_and_back(bucket, run):
     store.check_writable(run)
     assert [*bucket.objects] == ["other"]  # nothing is left of the attempt

@@ -93,7 +93,7 @@ def prepare(config: DataConfig, tokenizer: "transformers.PreTrainedTokenizerFast
     partial = pathlib.Path(os.path.abspath(folder) + ".partial")
     if store.is_remote(name) and part != (0, 1):
         raise UserError(f"--shard needs a disk that the machines share, which {name} is not")
-    with store.named(name):
+    with store.errors_about_copy(name):
         if is_there := store.is_remote(name) and pack.is_prepared(name):
             store.fetch(name)
         try:
@@ -144,7 +144,7 @@ def _reuse(config: DataConfig, rows: dict[str, Any]) -> pack.Prepared:
         if getattr(config, name):
             raise UserError(f"--{name} does not go with --corpus {corpus}, which is prepared and "
                             "has its held-out part: leave it out")
-    with store.named(corpus):
+    with store.errors_about_copy(corpus):
         folder = store.fetch(corpus)
         pack.refuse_other(folder, pack.read_manifest(folder)["request"], rows,
                           "prepare it again for this run")

@@ -79,7 +79,7 @@ class Documents:
 def _texts(found: Sequence[tuple[str, str]]) -> Iterator[str]:
     """The documents of some sources, one after the other, stripped, empty ones skipped."""
     for kind, where in found:
-        with store.told(where):
+        with store.errors_about(where):
             yield from filter(None, map(str.strip, SOURCES[kind](where)))
 
 
@@ -114,7 +114,7 @@ def describe(names: Sequence[str]) -> list[list[str | int]]:
 
 def _describe_file(path: str | pathlib.Path, name: str) -> list[str | int]:
     try:
-        with store.told(path), store.open_binary(path) as file:
+        with store.errors_about(path), store.open_binary(path) as file:
             ends = hashlib.sha256(file.read(ENDS))
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - ENDS, 0))

@@ -1,7 +1,6 @@
 """Parameters → a Hugging Face folder that transformers loads, tokenizer and model card included."""
 
 import json
-import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from distilbert_jax.machine import store
 from distilbert_jax.models.convert import to_hf
 from distilbert_jax.models.encoder import EncoderConfig
 
@@ -26,17 +26,13 @@ def export(
         tokenizer: a fast tokenizer.
         card: text of its README.md.
     """
-    new = folder.with_name(folder.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
     tensors = {name: array.astype(np.float32) for name, array in to_hf(params, family).items()}
-    save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
     description = {
         "architectures": [family.ARCHITECTURE], "model_type": family.MODEL_TYPE,
         "dtype": "float32", "tie_word_embeddings": True, **family.to_hf(config)}
-    (new / "config.json").write_text(json.dumps(description, indent=2) + "\n")
     tokenizer.model_max_length = config.max_position_embeddings
-    tokenizer.save_pretrained(new)
-    (new / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
+    with store.whole_folder(folder) as new:
+        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        (new / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+        tokenizer.save_pretrained(new)
+        (new / "README.md").write_text(card, encoding="utf-8")

@@ -42,6 +42,7 @@ from distilbert_jax.evaluation.held_out import held_out
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.export.predict import fill_mask
 from distilbert_jax.machine import store
+from distilbert_jax.machine.seal import fingerprint
 from distilbert_jax.machine.sharding import (
     first_process_first,
     make_mesh,
@@ -52,7 +53,7 @@ from distilbert_jax.machine.sharding import (
 )
 from distilbert_jax.models import bert, convert, distilbert, student
 from distilbert_jax.models.encoder import EncoderConfig, graphdef, init_params
-from distilbert_jax.training.checkpoint import fingerprint, refuse_other_run
+from distilbert_jax.training.checkpoint import refuse_other_run
 from distilbert_jax.training.labels import Vocabulary, vocabulary
 from distilbert_jax.training.optimizer import make_optimizer
 from distilbert_jax.training.train import Run, read_metrics, train

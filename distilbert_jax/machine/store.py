@@ -1,9 +1,9 @@
-"""Names of files → where they are: on this machine's disks, or under gs:// in a bucket.
+"""Files on this machine's disks and under gs:// in a bucket, read and written by the same calls.
 
-What is in a bucket has a place of its own in a cache folder of this machine. Whatever needs a disk
-(packed rows, the log, models) works there: `fetch` brings it down, `upload` takes it up. Only
-checkpoints and texts are written and read in the bucket itself. A name without gs:// is its own
-place, and both do nothing.
+Whatever is in a bucket has a copy in a cache folder of this machine. Code that needs a disk (packed
+rows, the log, models) works on the copy: `fetch` downloads it, `upload` writes it back. Only
+checkpoints and texts are written and read in the bucket itself. A name without gs:// is a path on
+this machine, for which both do nothing. A `name` is a string or a path; a `path` can be opened.
 """
 
 import base64
@@ -28,24 +28,24 @@ if TYPE_CHECKING:
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 AnyPath = Any  # a pathlib.Path or, under gs://, an epath.Path: it has the same methods
-LAST = "manifest.json"  # of a folder: where it is, all else is there too
-UNFINISHED = ".part-"  # in the name of a file that is being fetched
+LAST = "manifest.json"  # uploaded last: a folder that holds it is complete
+UNFINISHED = ".part-"  # in the name of a file that is being written
 
 
 def is_remote(name: str | os.PathLike[str]) -> bool:
-    """Whether it is a name under gs://."""
+    """Whether the name begins with gs://."""
     return str(name).startswith("gs://")
 
 
 def join(name: str | os.PathLike[str], *parts: str) -> str:
-    """A name further down."""
+    """Append parts to the name of a folder; empty parts are left out."""
     if not is_remote(name):
         return str(Path(name, *parts))
     return "/".join((str(name).rstrip("/"), *filter(None, parts)))
 
 
 def path(name: str | os.PathLike[str]) -> AnyPath:
-    """For reading and writing whole files in place: a pathlib.Path, or epath.Path under gs://."""
+    """The path by which files are read and written where they are: under gs://, in the bucket."""
     if not is_remote(name):
         return Path(name)
     from etils import epath
@@ -55,7 +55,7 @@ def path(name: str | os.PathLike[str]) -> AnyPath:
 
 
 def local(name: str | os.PathLike[str]) -> Path:
-    """The place on this machine's disks."""
+    """The path on this machine: of a name under gs://, the path of its copy in the cache."""
     if not is_remote(name):
         return Path(name)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -64,8 +64,8 @@ def local(name: str | os.PathLike[str]) -> Path:
 
 @functools.cache
 def _bucket() -> "gcsfs.GCSFileSystem":
-    """The client of Cloud Storage; other processes write too, so it remembers no listing."""
-    logging.getLogger("gcsfs").setLevel("CRITICAL")  # its retries; one line is ours
+    """The client of Cloud Storage; it keeps no listings, because other processes write too."""
+    logging.getLogger("gcsfs").setLevel("CRITICAL")  # it logs each retry; we raise one line
     try:
         import fsspec.config
         import gcsfs
@@ -76,8 +76,8 @@ def _bucket() -> "gcsfs.GCSFileSystem":
 
 
 @contextlib.contextmanager
-def told(name: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn whatever Cloud Storage or the network raises about `name` into one line."""
+def errors_about(name: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what Cloud Storage or the network raises about `name` into a UserError of one line."""
     try:
         yield
     except UserError:
@@ -89,8 +89,8 @@ def told(name: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def named(name: str | os.PathLike[str]) -> Iterator[None]:
-    """Tell errors about a place in the cache as what they are: about the name under gs://."""
+def errors_about_copy(name: str | os.PathLike[str]) -> Iterator[None]:
+    """Let a UserError about the cached copy of `name` mention `name` and not the cache's path."""
     try:
         yield
     except UserError as error:
@@ -100,7 +100,7 @@ def named(name: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _reason(name: str, error: Exception) -> str:
-    """What is wrong, and the way out."""
+    """Say in one line what Cloud Storage refused, and the way out."""
     line = first_line(error)
     root = "gs://" + name.removeprefix("gs://").split("/")[0]
     if isinstance(error, FileNotFoundError):
@@ -115,99 +115,100 @@ def _reason(name: str, error: Exception) -> str:
 
 
 def check_writable(name: str) -> None:
-    """Try whether a folder under gs:// can be written; nothing is left there.
+    """Check that a folder under gs:// can be written, by a file that is removed again.
 
     Raises:
         UserError: no gcsfs, no network, no bucket, no credentials or not the right to write.
     """
     if is_remote(name):
         probe = join(name, f"probe-{uuid.uuid4().hex}")
-        with told(name):
+        with errors_about(name):
             _bucket().pipe_file(probe, b"")
             _bucket().rm_file(probe)
 
 
 def exists(name: str | os.PathLike[str]) -> bool:
-    """Whether a file or folder is there."""
+    """Whether there is a file or folder of this name."""
     if not is_remote(name):
         return os.path.exists(name)
-    with told(name):
+    with errors_about(name):
         return _bucket().exists(str(name))
 
 
 def is_folder(name: str) -> bool:
-    """Whether a folder is there."""
+    """Whether there is a folder of this name."""
     if not is_remote(name):
         return os.path.isdir(name)
-    with told(name):
+    with errors_about(name):
         return _bucket().isdir(name)
 
 
 def glob(pattern: str) -> list[str]:
-    """All names that match, sorted."""
+    """All names of files and folders that match a pattern, in which ** is any depth; sorted."""
     if not is_remote(pattern):
         return sorted(disk.glob(pattern, recursive=True))
-    with told(pattern):
+    with errors_about(pattern):
         return sorted(f"gs://{found}" for found in _bucket().glob(pattern))
 
 
 def files(folder: AnyPath) -> list[str]:
-    """All files below a folder, as names in it, sorted."""
+    """All files below a folder, relative to it and sorted: ["a.txt", "b/c.txt"]."""
     if is_remote(folder):
         return sorted(name.removeprefix(f"{folder}/") for name in _listed(str(folder)))
     return sorted(found.relative_to(folder).as_posix() for found in folder.rglob("*")
                   if not found.is_dir())
 
 
-def open_binary(name: str | os.PathLike[str]) -> Any:
+def open_binary(name: str | os.PathLike[str]) -> io.BufferedReader:
     """Open a file for reading bytes."""
     if not is_remote(name):
         return open(name, "rb")
-    with told(name):
+    with errors_about(name):
         return io.BufferedReader(_bucket().open(name, "rb"), 2**20)
 
 
 def remove(folder: AnyPath, first: str) -> None:
-    """Delete a folder under gs://, one of its files before all others."""
+    """Delete a folder under gs://, and its file named `first` before all others."""
     for name in sorted(files(folder), key=lambda name: name != first):
         with contextlib.suppress(FileNotFoundError):
             _bucket().rm_file(str(folder / name))
 
 
 def fetch(name: str | os.PathLike[str]) -> Path:
-    """Make the place of a file or folder on this machine what it is under gs://.
+    """Download a file or folder into the cache; what is no longer in the bucket is deleted there.
 
-    Files that are the same already, by their checksums, stay.
+    Files whose checksums agree already are not downloaded again.
 
     Returns:
-        The place; of a name that is not under gs://, itself.
+        The path of the copy; of a name without gs://, the name itself.
     """
-    place = local(name)
+    copy = local(name)
     if is_remote(name):
-        with told(name):
+        with errors_about(name):
             found = _listed(str(name))
             for file, checksum in found.items():
                 if _checksum(local(file)) != checksum:
                     _fetch_file(file, local(file), checksum)
-        for file in files(place) if place.is_dir() else []:
+        for file in files(copy) if copy.is_dir() else []:
             if join(name, file) not in found and UNFINISHED not in file:
-                (place / file).unlink(missing_ok=True)
+                (copy / file).unlink(missing_ok=True)
         if not found:
-            shutil.rmtree(place, ignore_errors=True)
-    return place
+            shutil.rmtree(copy, ignore_errors=True)
+    return copy
 
 
 def upload(name: str | os.PathLike[str], *parts: str) -> None:
-    """Take up what is at the place of a folder, or these parts of it, where it differs.
+    """Upload those files of a folder's copy, or of these parts of it, that differ in the bucket.
 
-    Nothing is removed under gs://, and manifests come last.
+    Nothing is removed in the bucket, and manifests are uploaded last. A name without gs:// is left
+    as it is.
     """
     if not is_remote(name):
         return
     for top in (join(name, part) for part in parts or ("",)):
-        place = local(top)
-        here = [join(top, file) for file in files(place)] if place.is_dir() else [top]
-        with told(name):
+        copy = local(top)
+        here = [join(top, file) for file in files(copy)] if copy.is_dir() else [top]
+        with errors_about(name):
             there = _listed(top)
             for file in sorted(here, key=lambda file: file.endswith(LAST)):
                 if local(file).is_file() and there.get(file) != _checksum(local(file)):
@@ -215,13 +216,13 @@ def upload(name: str | os.PathLike[str], *parts: str) -> None:
 
 
 def _listed(name: str) -> dict[str, str]:
-    """Each file below a name, or the name itself → its checksum."""
+    """The CRC32C of each file below a name under gs://, or of the file that it names."""
     found = _bucket().find(name, detail=True)
     return {f"gs://{key}": info["crc32c"] for key, info in found.items() if info["type"] == "file"}
 
 
 def _checksum(file: Path) -> str:
-    """CRC32C of a file's content, as Cloud Storage writes it; "" where there is no file."""
+    """The CRC32C of a file's content in Cloud Storage's form; "" where there is no file."""
     import google_crc32c
 
     if not file.is_file():
@@ -233,14 +234,58 @@ def _checksum(file: Path) -> str:
     return base64.b64encode(checksum.digest()).decode()
 
 
-def _fetch_file(name: str, place: Path, checksum: str) -> None:
-    """Whole or not at all, whoever else fetches it."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    new = place.with_name(f"{place.name}{UNFINISHED}{uuid.uuid4().hex}")
-    try:
+def _fetch_file(name: str, path: Path, checksum: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as new:
         _bucket().get_file(name, str(new))
         if _checksum(new) != checksum:
             raise UserError(f"{name} did not arrive as it is there (its CRC32C differs): try again")
-        new.replace(place)
+
+
+@contextlib.contextmanager
+def whole_file(path: AnyPath) -> Iterator[AnyPath]:
+    """Give a path to write a file at, and rename that file to `path` when the block ends.
+
+    So `path` holds either what it held before or the whole new file, even if the power fails, and
+    several processes may write it at once. Under gs:// an object appears whole when it is closed,
+    and the path given is `path` itself.
+    """
+    if is_remote(path):
+        yield path
+        return
+    new = path.with_name(f"{path.name}{UNFINISHED}{uuid.uuid4().hex}")
+    try:
+        yield new
+        sync(new)
+        new.replace(path)
+        sync(path.parent)
     finally:
         new.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder to fill, and put it in the place of `path` when the block ends.
+
+    Only one process may do so at a time; what a killed one left behind is cleared first.
+    """
+    new = path.with_name(path.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        shutil.rmtree(path, ignore_errors=True)
+        new.rename(path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def sync(path: AnyPath) -> None:
+    """Write a file, or the names in a folder, through to the disk; under gs:// they are already."""
+    if is_remote(path):
+        return
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
