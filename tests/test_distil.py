@@ -14,7 +14,7 @@ from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import held_out
 from distilbert_jax.jobs import distil
 from distilbert_jax.models import convert
-from distilbert_jax.training.train import read_metrics
+from distilbert_jax.training.metrics_log import read_metrics
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")

@@ -7,8 +7,6 @@ import time
 import pytest
 from test_two_processes import alone, assert_same, distil, start  # noqa: F401
 
-from distilbert_jax.machine import processes
-
 pytest.importorskip("transformers")
 LOST = re.compile(r"^error: another process of this run is lost \((.*)\); the same command, "
                   "started on every host, goes on from the last checkpoint$", re.M)
@@ -65,33 +63,3 @@ def test_four_processes_of_which_one_and_then_all_are_killed_train_the_same(toy,
     assert not (output / "student").exists()
     distil(toy, output, 1)
     assert_same(output, alone)
-
-
-def test_updates_that_no_longer_come(monkeypatch):
-    lost = []
-    monkeypatch.setattr(processes, "UPDATE_SECONDS", 0.2)
-    monkeypatch.setattr(processes, "give_up", lost.append)
-    monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
-    with processes.Watch() as watch:
-        for _ in range(30):
-            watch.beat()
-            time.sleep(0.01)
-        assert not lost
-        time.sleep(0.5)
-        assert set(lost) == {"no update was completed for 0.2 s"}
-    ended = len(lost)
-    time.sleep(0.2)
-    assert len(lost) == ended
-
-
-def test_only_the_loss_of_another_process_is_one(monkeypatch):
-    try:
-        raise ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer\nat: ...")
-    except ValueError as cause:
-        error = RuntimeError("update 3 cannot be saved")
-        error.__cause__ = cause
-    assert processes.find_loss(error) == ""  # a process alone
-    monkeypatch.setattr(processes.jax.distributed, "is_initialized", lambda: True)
-    assert processes.find_loss(error) == (
-        "UNKNOWN: Gloo all-reduce failed: Connection closed by peer")
-    assert processes.find_loss(RuntimeError("RESOURCE_EXHAUSTED: out of memory")) == ""

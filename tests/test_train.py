@@ -23,6 +23,7 @@ from distilbert_jax.errors import UserError
 from distilbert_jax.models.encoder import graphdef
 from distilbert_jax.models.student import student_config, student_params
 from distilbert_jax.training import train as loop
+from distilbert_jax.training.metrics_log import read_metrics
 from distilbert_jax.training.optimizer import make_optimizer
 from distilbert_jax.training.train_step import Objective, init_state, make_train_step
 
@@ -83,7 +84,7 @@ def aligned(x):
 def metrics(output):
     """The figures in metrics.jsonl, without the clock."""
     return [{k: v for k, v in line.items() if k not in ("seconds", "waiting")}
-            for line in loop.read_metrics(output)]
+            for line in read_metrics(output)]
 
 
 def assert_same(output, state, straight):
@@ -115,7 +116,7 @@ def test_one_compilation_and_a_start_that_stays(job, tmp_path, caplog):
 def test_what_a_run_writes(job, straight):
     output, state = straight
     assert state.step == STEPS
-    lines = loop.read_metrics(output)
+    lines = read_metrics(output)
     assert [line["step"] for line in lines] == [0, 2, 3, 4, 4, 6, 6, STEPS, STEPS]
     evaluated = {line["step"]: line["mlm_loss"] for line in lines if "mlm_loss" in line}
     assert list(evaluated) == [0, 3, 4, 6, STEPS]  # every fourth, and what is saved
@@ -148,7 +149,7 @@ def test_after_a_crash_it_goes_on_from_the_last_checkpoint(job, straight, tmp_pa
     with pytest.raises(RuntimeError, match="power cut"):
         job.train(tmp_path, evaluate=evaluate)
     log = tmp_path / "metrics.jsonl"
-    assert [line["step"] for line in loop.read_metrics(tmp_path)] == [0, 2, 3, 4, 4, 6]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 2, 3, 4, 4, 6]
     log.write_text(log.read_text() + '{"step": 6, "tok')  # cut off
     assert_same(tmp_path, job.train(tmp_path), straight)
     assert_same(tmp_path, job.train(tmp_path), straight)  # nothing is left to do
@@ -172,9 +173,9 @@ def test_a_signal_saves_and_stops(number, job, straight, tmp_path):
             job.train(tmp_path)
     assert signal.getsignal(number) == before
     assert (tmp_path / "checkpoints" / "5").is_dir()
-    seconds = loop.read_metrics(tmp_path)[-1]["seconds"]
+    seconds = read_metrics(tmp_path)[-1]["seconds"]
     assert_same(tmp_path, job.train(tmp_path), straight)
-    assert loop.read_metrics(tmp_path)[-1]["seconds"] > seconds
+    assert read_metrics(tmp_path)[-1]["seconds"] > seconds
 
 
 def test_fewer_steps_than_are_done(job, straight, tmp_path, capfd):
@@ -231,7 +232,7 @@ def test_skipped_updates_are_counted_and_logged(job, tmp_path, capfd):
     config = dataclasses.replace(job.run.config, max_skipped=3)
     options = dict(train_step=spoilt(job, [2, 3, 5]), config=config)
     state = job.train(tmp_path / "a", **options)
-    lines = loop.read_metrics(tmp_path / "a")
+    lines = read_metrics(tmp_path / "a")
     assert [x["step"] for x in lines if x.get("train_skipped")] == [2, 3, 5]
     assert {path.name for path in (tmp_path / "a" / "checkpoints").iterdir()} == {"6", str(STEPS)}
     said = capfd.readouterr().err
@@ -255,24 +256,10 @@ def test_too_many_skipped_updates_in_a_row(job, tmp_path):
 
 
 def test_a_stop_amid_skipped_updates_hides_none(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop._StopSignal, "asked", lambda self: True)
+    monkeypatch.setattr(loop.StopSignal, "asked", lambda self: True)
     with pytest.raises(loop.Interrupted, match="the last checkpoint is of update 0; the same"):
         job.train(tmp_path, train_step=spoilt(job, [1]))
     assert not list((tmp_path / "checkpoints").iterdir())
-
-
-def test_a_second_signal_acts_at_once():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
-    try:
-        with loop._StopSignal(mesh_of("8x1")) as stop:
-            assert not stop.asked()
-            signal.raise_signal(signal.SIGINT)
-            assert stop.asked()
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def test_a_continuation_on_another_mesh(job, straight, tmp_path):

@@ -55,8 +55,9 @@ from distilbert_jax.models import bert, convert, distilbert, student
 from distilbert_jax.models.encoder import EncoderConfig, graphdef, init_params
 from distilbert_jax.training.checkpoint import refuse_other_run
 from distilbert_jax.training.labels import Vocabulary, vocabulary
+from distilbert_jax.training.metrics_log import read_metrics
 from distilbert_jax.training.optimizer import make_optimizer
-from distilbert_jax.training.train import Run, read_metrics, train
+from distilbert_jax.training.train import Run, train
 from distilbert_jax.training.train_step import (
     Objective,
     init_state,

@@ -1,9 +1,9 @@
-"""Several processes as one run: they find each other, and all end when one of them is lost.
+"""Several processes as one run: they find each other, stop together, and end when one is lost.
 
-A process that is killed closes its connections, and the next collective fails in the others. One
-that is stopped, or whose host is gone, sends no heartbeat any more, and JAX calls abort() in the
-others. One that is alive but stuck stops the updates of all. Each way ends in one line that says
-so and exit code 75.
+When a process is killed, its connections close, and the next collective fails in the others. When
+one is suspended, or its host is gone, its heartbeat is missing, and JAX calls abort() in the
+others. When one is alive but stuck, no update of any process is completed. In each case the others
+print one line that says so and exit with code 75.
 """
 
 import ctypes
@@ -13,24 +13,29 @@ import signal
 import sys
 import threading
 import time
+from types import TracebackType
 from typing import NoReturn
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
 
 from distilbert_jax.errors import UserError, first_line
+from distilbert_jax.machine.sharding import one_each, replicated
 
-GO_ON = 75  # EX_TEMPFAIL, the exit code: the same command goes on
-HEARTBEAT_SECONDS = 60  # a process that is silent for so long is lost
-SHUTDOWN_SECONDS = 30  # that a process which has ended waits for the others
-UPDATE_SECONDS = 1800  # an update, compiled, evaluated and saved, takes less
+GO_ON = 75  # exit code EX_TEMPFAIL: the same command continues the run
+HEARTBEAT_SECONDS = 60  # a process without a heartbeat for this long is lost
+SHUTDOWN_SECONDS = 30  # how long a process that has ended waits for the others
+UPDATE_SECONDS = 1800  # more than an update takes, with compilation, evaluation and saving
 
 
 def connect() -> None:
-    """Join the other processes of the run, if the environment says that there are any.
+    """Join the other processes of the run, if environment variables say that there are any.
 
-    Either JAX_COORDINATOR_ADDRESS (host:port of the first one), JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID are set, or several workers of a TPU slice (TPU_WORKER_HOSTNAMES) are known to
-    JAX itself. All but the first are silent.
+    These are JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID; on a TPU slice TPU_WORKER_HOSTNAMES with several workers, which JAX reads by
+    itself. All processes but the first print nothing to standard output.
 
     Raises:
         UserError: only some are set, or they are not numbers, or the others do not answer.
@@ -63,7 +68,11 @@ def connect() -> None:
 
 
 def find_loss(error: BaseException | None) -> str:
-    """What an error, or one behind it, tells of another process that is lost; "" for nothing."""
+    """Search an error and its causes for the loss of another process.
+
+    Returns:
+        The first line of the error that says so; "" if none does, or there is no other process.
+    """
     while error is not None and jax.distributed.is_initialized():
         if re.search("Gloo|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED", str(error)):
             return first_line(error)
@@ -72,7 +81,11 @@ def find_loss(error: BaseException | None) -> str:
 
 
 def give_up(what: str) -> NoReturn:
-    """Say that another process is lost, and end this one at once: nobody answers any more."""
+    """Print that another process is lost, and exit at once, because any collective would hang.
+
+    Args:
+        what: how the loss was noticed.
+    """
     os.write(2, f"\nerror: another process of this run is lost ({what}); the same command, started "
                 "on every host, goes on from the last checkpoint\n".encode())
     os._exit(GO_ON)
@@ -80,12 +93,12 @@ def give_up(what: str) -> NoReturn:
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _aborted(_: int) -> None:
-    """Stands in for the end by SIGABRT, which is all that JAX does where a heartbeat is missing."""
+    """Handle the SIGABRT by which JAX ends a process when a heartbeat is missing."""
     give_up(f"JAX heard nothing of it for {HEARTBEAT_SECONDS} s, or lost the first one: see above")
 
 
 class Watch:
-    """Gives up where no update is completed for UPDATE_SECONDS; a single process is not watched."""
+    """Ends one of several processes when no update is completed for UPDATE_SECONDS; use `with`."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
@@ -100,10 +113,50 @@ class Watch:
         self._ended.set()
 
     def beat(self) -> None:
-        """Note that an update is completed."""
+        """Report that an update is completed."""
         self._last = time.monotonic()
 
     def _look(self) -> None:
         while not self._ended.wait(min(UPDATE_SECONDS / 4, 10)):
             if time.monotonic() - self._last > UPDATE_SECONDS:
                 give_up(f"no update was completed for {UPDATE_SECONDS} s")
+
+
+class StopSignal:
+    """Turns Ctrl-C and SIGTERM into a flag that the loop reads between updates; use it in `with`.
+
+    One of several processes may get the signal alone, or earlier than another, but all have to
+    stop at the same update. So at every update the largest flag of all processes is computed.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._signal = 0
+        self._sharding = one_each(mesh)
+        self._largest = jax.jit(jnp.max, out_shardings=replicated(mesh))
+        self._asked: jax.Array | None = None
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def asked(self) -> bool:
+        """Whether to stop now; each of several processes must call it after every update.
+
+        With several the answer is that of the update before, so that nobody waits for it.
+        """
+        if jax.process_count() == 1:
+            return bool(self._signal)
+        asked, devices = self._asked, self._sharding.mesh.size
+        flags = jax.make_array_from_callback(
+            (devices,), self._sharding, lambda _: np.array([self._signal], np.int32))
+        self._asked = self._largest(flags)
+        return asked is not None and bool(asked)
+
+    def _note(self, number: int, _: object) -> None:
+        self._signal = number
+        signal.signal(number, self._before[number])  # a second one acts at once

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilbert_jax.errors import UserError, first_line
+from distilbert_jax.errors import UserError
 
 if TYPE_CHECKING:
     import gcsfs
@@ -101,15 +101,16 @@ def errors_about_copy(name: str | os.PathLike[str]) -> Iterator[None]:
 
 def _reason(name: str, error: Exception) -> str:
     """Say in one line what Cloud Storage refused, and the way out."""
-    line = first_line(error)
+    text = str(error).strip() or type(error).__name__
+    line = text.replace("\n", " ")[:200]  # the second one says which right is missing
     root = "gs://" + name.removeprefix("gs://").split("/")[0]
     if isinstance(error, FileNotFoundError):
         return (f"not found ({line}); is there a bucket {root}? gcloud storage buckets create "
                 f"{root}")
-    if getattr(error, "code", None) == 401 or "credentials" in str(error).lower():
+    if getattr(error, "code", None) == 401 or "credentials" in line.lower():
         return (f"no credentials that are accepted ({line}); run gcloud auth application-default "
                 "login, or give the machine a service account")
-    if "Forbidden" in str(error):
+    if "Forbidden" in line:
         return f"not permitted ({line}); the account needs the role Storage Object Admin in {root}"
     return line
 
