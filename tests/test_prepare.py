@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from distilbert_jax.config import PrepareConfig
-from distilbert_jax.data import pack, sources, tokenize
-from distilbert_jax.data import prepare as module
+from distilbert_jax.data import blocks, pack, sources, tokenize
 from distilbert_jax.data.prepare import prepare
+from distilbert_jax.data.workers import Workers
 from distilbert_jax.errors import UserError
 
 pytest.importorskip("transformers")
@@ -40,7 +40,7 @@ def config(tmp_path):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Eleven or so of them."""
-    monkeypatch.setattr(module, "BLOCK_CHARACTERS", 3000)
+    monkeypatch.setattr(blocks, "BLOCK_CHARACTERS", 3000)
 
 
 def unpack(part):
@@ -64,7 +64,7 @@ def names(folder):
 @pytest.mark.parametrize("characters", [3000, 10**6])
 def test_it_holds_every_piece_and_counts_right(
         characters, tmp_path, config, tokenizer, monkeypatch):
-    monkeypatch.setattr(module, "BLOCK_CHARACTERS", characters)
+    monkeypatch.setattr(blocks, "BLOCK_CHARACTERS", characters)
     folder = tmp_path / "deep" / "data"
     prepared = prepare(config(), tokenizer, folder)
     for part, held_out in ((prepared.train, False), (prepared.valid, True)):
@@ -104,7 +104,7 @@ def test_workers_and_parts_give_the_same_bytes(tmp_path, config, tokenizer, smal
 
 def test_it_goes_on_where_it_stopped(tmp_path, config, tokenizer, small_blocks, monkeypatch):
     prepare(config(), tokenizer, tmp_path / "straight")
-    write, written = module.Shards.write, []
+    write, written = blocks.Shards.write, []
 
     def count_and_stop(self, block):
         if len(written) in (3, 5):
@@ -113,7 +113,7 @@ def test_it_goes_on_where_it_stopped(tmp_path, config, tokenizer, small_blocks, 
         written.append(block.number)
         return write(self, block)
 
-    monkeypatch.setattr(module.Shards, "write", count_and_stop)
+    monkeypatch.setattr(blocks.Shards, "write", count_and_stop)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             prepare(config(), tokenizer, tmp_path / "data")
@@ -126,6 +126,7 @@ def test_it_goes_on_where_it_stopped(tmp_path, config, tokenizer, small_blocks, 
     assert seen == sorted(seen)
     assert seen[-1] == (len(TEXTS), sum(
         part.manifest["tokens"] for part in (prepared.train, prepared.valid)))
+
 
 def test_an_unfinished_preparation_of_something_else_is_refused(
         tmp_path, config, tokenizer, small_blocks):
@@ -141,15 +142,15 @@ def test_killed_and_started_again(tmp_path, config, tokenizer, small_blocks):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     settings = config(workers=2)
     code = ("from distilbert_jax.config import PrepareConfig\n"
-            "from distilbert_jax.data import prepare, tokenize\n"
-            f"prepare.BLOCK_CHARACTERS = 3000\n"
+            "from distilbert_jax.data import blocks, prepare, tokenize\n"
+            "blocks.BLOCK_CHARACTERS = 3000\n"
             f"prepare.prepare({settings!r}, tokenize.load_tokenizer("
             f"{str(tmp_path / 'tokenizer')!r}, None), {str(tmp_path / 'data')!r})")
     command = [sys.executable, "-c", code]
     partial = tmp_path / "data.partial"
-    for blocks in (1, 4):
+    for number in (1, 4):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list(partial.glob("block-*.json"))) < blocks:
+        while process.poll() is None and len(list(partial.glob("block-*.json"))) < number:
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -160,21 +161,21 @@ def test_killed_and_started_again(tmp_path, config, tokenizer, small_blocks):
 
 def test_a_worker_that_dies(tmp_path, config, tokenizer, small_blocks, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # searched after our own package
-    start = module._Workers._start
+    start = Workers._start
 
     def start_and_kill(self):
         process = start(self)
         process.kill()
         return process
 
-    monkeypatch.setattr(module._Workers, "_start", start_and_kill)
+    monkeypatch.setattr(Workers, "_start", start_and_kill)
     with pytest.raises(UserError, match=r"ended .code -9.: out of memory\? give fewer --workers"):
         prepare(config(workers=2), tokenizer, tmp_path / "data")
     assert names(tmp_path) == ["corpus.txt"]
 
 
 def test_a_full_disk(tmp_path, config, tokenizer, small_blocks, monkeypatch):
-    write = module._write
+    write = blocks.write
 
     def full(path, data):
         if path.name == "train-00002.npy":
@@ -182,7 +183,7 @@ def test_a_full_disk(tmp_path, config, tokenizer, small_blocks, monkeypatch):
         write(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_write", full)
+        patch.setattr(blocks, "write", full)
         with pytest.raises(UserError, match="data cannot be written: No space left on"):
             prepare(config(), tokenizer, tmp_path / "data")
     prepare(config(), tokenizer, tmp_path / "data")

@@ -46,7 +46,7 @@ def tokenizers():
 @few(max_examples=60)
 @given(st.lists(TEXT, max_size=8), st.integers(0, 2))
 def test_words_and_whole_documents_give_the_same_ids(tokenizers, documents, which):
-    encoder = tokenize.Encoder(tokenize.spec(tokenizers[which]))
+    encoder = tokenize.TextEncoder(tokenize.spec(tokenizers[which]))
     assert encoder._by_words == (which < 2)  # the last one is not BERT's
     expected, sizes = encoder._whole(documents)
     ids, found = encoder(documents)
@@ -59,7 +59,7 @@ def test_real_korean_and_english_by_words(shared):
         with gzip.open(shared / folder / "train.jsonl.gz", "rt", encoding="utf-8") as file:
             texts = [json.loads(next(file))["text"] for _ in range(count)]
         tokenizer = tokenize.load_tokenizer(str(shared / "minilm-l6"), None)
-        encoder = tokenize.Encoder(tokenize.spec(tokenizer))
+        encoder = tokenize.TextEncoder(tokenize.spec(tokenizer))
         assert encoder._by_words
         for ours, theirs in zip(encoder(texts), encoder._whole(texts), strict=True):
             np.testing.assert_array_equal(ours, theirs)
@@ -86,7 +86,7 @@ def test_a_corpus_is_prepared_or_refused_in_one_line(
     spec = tokenize.spec(tokenizer)
     for part, held_out in ((prepared.train, False), (prepared.valid, True)):
         own = [d for d in kept if sources.is_held_out(d, share) == held_out]
-        ids, sizes = tokenize.Encoder(spec)(own)
+        ids, sizes = tokenize.TextEncoder(spec)(own)
         pieces = -(-sizes // (length - 2))
         expected = np.bincount(ids, minlength=spec.size)
         expected[[spec.cls_id, spec.sep_id]] += pieces.sum()

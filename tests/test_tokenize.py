@@ -27,7 +27,7 @@ def folder(tmp_path):
 def pieces(tokenizer, documents, length):
     """The pieces of documents, as lists."""
     spec = tokenize.spec(tokenizer)
-    ids, sizes = tokenize.cut(*tokenize.Encoder(spec)(documents), length, spec)
+    ids, sizes = tokenize.cut(*tokenize.TextEncoder(spec)(documents), length, spec)
     assert ids.dtype == spec.dtype and sizes.sum() == len(ids)
     return [piece.tolist() for piece in np.split(ids, sizes.cumsum()[:-1])] if len(sizes) else []
 
@@ -106,9 +106,9 @@ def test_pieces_lose_nothing():
 def test_words_are_looked_up_only_where_that_gives_the_same():
     """Of BERT's own tokenizers, unless an added token may reach over a space."""
     tokenizer = tokenize.train_wordpiece(TEXTS, 200)
-    assert tokenize.Encoder(tokenize.spec(tokenizer))._by_words
+    assert tokenize.TextEncoder(tokenize.spec(tokenizer))._by_words
     tokenizer.add_tokens(["lazy dog"])
-    assert not tokenize.Encoder(tokenize.spec(tokenizer))._by_words
+    assert not tokenize.TextEncoder(tokenize.spec(tokenizer))._by_words
     (piece,) = pieces(tokenizer, ["the lazy dog"], 64)
     assert piece[-2] == tokenizer.convert_tokens_to_ids("lazy dog")
 

@@ -10,9 +10,9 @@ import tempfile
 import time
 
 from distilbert_jax.config import PrepareConfig
-from distilbert_jax.data import prepare, sources, tokenize
+from distilbert_jax.data import blocks, prepare, sources, tokenize
 
-CHARACTERS = 3 * prepare.BLOCK_CHARACTERS  # of the smaller corpus
+CHARACTERS = 3 * blocks.BLOCK_CHARACTERS  # of the smaller corpus
 TIMES = 10
 
 

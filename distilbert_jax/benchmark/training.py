@@ -377,7 +377,7 @@ def documents(
     """
     texts = list(itertools.islice(sources.Documents(config.corpus), DOCUMENTS))
     length, rows = config.sequence_length, config.batch_size
-    ids, sizes = tokenize.cut(*tokenize.Encoder(spec)(texts), length, spec)
+    ids, sizes = tokenize.cut(*tokenize.TextEncoder(spec)(texts), length, spec)
     counts = np.bincount(ids, minlength=spec.size)
     shard = pack.pack(ids, sizes, length, spec.pad_id)
     packed = pack.PackedRows(shard["row"], shard["segments"], counts, {})

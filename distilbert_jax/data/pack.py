@@ -30,7 +30,7 @@ OPEN_SHARDS = 256  # mapped at once; each takes an open file
 
 
 def best_fit(sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Give each piece a place in a row: best-fit decreasing.
+    """Choose a row for each piece, by best-fit decreasing.
 
     Each piece, longest first, goes to the row with the least room that still holds it. Rows are
     kept by their free room, and one integer has a bit set for each room that exists, so a piece
@@ -98,7 +98,7 @@ def pack(ids: np.ndarray, sizes: np.ndarray, length: int, pad_id: int) -> np.nda
 
 @functools.lru_cache(OPEN_SHARDS)
 def _shard(path: pathlib.Path, digest: str) -> np.ndarray:
-    """Map a shard; `digest` tells it from another one that lay there before."""
+    """Map a shard into memory; `digest` keeps the cache from answering with an older file."""
     return np.load(path, mmap_mode="r")
 
 
@@ -107,7 +107,15 @@ class Column:
 
     def __init__(self, folder: pathlib.Path, shards: Sequence[dict[str, Any]], field: str,
                  width: int, dtype: np.dtype) -> None:
-        """`shards` as in the manifest; narrower fields are filled up with 0."""
+        """Open a column.
+
+        Args:
+            folder: of the shards.
+            shards: their entries in the manifest.
+            field: "row" or "segments".
+            width: numbers in a row, W; shards with fewer are filled up with 0.
+            dtype: of the numbers.
+        """
         self._files = [(folder / shard["file"], shard["sha256"]) for shard in shards]
         self._ends = np.cumsum([shard["rows"] for shard in shards])
         self._field = field
@@ -133,7 +141,7 @@ class Column:
 
 @dataclasses.dataclass(frozen=True)
 class PackedRows:
-    """One prepared part."""
+    """One part of a prepared folder, "train" or "valid"."""
 
     rows: Column | np.ndarray  # [R, T] unsigned
     segments: Column | np.ndarray  # [R, S] uint16
@@ -141,13 +149,13 @@ class PackedRows:
     manifest: dict[str, Any]
 
     def __len__(self) -> int:
-        """Rows."""
+        """How many rows there are, R."""
         return len(self.rows)
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A prepared folder."""
+    """Both parts of a prepared folder, and its manifest."""
 
     train: PackedRows
     valid: PackedRows
@@ -207,18 +215,18 @@ def _check_files(folder: pathlib.Path, files: Sequence[dict[str, Any]], verify: 
 
 
 def sha256(path: pathlib.Path) -> str:
-    """Of a file's content, in hexadecimal digits."""
+    """The SHA-256 of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def is_prepared(folder: str | pathlib.Path) -> bool:
-    """Whether the folder claims to be prepared data."""
+def has_manifest(folder: str | pathlib.Path) -> bool:
+    """Whether a folder, also under gs://, claims to be prepared data."""
     return store.exists(store.join(folder, MANIFEST))
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-    """The manifest of a prepared folder.
+    """Read the manifest of a prepared folder.
 
     Raises:
         UserError: there is none, or it is damaged.

@@ -90,10 +90,10 @@ def check(names: Sequence[str]) -> None:
 
 
 def describe(names: Sequence[str]) -> list[list[str | int]]:
-    """What identifies a corpus: [name, bytes, hash] of each file, [name] of anything else.
+    """Identify a corpus by [name, bytes, hash] of each file, and [name] of anything else.
 
-    A file that was copied or downloaded again is the same. The hash is of its first and last
-    ENDS bytes: a change between them that keeps the length is not seen.
+    A copy of a file has the same name, bytes and hash. The hash is of its first and last ENDS
+    bytes: a change between them that keeps the length is not seen.
 
     Raises:
         UserError: a source does not exist, or cannot be read.
@@ -134,7 +134,7 @@ def is_held_out(document: str, share: float) -> bool:
 
 
 def _resolve(name: str) -> list[tuple[str, str]]:
-    """A word as (key of SOURCES, what its function is given), globs spelled out."""
+    """Split a word of --corpus into sources, each a key of SOURCES and its function's argument."""
     if name == "python-docs":
         return [("python-docs", "")]
     paths = [name] if store.exists(name) else store.glob(name)
@@ -177,7 +177,7 @@ def _json_lines(path: str) -> Iterator[str]:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a file, from 1, unpacked when its name ends in .gz or .zst."""
+    """The lines of a file with their numbers, from 1; unpacked if its name ends in .gz or .zst."""
     packed = pathlib.Path(path).suffix
     unpack = OPENERS[packed][1] if packed in OPENERS else lambda raw: raw
     try:
@@ -207,7 +207,7 @@ def _parquet(path: str) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
-    with _told(path), pyarrow.parquet.ParquetFile(
+    with _errors_about(path), pyarrow.parquet.ParquetFile(
             store.open_binary(path) if store.is_remote(path) else path) as file:
         fields = file.schema_arrow
         strings = [field.name for field in fields if field.type in (
@@ -251,7 +251,7 @@ def _no_text(where: str, columns: Iterable[str]) -> UserError:
 
 def _saved_folder(path: str) -> Iterator[str]:
     datasets = _library("datasets", path)
-    with _told(path):
+    with _errors_about(path):
         saved = datasets.load_from_disk(store.fetch(path))
         if isinstance(saved, datasets.DatasetDict):
             saved = saved[choose("train", saved, f"split in {path}:")]
@@ -262,16 +262,16 @@ def _saved_folder(path: str) -> Iterator[str]:
 def _hub(name: str) -> Iterator[str]:
     datasets = _library("datasets", f"hf:{name}")
     repository, _, config = name.partition(":")
-    with _told(f"hf:{name}"):
+    with _errors_about(f"hf:{name}"):
         for record in datasets.load_dataset(
                 repository, config or None, split="train", streaming=True):
             yield _text(record, f"hf:{name}")
 
 
 def _tfds(name: str) -> Iterator[str]:
-    """Needs no TensorFlow where the dataset was prepared with file_format="array_record"."""
+    """Read a TensorFlow dataset; one in file_format="array_record" needs no TensorFlow."""
     tfds = _library("tensorflow_datasets", f"tfds:{name}")
-    with _told(f"tfds:{name}"):
+    with _errors_about(f"tfds:{name}"):
         for record in tfds.data_source(name, split="train"):
             yield _text(record, f"tfds:{name}")
 
@@ -285,8 +285,8 @@ def _library(module: str, where: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _told(where: str) -> Iterator[None]:
-    """Turn whatever a data library or the hub raises into one line that names the source."""
+def _errors_about(where: str) -> Iterator[None]:
+    """Turn what a data library or the hub raises into a UserError of one line about a source."""
     try:
         yield
     except UserError:
@@ -297,7 +297,7 @@ def _told(where: str) -> Iterator[None]:
 
 @functools.cache
 def _python_docs() -> tuple[str, ...]:
-    """Kept, because parsing costs seconds and one run may read the corpus several times."""
+    """The texts of python_docs, parsed once, because a run may read its corpus several times."""
     return tuple(python_docs())
 
 

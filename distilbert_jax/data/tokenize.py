@@ -28,7 +28,9 @@ MOST_CHARACTERS_KNOWN = 1000  # size of the alphabet of a learnt vocabulary, as 
 
 def load_tokenizer(
         folder: str, vocab_size: int | None) -> "transformers.PreTrainedTokenizerFast":
-    """The fast tokenizer of a Hugging Face folder or hub name, checked, nothing cut or padded.
+    """Load and check the fast tokenizer of a Hugging Face folder or hub name.
+
+    It neither truncates nor pads.
 
     Args:
         folder: holds tokenizer.json, or vocab.txt and config.json.
@@ -101,7 +103,7 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int) -> "transformers.
 
 
 def _count_words(documents: Iterable[str]) -> Counter[str]:
-    """Occurrences of each word, as BERT's normaliser and pre-tokeniser spell and split it."""
+    """Count the words that BERT's normaliser and pre-tokeniser make of the documents."""
     import tokenizers
 
     normaliser = tokenizers.normalizers.BertNormalizer()
@@ -134,7 +136,7 @@ def _known_words(words: Counter[str], room: int) -> dict[str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """All of a tokenizer that decides the rows, in a form that another process can be sent."""
+    """What decides the rows that a tokenizer gives, in a form that can be sent to a process."""
 
     backend: str  # the Rust tokenizer as JSON, neither cutting nor padding
     size: int
@@ -157,7 +159,7 @@ class Spec:
 
 
 def spec(tokenizer: "transformers.PreTrainedTokenizerFast") -> Spec:
-    """Take down a fast tokenizer with cls, sep, pad and mask tokens."""
+    """Make the Spec of a fast tokenizer with cls, sep, pad and mask tokens."""
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
@@ -166,11 +168,11 @@ def spec(tokenizer: "transformers.PreTrainedTokenizerFast") -> Spec:
                 tuple(sorted(tokenizer.all_special_ids)))
 
 
-class Encoder:
+class TextEncoder:
     """Documents → token ids; a special token spelt out in the text is read as ordinary text.
 
-    BERT's own tokenizers treat what lies between two spaces by itself, so each word of a block is
-    looked at once however often it occurs; others are given whole documents. Ids are the same.
+    BERT's own tokenizers treat the text between two spaces by itself, so of a block each different
+    word is encoded once, however often it occurs. Other tokenizers encode whole documents.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -186,7 +188,7 @@ class Encoder:
             token["special"] for token in parts["added_tokens"])
 
     def __call__(self, documents: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encode, without [CLS] and [SEP].
+        """Encode documents, without [CLS] and [SEP].
 
         Returns:
             The ids of all documents, one after the other, unsigned [N], and how many each has,
@@ -226,7 +228,7 @@ class _Numbers(dict[str, int]):
 
 def cut(ids: np.ndarray, sizes: np.ndarray, length: int, spec: Spec
         ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut documents into pieces that fit a row; nothing is dropped.
+    """Cut documents into pieces that fit a row, without dropping any token.
 
     Args:
         ids: of all documents, one after the other [N].

@@ -17,14 +17,15 @@ def export(
     folder: Path, params: dict[str, Any], config: EncoderConfig, family: ModuleType,
     tokenizer: Any, card: str,
 ) -> None:
-    """Write the folder, whole or not at all; an older one is replaced.
+    """Write a model as a Hugging Face folder, whole or not at all; an older one is replaced.
 
     Args:
-        folder: where.
+        folder: of the model.
         params: nested dict of arrays; stored as float32.
-        config, family: shape and names.
-        tokenizer: a fast tokenizer.
-        card: text of its README.md.
+        config: of the model.
+        family: module with the names that transformers gives to config and tensors.
+        tokenizer: a fast tokenizer, saved beside the model.
+        card: text of README.md.
     """
     tensors = {name: array.astype(np.float32) for name, array in to_hf(params, family).items()}
     description = {
