@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distilbert_jax.config import Masking, PrepareConfig
-from distilbert_jax.data import batches, prepare, sources, tokenize
+from distilbert_jax.data import batches, blocks, prepare, sources, tokenize
 from distilbert_jax.errors import UserError
 from distilbert_jax.models.convert import FAMILIES, from_hf, to_hf
 from distilbert_jax.models.encoder import EncoderConfig, abstract_params
@@ -76,7 +76,7 @@ def test_a_corpus_is_prepared_or_refused_in_one_line(
                            sequence_length=length, workers=1)
     kept = [d.strip() for d in documents if d.strip()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "BLOCK_CHARACTERS", block)
+        patch.setattr(blocks, "BLOCK_CHARACTERS", block)
         try:
             prepared = prepare.prepare(config, tokenizer, folder / "data")
         except UserError as error:
