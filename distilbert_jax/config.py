@@ -15,8 +15,15 @@ from distilbert_jax.errors import UserError, choose
 GROUPS = ("models", "data", "training", "losses", "devices", "output")  # of --help, in this order
 
 
+FREE = {"continued": "free"}  # may differ between a run and its continuation
+BY_CONTENT = {"continued": "by content"}  # a continuation compares what was read, not its name
+
+
 def _option(default: Any, group: str, text: str, **extra: Any) -> Any:
-    """A dataclass field that is also a command-line flag of the same name."""
+    """A dataclass field that is also a command-line flag of the same name.
+
+    A field belongs to the meaning of a run, unless `extra` holds FREE or BY_CONTENT.
+    """
     return dataclasses.field(default=default, metadata={"group": group, "help": text, **extra})
 
 
@@ -46,19 +53,20 @@ class DataConfig:
     corpus: tuple[str, ...] = _option(
         (), "data", "text, JSON-lines or parquet files (globs; .gz, .zst), a saved datasets "
         "folder, hf:NAME[:CONFIG], tfds:NAME, python-docs, or one folder that prepare.py made; "
-        "files and folders may lie under gs://; one line of text is one document", nargs="+")
+        "files and folders may lie under gs://; one line of text is one document", nargs="+",
+        **BY_CONTENT)
     mix: tuple[float, ...] = _option(
         (), "data", "a weight for each word of --corpus: documents are drawn in this ratio until "
         "one is used up; default: one corpus after the other", nargs="+", type=float)
     valid: tuple[str, ...] = _option(
         (), "data", "held-out corpus, named like --corpus; default: a part of the corpus, chosen "
-        "by the hash of each document", nargs="+")
+        "by the hash of each document", nargs="+", **BY_CONTENT)
     valid_share: float = _option(
         0.02, "data", "share of the documents held out when --valid is not given")
     sequence_length: int = _option(128, "data", "tokens in a packed row")
     workers: int = _option(
         0, "data", "processes that prepare the corpus; the result is the same; default: one for "
-        "each core")
+        "each core", **FREE)
 
     LARGEST_LENGTH = 2**16 - 1  # lengths of segments are stored as uint16
 
@@ -107,12 +115,13 @@ class TrainConfig(DataConfig):
     """What distillation and masked-language-model training have in common."""
 
     steps: int | None = _option(
-        None, "training", "updates; default: three passes over the corpus")
+        None, "training", "updates; default: three passes over the corpus", **FREE)
     batch_size: int = _option(128, "training", "rows per update, over all devices")
     accumulate: int = _option(
         1, "training", "micro-batches an update is cut into, to save memory; same result")
     remat: bool = _option(
-        False, "training", "compute each layer again for its gradient, to save memory; same result")
+        False, "training", "compute each layer again for its gradient, to save memory; same result",
+        **FREE)
     learning_rate: float = _option(5e-4, "training", "peak of the learning rate")
     warmup: float = _option(
         0.05, "training", "share of the updates over which the rate rises, before it falls to 0")
@@ -124,22 +133,22 @@ class TrainConfig(DataConfig):
         "auto", "devices", "float32, bfloat16 or float64 matrix products (float64: everything); "
         "auto is bfloat16 on TPU, GPU and CPUs with AMX, float32 on others")
     mesh: str = _option(
-        "", "devices", "DATAxMODEL, e.g. 8x1 or 4x2; default: all devices on data")
+        "", "devices", "DATAxMODEL, e.g. 8x1 or 4x2; default: all devices on data", **FREE)
     output: str = _option(
-        "output", "output", "folder for checkpoints, figures and the model; may be gs://BUCKET/NAME")
-    save_every: int = _option(500, "output", "updates between checkpoints")
-    eval_every: int = _option(250, "output", "updates between held-out evaluations")
+        "output", "output", "folder for checkpoints, figures and the model; may be gs://BUCKET/NAME",
+        **FREE)
+    save_every: int = _option(500, "output", "updates between checkpoints", **FREE)
+    eval_every: int = _option(250, "output", "updates between held-out evaluations", **FREE)
     keep: int = _option(
-        2, "output", "newest checkpoints to keep; the best by held-out loss is kept too")
+        2, "output", "newest checkpoints to keep; the best by held-out loss is kept too", **FREE)
     on_save_error: str = _option(
-        "stop", "output", "stop or continue when a checkpoint cannot be written (disk full)")
+        "stop", "output", "stop or continue when a checkpoint cannot be written (disk full)",
+        **FREE)
     max_skipped: int = _option(
         10, "training", "updates in a row without a finite loss and gradient, each of which is "
-        "skipped, before the run stops")
+        "skipped, before the run stops", **FREE)
 
-    # Fields that may differ between a run and its continuation; all others are its meaning.
-    HARMLESS = ("steps", "mesh", "remat", "output", "save_every", "eval_every", "keep",
-                "on_save_error", "max_skipped", "recipe", "workers", "compile_only")
+    MASKING = Masking()
     LARGEST_SEED = 2**32 - 1
 
     def __post_init__(self) -> None:
@@ -163,6 +172,11 @@ class TrainConfig(DataConfig):
         choose(self.on_save_error, ("stop", "continue"), "--on-save-error")
         choose(self.dtype, ("auto", "float32", "bfloat16", "float64"), "--dtype")
 
+    def meaning(self) -> dict[str, Any]:
+        """What a continuation must share, by flag; not what is known by its content."""
+        return {flag(field.name): getattr(self, field.name) for field in dataclasses.fields(self)
+                if "continued" not in field.metadata}
+
     def updates(self, rows: int) -> int:
         """Updates of the run on a corpus of so many rows: `steps`, or three passes."""
         return self.steps or max(1, math.ceil(3 * rows / self.batch_size))
@@ -173,7 +187,8 @@ class DistilConfig(TrainConfig):
     """A distillation: a teacher, which student, and the weights of the losses."""
 
     teacher: str = _option(
-        "", "models", "Hugging Face BERT folder, or hub name where there is a network")
+        "", "models", "Hugging Face BERT folder, or hub name where there is a network",
+        **BY_CONTENT)
     student_layers: str = _option(
         "", "models", "how many teacher layers to keep (evenly chosen), or which: 0,2,4,7,9,11; "
         "default: half of them")
@@ -192,8 +207,9 @@ class DistilConfig(TrainConfig):
         False, "losses", "KL and squared error on masked positions only, not on all real tokens")
     compile_only: str = _option(
         "", "devices", "a TPU topology, e.g. v5e:2x4: compile the update for it, on this machine, "
-        "and end: does it fit, and what would the run take")
-    recipe: str = _option("", "output", "a file of experiments/recipes that sets other defaults")
+        "and end: does it fit, and what would the run take", **FREE)
+    recipe: str = _option(
+        "", "output", "a file of experiments/recipes that sets other defaults", **FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -217,11 +233,14 @@ class PretrainConfig(TrainConfig):
     """Masked-language-model training of a BERT, from scratch or from a folder (adaptation)."""
 
     model: str = _option(
-        "", "models", "BERT folder to start from, with its tokenizer; default: from scratch")
+        "", "models", "BERT folder to start from, with its tokenizer; default: from scratch",
+        **BY_CONTENT)
     vocab_size: int = _option(8192, "models", "WordPiece vocabulary to learn, from scratch only")
     hidden_size: int = _option(256, "models", "width of the model, from scratch only")
     num_hidden_layers: int = _option(4, "models", "layers, from scratch only")
     num_attention_heads: int = _option(4, "models", "attention heads, from scratch only")
+
+    MASKING = Masking(smoothing=0.0)  # as BERT was trained; rare words first would be slow
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -7,7 +7,7 @@ from launch import launch
 
 from distilbert_jax.cli import parse
 from distilbert_jax.config import PretrainConfig
-from distilbert_jax.jobs.distil import pretrain
+from distilbert_jax.jobs.pretrain import pretrain
 
 
 def main(argv: list[str]) -> None:

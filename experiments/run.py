@@ -10,8 +10,10 @@ from launch import launch, recipes
 
 from distilbert_jax.cli import parse
 from distilbert_jax.config import DistilConfig, PretrainConfig
-from distilbert_jax.jobs.distil import check_job, distil, pretrain, scratch_shape
+from distilbert_jax.jobs.distil import distil
 from distilbert_jax.jobs.forecast import compile_only
+from distilbert_jax.jobs.pretrain import pretrain, scratch_shape
+from distilbert_jax.jobs.setup import check_job
 from distilbert_jax.machine import store
 from distilbert_jax.models import bert
 from distilbert_jax.models.convert import load_shape

@@ -12,10 +12,9 @@ import torch
 import transformers
 from torch.nn import functional as F
 
-from distilbert_jax.config import TrainConfig, compute_dtype
+from distilbert_jax.config import DistilConfig, compute_dtype
 from distilbert_jax.models import bert, distilbert
 from distilbert_jax.models.encoder import EncoderConfig
-from distilbert_jax.training.train_step import Objective
 
 IGNORED = -100  # label of a position that is not predicted
 PRODUCT = 2048  # rows and columns of the matrices whose product is timed
@@ -29,16 +28,16 @@ class TorchLoop:
     """
 
     def __init__(
-        self, teacher: EncoderConfig, student: EncoderConfig, objective: Objective,
-        config: TrainConfig, batches: list[dict[str, np.ndarray]], compiled: bool = False,
+        self, teacher: EncoderConfig, student: EncoderConfig, config: DistilConfig,
+        batches: list[dict[str, np.ndarray]], compiled: bool = False,
     ):
         """Random models of these shapes, on the GPU if there is one, else on all cores.
 
         Args:
             teacher, student: shapes.
-            objective: weights of ce, mlm and cos, and the temperature.
-            config: rate, which falls to 0 without a warm-up, clip and dtype; bfloat16 is the
-                teacher in it, the student under autocast.
+            config: weights of ce, mlm and cos, the temperature, the rate, which falls to 0 without
+                a warm-up, clip and dtype; bfloat16 is the teacher in it, the student under
+                autocast.
             batches: one document a row, from mask_tokens.
             compiled: whether models and losses go through torch.compile.
         """
@@ -55,7 +54,7 @@ class TorchLoop:
         self.teacher.to(self._device, self._narrow)
         self.student = transformers.DistilBertForMaskedLM(student_config).train()
         self.student.to(self._device)
-        self._objective, self._clip = objective, config.clip
+        self._config = config
         self._optimizer = torch.optim.AdamW(
             self.student.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6,
             weight_decay=config.weight_decay, fused=True)
@@ -68,9 +67,9 @@ class TorchLoop:
     def update(self, number: int) -> dict[str, torch.Tensor]:
         """One update on the batch of this number; its losses, which may not be there yet."""
         means = self._losses(*self._batches[number])
-        total = sum(getattr(self._objective, f"alpha_{name}") * x for name, x in means.items())
+        total = sum(getattr(self._config, f"alpha_{name}") * x for name, x in means.items())
         total.backward()
-        torch.nn.utils.clip_grad_norm_(self.student.parameters(), self._clip)
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), self._config.clip)
         self._optimizer.step()
         self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)
@@ -105,7 +104,7 @@ class TorchLoop:
 
         ours, theirs = at_real(student.logits), at_real(teacher.logits)
         hidden, target = (at_real(x.hidden_states[-1]) for x in (student, teacher))
-        temperature = self._objective.temperature
+        temperature = self._config.temperature
         return {
             "ce": temperature**2 * F.kl_div(
                 F.log_softmax(ours / temperature, -1), F.softmax(theirs / temperature, -1),

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from distilbert_jax.config import Masking, TrainBenchmark, TrainConfig, compute_dtype
+from distilbert_jax.config import DistilConfig, Masking, TrainBenchmark
 from distilbert_jax.data import batches, pack, sources, tokenize
 from distilbert_jax.errors import UserError
 from distilbert_jax.machine.sharding import (
@@ -34,24 +34,20 @@ from distilbert_jax.machine.sharding import (
     shardings,
 )
 from distilbert_jax.models import bert
-from distilbert_jax.models.encoder import EncoderConfig, graphdef, init_params
+from distilbert_jax.models.encoder import EncoderConfig, init_params
 from distilbert_jax.models.student import (
     choose_layers,
-    frozen_params,
     student_config,
     student_params,
 )
+from distilbert_jax.training.assemble import assemble
 from distilbert_jax.training.labels import mask_tokens, vocabulary
-from distilbert_jax.training.optimizer import make_optimizer
-from distilbert_jax.training.train import jit_step
-from distilbert_jax.training.train_step import Objective, init_state, make_train_step
 
 SHAPES = {  # of the teacher; the student has half its layers
     "small": EncoderConfig(
         vocab_size=30522, hidden_size=256, num_hidden_layers=4, num_attention_heads=4,
         intermediate_size=1024, max_position_embeddings=512, type_vocab_size=2),
     "bert-base": bert.BASE}
-OBJECTIVE = Objective(alpha_ce=5.0, alpha_mlm=2.0, alpha_cos=1.0)
 UPDATES = 4  # of a round
 LENGTHS = 8  # batches of PyTorch's round over documents, from the shortest to the longest
 BIN = 4  # tokens; the original puts documents into one batch whose lengths fall into one bin
@@ -67,7 +63,7 @@ class Problem:
 
     teacher: EncoderConfig
     student: EncoderConfig
-    config: TrainConfig
+    config: DistilConfig
     counts: np.ndarray  # [V] of the tokens
     special_ids: list[int]
     mask_id: int
@@ -118,23 +114,21 @@ class Ours:
         mesh = make_mesh("")
         rows_each(config, mesh)  # or an error
         self.devices, self.platform = mesh.size, jax.default_backend()
-        self.dtype = compute_dtype(config.dtype, self.platform)
-        graphs = [graphdef(shape, self.dtype) for shape in (problem.student, problem.teacher)]
+        assembly = assemble(config, problem.student, problem.teacher, mesh, config.steps)
         teacher = jax.device_get(init_params(problem.teacher, config.seed))
         self.start = student_params(teacher, choose_layers(
             str(problem.student.num_hidden_layers), problem.teacher.num_hidden_layers))
-        self.teacher = frozen_params(teacher, self.dtype)
-        tx = make_optimizer(config, config.steps)
-        state = init_state(self.start, tx, config.seed)
+        self.teacher = assembly.teacher_params(teacher)
+        self.dtype = str(assembly.dtype)
+        state = assembly.init(self.start)
         self._key = jax.device_get(state.key)
         self._words = vocabulary(problem.counts, problem.special_ids, problem.mask_id)
         self._state = place(state, shardings(state, mesh))
-        self._fixed = (jax.device_put(self.teacher, shardings(self.teacher, mesh)),
+        self._fixed = (assembly.place(self.teacher),
                        jax.device_put(self._words, replicated(mesh)))
         self._batches = [place_rows(batch, mesh, config.batch_size) for batch in problem.ours]
-        step = jit_step(make_train_step(*graphs, tx, OBJECTIVE, Masking(), mesh=mesh),
-                        self._state, self._fixed[0], mesh)
-        lowered = step.lower(self._state, *self._fixed, self._batches[0])
+        lowered = assembly.jitted(self._state, self._fixed[0]).lower(
+            self._state, *self._fixed, self._batches[0])
         began = time.perf_counter()
         self._step = lowered.compile()
         self.compile_seconds = time.perf_counter() - began
@@ -199,7 +193,7 @@ def _serve(side: str, problem: Problem, began: float, pipe: Connection) -> None:
     else:
         from distilbert_jax.benchmark.torch_loop import TorchLoop
 
-        worker = TorchLoop(problem.teacher, problem.student, OBJECTIVE, problem.config,
+        worker = TorchLoop(problem.teacher, problem.student, problem.config,
                            problem.theirs, compiled=side == "torch.compile")
         numbers, compiling, masked = range(len(problem.theirs)), 0.0, None
     _seconds(worker, [0])
@@ -337,7 +331,7 @@ def problem_of(config: TrainBenchmark) -> Problem:
         UserError: the corpus or the tokenizer cannot be used, or it is too small.
     """
     teacher = SHAPES[config.shape]
-    train = TrainConfig(batch_size=config.batch_size, sequence_length=config.sequence_length,
+    train = DistilConfig(batch_size=config.batch_size, sequence_length=config.sequence_length,
                         dtype=config.dtype, steps=1000, warmup=0.0)
     if config.corpus:
         tokenizer = tokenize.load_tokenizer(config.tokenizer, None)

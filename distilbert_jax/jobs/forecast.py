@@ -17,17 +17,15 @@ import numpy as np
 from jax.experimental import topologies
 
 from distilbert_jax.benchmark import hlo
-from distilbert_jax.config import DistilConfig, Masking, check, compute_dtype
+from distilbert_jax.config import DistilConfig, check
 from distilbert_jax.data import pack, prepare
 from distilbert_jax.errors import UserError, choose, first_line
 from distilbert_jax.machine.progress import say
 from distilbert_jax.machine.sharding import make_mesh, rows_each, shardings
-from distilbert_jax.models.encoder import EncoderConfig, abstract_params, graphdef
-from distilbert_jax.models.student import choose_layers, frozen_params, student_config
+from distilbert_jax.models.encoder import EncoderConfig, abstract_params
+from distilbert_jax.models.student import choose_layers, student_config
+from distilbert_jax.training.assemble import Assembly, assemble
 from distilbert_jax.training.labels import vocabulary
-from distilbert_jax.training.optimizer import make_optimizer
-from distilbert_jax.training.train import jit_step
-from distilbert_jax.training.train_step import Objective, init_state, make_train_step
 
 GIB = 2**30
 EFFICIENCY = 0.5  # share of the roofline's speed that is assumed: no TPU was measured yet
@@ -101,30 +99,28 @@ class _Step:
         self.config, self.teacher, self.chip = config, teacher, chip
         layers = choose_layers(config.student_layers, teacher.num_hidden_layers)
         self.student = student_config(teacher, len(layers), config.dropout)
-        self.dtype = jnp.dtype(compute_dtype(config.dtype, "tpu"))
         self.mesh = make_mesh(config.mesh, topology)
         self.rows = rows_each(config, self.mesh)
         self.steps = _steps(config)
-        self._tx = make_optimizer(config, self.steps or 1, config.frozen)
-        self.state = jax.eval_shape(
-            lambda params: init_state(params, self._tx, config.seed),
-            abstract_params(self.student))
-        self.teacher_params = jax.eval_shape(
-            lambda params: frozen_params(params, self.dtype), abstract_params(teacher))
+        assembly = self._assemble(config)
+        self.dtype = assembly.dtype
+        self.state = jax.eval_shape(assembly.init, abstract_params(self.student))
+        self.teacher_params = jax.eval_shape(assembly.teacher_params, abstract_params(teacher))
         self.fixed = self.bytes_each(self.state) + self.bytes_each(self.teacher_params)
+
+    def _assemble(self, config: DistilConfig) -> Assembly:
+        return assemble(config, self.student, self.teacher, self.mesh, self.steps or 1)
 
     def compile(self, rows: int) -> Compiled:
         """Compile for micro-batches of `rows` on each device, of a larger batch if need be."""
         say(f"compiling for {rows} rows at a time on each device; this may take minutes")
         config, at_once = self.config, rows * self.mesh.shape["data"]
         batch_size = max(config.batch_size, at_once)
-        step = make_train_step(
-            graphdef(self.student, self.dtype, remat=config.remat),
-            graphdef(self.teacher, self.dtype), self._tx, Objective.of(config), Masking(),
-            batch_size // at_once, self.mesh)
+        step = self._assemble(dataclasses.replace(
+            config, batch_size=batch_size, accumulate=batch_size // at_once))
         words = vocabulary(np.ones(self.teacher.vocab_size), [0, 1, 2, 3, 4], 4)
         ids = jax.ShapeDtypeStruct((batch_size, config.sequence_length), jnp.int32)
-        traced = jit_step(step, self.state, self.teacher_params, self.mesh).trace(
+        traced = step.jitted(self.state, self.teacher_params).trace(
             self.state, self.teacher_params, words,
             {name: ids for name in ("input_ids", "segment_ids", "position_ids")})
         flops = hlo.product_flops(traced.jaxpr)

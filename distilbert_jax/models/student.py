@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 
 from distilbert_jax.errors import UserError
@@ -52,11 +51,6 @@ def student_config(teacher: EncoderConfig, num_layers: int, dropout: float) -> E
         teacher, num_hidden_layers=num_layers, type_vocab_size=0, pooler=False, mlm_head=True,
         layer_norm_eps=1e-12, hidden_dropout=dropout, attention_dropout=dropout,
         attention_output_dropout=False)
-
-
-def frozen_params(teacher: dict[str, Any], dtype: Any) -> dict[str, Any]:
-    """The teacher as the step takes it: matrices in the compute dtype, vectors as they are."""
-    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, teacher)
 
 
 def student_params(

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from tqdm import tqdm
 
 from distilbert_jax.config import TrainConfig
@@ -21,13 +20,12 @@ from distilbert_jax.errors import UserError
 from distilbert_jax.machine.processes import StopSignal, Watch
 from distilbert_jax.machine.progress import bar, say
 from distilbert_jax.machine.sharding import (
-    by_rows,
     local_rows,
     place,
     place_rows,
-    replicated,
     shardings,
 )
+from distilbert_jax.training.assemble import Assembly
 from distilbert_jax.training.checkpoint import Checkpoints, abstract
 from distilbert_jax.training.labels import Vocabulary
 from distilbert_jax.training.metrics_log import MetricsLog
@@ -48,10 +46,9 @@ class Run:
     steps: int
     settings: dict[str, Any]  # what a continuation must share
     output: str | Path
-    mesh: Mesh
     rows: PackedRows
     vocabulary: Vocabulary
-    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    assembly: Assembly
     evaluate: Callable[[dict[str, Any]], dict[str, float]]  # params → figures
     label: str  # of the progress bar
 
@@ -72,9 +69,9 @@ def train(run: Run, state: TrainState, teacher_params: dict[str, Any]) -> TrainS
         UserError: no checkpoint is sound or it is another run's, a file cannot be written, or too
             many updates in a row were skipped.
     """
-    config, mesh = run.config, run.mesh
+    config, mesh = run.config, run.assembly.mesh
     layout = shardings(state, mesh)
-    step_fn = jit_step(run.train_step, state, teacher_params, mesh)
+    step_fn = run.assembly.jitted(state, teacher_params)
     with (Checkpoints(run.output, run.settings, config.keep, config.on_save_error) as checkpoints,
           StopSignal(mesh) as stop):
         restored = checkpoints.restore(abstract(state, layout))
@@ -116,32 +113,15 @@ def train(run: Run, state: TrainState, teacher_params: dict[str, Any]) -> TrainS
     return state
 
 
-def jit_step(
-    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]], state: TrainState,
-    teacher_params: dict[str, Any], mesh: Mesh,
-) -> jax.stages.Wrapped:
-    """Compile a step for the loop: all shardings are pinned, and the old state is donated.
-
-    Args:
-        train_step: (state, teacher_params, vocabulary, batch) → (state, metrics).
-        state, teacher_params: only their shapes are read.
-        mesh: that all arguments are laid out on.
-    """
-    layout, whole = shardings(state, mesh), replicated(mesh)
-    return jax.jit(
-        train_step, donate_argnums=0,
-        in_shardings=(layout, shardings(teacher_params, mesh), whole, by_rows(mesh)),
-        out_shardings=(layout, whole))
-
-
 def _reader(run: Run) -> Callable[[int], dict[str, jax.Array]]:
     """A function from a step to its batch; each process reads only the rows of its own devices."""
     size = run.config.batch_size
-    own = local_rows(run.mesh, size)
+    mesh = run.assembly.mesh
+    own = local_rows(mesh, size)
 
     def batch(step: int) -> dict[str, jax.Array]:
         indices = row_indices(run.config.seed, step, size, len(run.rows))
-        return place_rows(read(run.rows, indices[own]), run.mesh, size)
+        return place_rows(read(run.rows, indices[own]), mesh, size)
 
     return batch
 

@@ -1,0 +1,100 @@
+"""Train a model with the masked-language-model loss, from nothing or from a folder."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+
+from distilbert_jax.config import PretrainConfig
+from distilbert_jax.data import sources
+from distilbert_jax.data.prepare import is_prepared
+from distilbert_jax.data.tokenize import load_tokenizer, train_wordpiece
+from distilbert_jax.errors import UserError
+from distilbert_jax.evaluation import report
+from distilbert_jax.export.huggingface import export
+from distilbert_jax.jobs.setup import check_job, read_data
+from distilbert_jax.machine import store
+from distilbert_jax.machine.seal import fingerprint
+from distilbert_jax.machine.sharding import first_process_first, to_host
+from distilbert_jax.models import bert, convert
+from distilbert_jax.models.encoder import EncoderConfig, init_params
+from distilbert_jax.training.assemble import assemble
+from distilbert_jax.training.metrics_log import read_metrics
+
+if TYPE_CHECKING:
+    import transformers
+
+
+def pretrain(config: PretrainConfig) -> Path:
+    """Train a BERT with the masked-language-model loss, from nothing or from `config.model`.
+
+    Returns:
+        The folder of the exported model, `OUTPUT/model`.
+
+    Raises:
+        UserError, Interrupted: as for distil.
+    """
+    source = convert.load(config.model) if config.model else None
+    shape, family = (source.config, source.family) if source else (scratch_shape(config), bert)
+    settings = config.meaning()
+    if source:
+        settings["--model"] = fingerprint(source.params)
+    mesh = check_job(config, shape, settings)
+    own = store.join(config.output, "tokenizer")
+    learnt = store.exists(store.join(own, "tokenizer_config.json"))
+    if source or learnt:
+        tokenizer = load_tokenizer(config.model or own, shape.vocab_size if source else None)
+    else:
+        tokenizer = _learnt_tokenizer(config)
+    shape = dataclasses.replace(
+        shape, vocab_size=len(tokenizer), mlm_head=True, pooler=False,
+        hidden_dropout=config.dropout, attention_dropout=config.dropout)
+    setup = read_data(config, mesh, tokenizer, settings)
+    if not source and not learnt and jax.process_index() == 0:
+        with store.whole_folder(store.local(own)) as new:
+            tokenizer.save_pretrained(new)
+        store.upload(own)
+
+    assembly = assemble(config, shape, None, mesh, setup.steps)
+    start = init_params(shape, config.seed, assembly.param_dtype)
+    if source is not None:
+        start |= {name: part for name, part in source.params.items() if name in start}
+    trained = setup.train(assembly, assembly.cast(start), {}, "train teacher")
+
+    output = store.local(config.output)
+    figures = setup.evaluator(assembly.eval_step, {})(trained)
+    trained = to_host(trained)
+    card = (f"# {shape.num_hidden_layers}-layer BERT\n\nTrained by distilbert_jax with the "
+            f"masked-language-model loss; held-out top-1 {figures['top1']:.2%}, perplexity "
+            f"{figures['perplexity']:.3f}.\n\n{report.versions()}\n")
+    with first_process_first():
+        if jax.process_index() == 0:
+            export(output / "model", trained, shape, family, setup.tokenizer, card)
+            report.plot(read_metrics(config.output), output / "losses.png",
+                        "masked-language-model training")
+            store.upload(config.output, "model", "losses.png")
+    print(f"model: {store.join(config.output, 'model')} (held-out top-1 {figures['top1']:.2%}, "
+          f"perplexity {figures['perplexity']:.2f})")
+    return output / "model"
+
+
+def scratch_shape(config: PretrainConfig) -> EncoderConfig:
+    """The BERT that is trained from scratch; its vocabulary may come out smaller."""
+    return EncoderConfig(
+        vocab_size=config.vocab_size, hidden_size=config.hidden_size, type_vocab_size=2,
+        num_hidden_layers=config.num_hidden_layers, intermediate_size=4 * config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        max_position_embeddings=max(512, config.sequence_length),
+        initializer_range=0.02 * math.sqrt(768 / config.hidden_size))  # BERT-base's, scaled
+
+
+def _learnt_tokenizer(config: PretrainConfig) -> "transformers.BertTokenizer":
+    """The tokenizer trained on the corpus, without its held-out part."""
+    if is_prepared(config.corpus):
+        raise UserError(f"--corpus {config.corpus[0]} is prepared for another tokenizer, and none "
+                        "can be learnt from it: give texts, or --model")
+    documents = (d for d in sources.Documents(config.corpus, config.mix)
+                 if config.valid or not sources.is_held_out(d, config.valid_share))
+    return train_wordpiece(documents, config.vocab_size)

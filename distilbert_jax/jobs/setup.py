@@ -1,0 +1,171 @@
+"""What every job does first and last: check all that can be wrong, read the data, train, evaluate.
+
+Settings come in; packed rows, a mesh and a trained state go out. What differs between the jobs is
+in their own files.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from distilbert_jax.config import DistilConfig, TrainConfig, check
+from distilbert_jax.data import pack, sources
+from distilbert_jax.data.prepare import is_prepared, prepare
+from distilbert_jax.errors import UserError
+from distilbert_jax.evaluation import report
+from distilbert_jax.evaluation.held_out import held_out
+from distilbert_jax.machine import store
+from distilbert_jax.machine.seal import fingerprint
+from distilbert_jax.machine.sharding import first_process_first, make_mesh, replicated, rows_each
+from distilbert_jax.models import student
+from distilbert_jax.models.encoder import EncoderConfig
+from distilbert_jax.training.assemble import Assembly
+from distilbert_jax.training.checkpoint import refuse_other_run
+from distilbert_jax.training.labels import Vocabulary, vocabulary
+from distilbert_jax.training.train import Run, train
+
+if TYPE_CHECKING:
+    import transformers
+
+EVALUATION_ROWS = 128  # while training; the report takes all of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a job has once its input is read."""
+
+    config: TrainConfig
+    mesh: Mesh
+    tokenizer: "transformers.PreTrainedTokenizerFast"
+    data: pack.Prepared
+    vocabulary: Vocabulary
+    steps: int
+    settings: dict[str, Any]  # what a continuation must share
+
+    def train(self, assembly: Assembly, start: dict[str, Any], teacher_params: dict[str, Any],
+              label: str) -> dict[str, Any]:
+        """Train from the parameters `start` to the last update.
+
+        Args:
+            assembly: the step.
+            start: parameters on the host.
+            teacher_params: on the mesh; {} without a teacher.
+            label: of the progress bar.
+
+        Returns:
+            The trained parameters, on the mesh.
+        """
+        run = Run(
+            config=self.config, steps=self.steps, settings=self.settings,
+            output=self.config.output, rows=self.data.train, vocabulary=self.vocabulary,
+            label=label, assembly=assembly,
+            evaluate=self.evaluator(assembly.eval_step, teacher_params, EVALUATION_ROWS))
+        return train(run, assembly.init(start), teacher_params).params
+
+    def evaluator(
+        self, eval_step: Callable[..., dict[str, jax.Array]], teacher_params: dict[str, Any],
+        rows: int | None = None,
+    ) -> Callable[[dict[str, Any]], dict[str, float]]:
+        """A function from parameters to held-out figures, on `rows` rows or all."""
+        return functools.partial(
+            held_out, eval_step, teacher_params=teacher_params, vocabulary=self.vocabulary,
+            packed=self.data.valid, mesh=self.mesh, rows=rows)
+
+
+def check_job(
+    config: TrainConfig, shape: EncoderConfig, settings: dict[str, Any] | None = None
+) -> Mesh:
+    """Check all that can be known before tokenizer and corpus are read.
+
+    Args:
+        config: of the job.
+        shape: of the teacher or, without one, of the trained model.
+        settings: what a continuation must share, as far as it is known; default: of `config`.
+
+    Raises:
+        UserError: about layers, positions, corpus, an earlier run, or devices.
+    """
+    if isinstance(config, DistilConfig):
+        student.choose_layers(config.student_layers, shape.num_hidden_layers)
+    if not config.corpus:
+        raise UserError("--corpus is missing: give text or JSON-lines files, a datasets name ...")
+    check(config, "sequence_length", config.sequence_length <= shape.max_position_embeddings,
+          f"is beyond the model's {shape.max_position_embeddings} positions")
+    sources.check([*config.corpus, *config.valid])
+    is_prepared(config.corpus)
+    store.check_writable(config.output)
+    with _errors_about_output(config.output):
+        refuse_other_run(config.output, settings or config.meaning())
+    if config.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    mesh = make_mesh(config.mesh)
+    rows_each(config, mesh)
+    return mesh
+
+
+def read_data(
+    config: TrainConfig, mesh: Mesh, tokenizer: "transformers.PreTrainedTokenizerFast",
+    settings: dict[str, Any],
+) -> Setup:
+    """Bring the corpus into packed rows, in `config.output`/data.
+
+    Args:
+        config: of the job.
+        mesh: from check_job.
+        tokenizer: of the model.
+        settings: what a continuation must share; those of the data are added.
+    """
+    with (_folder(store.local(config.output)), first_process_first(),
+          report.counting("prepare") as progress):
+        data = prepare(config, tokenizer, store.join(config.output, "data"), progress)
+    print(report.describe_data(data.manifest))
+    words = vocabulary(data.train.counts, tokenizer.all_special_ids, tokenizer.mask_token_id)
+    return Setup(config, mesh, tokenizer, data, jax.device_put(words, replicated(mesh)),
+                 config.updates(len(data.train)), settings | _data_settings(data))
+
+
+def _data_settings(data: pack.Prepared) -> dict[str, str]:
+    """A corpus as a continuation compares it: what came out of it, not where it was read."""
+    def outcome(part: pack.PackedRows) -> str:
+        return fingerprint(np.frombuffer(json.dumps(part.manifest, sort_keys=True).encode(),
+                                         np.uint8))
+
+    return {"--corpus": outcome(data.train), "--valid": outcome(data.valid),
+            "tokenizer": data.manifest["request"]["tokenizer"]}
+
+
+@contextlib.contextmanager
+def _errors_about_output(output: str) -> Iterator[None]:
+    """Turn what the file system raises into one line that names the flag."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be used: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Make the folder; take it away again if what follows fails and leaves it empty."""
+    new = []
+    try:
+        with _errors_about_output(str(path)):
+            new = [folder for folder in (path, *path.parents) if not folder.exists()]
+            path.mkdir(parents=True, exist_ok=True)
+            if not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        yield
+    except BaseException:
+        for folder in new:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+        raise

@@ -1,0 +1,110 @@
+"""Settings, shapes and a mesh → the update and its evaluation, put together in this one place.
+
+The run, the forecast for absent TPUs and the benchmark all take their step from here, so that what
+is compiled, timed and trained is one program.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from distilbert_jax.config import DistilConfig, TrainConfig, compute_dtype
+from distilbert_jax.machine.sharding import by_rows, replicated, shardings
+from distilbert_jax.models.encoder import EncoderConfig, graphdef
+from distilbert_jax.training.optimizer import make_optimizer
+from distilbert_jax.training.train_step import (
+    Objective,
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """The pure steps of one job, and how its arrays are laid out."""
+
+    config: TrainConfig
+    mesh: Mesh
+    dtype: Any  # of the matrix products
+    param_dtype: Any
+    graph: nnx.GraphDef  # of the trained model
+    teacher_graph: nnx.GraphDef | None
+    tx: optax.GradientTransformation
+    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    eval_step: Callable[..., dict[str, jax.Array]]  # jitted
+
+    def init(self, params: dict[str, Any]) -> TrainState:
+        """The state before the first update, from the parameters of the trained model."""
+        return init_state(params, self.tx, self.config.seed)
+
+    def teacher_params(self, params: dict[str, Any]) -> dict[str, Any]:
+        """A teacher as the step takes it: matrices in the compute dtype, vectors as they are."""
+        return jax.tree.map(lambda x: x.astype(self.dtype) if x.ndim > 1 else x, params)
+
+    def jitted(self, state: TrainState, teacher_params: dict[str, Any]) -> jax.stages.Wrapped:
+        """The train step for arguments of these shapes: shardings pinned, the old state donated."""
+        layout, whole = shardings(state, self.mesh), replicated(self.mesh)
+        return jax.jit(
+            self.train_step, donate_argnums=0,
+            in_shardings=(layout, shardings(teacher_params, self.mesh), whole, by_rows(self.mesh)),
+            out_shardings=(layout, whole))
+
+    def place(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Parameters on the mesh."""
+        return jax.device_put(params, shardings(params, self.mesh))
+
+    def cast(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Parameters in the dtype of training, on the host, so that the step may donate them."""
+        return jax.tree.map(lambda x: np.asarray(x, self.param_dtype), params)
+
+
+def assemble(
+    config: TrainConfig, student: EncoderConfig, teacher: EncoderConfig | None, mesh: Mesh,
+    steps: int,
+) -> Assembly:
+    """Put the update of a job together.
+
+    Args:
+        config: of the job; a DistilConfig says which losses there are, any other has the
+            masked-language-model loss alone.
+        student: shape of the trained model.
+        teacher: shape of the frozen one; None for no teacher.
+        mesh: of devices that are here, or of absent ones to compile for.
+        steps: updates of the whole run, over which the learning rate falls.
+    """
+    dtype, param_dtype = dtypes(config, mesh)
+    distils = isinstance(config, DistilConfig)
+    graph = graphdef(student, dtype, param_dtype, config.remat)
+    teacher_graph = graphdef(teacher, dtype, param_dtype) if teacher else None
+    tx = make_optimizer(config, steps, config.frozen if distils else ())
+    return Assembly(
+        config=config, mesh=mesh, dtype=dtype, param_dtype=param_dtype, graph=graph,
+        teacher_graph=teacher_graph, tx=tx,
+        train_step=make_train_step(
+            graph, teacher_graph, tx, Objective.of(config) if distils else Objective(),
+            config.MASKING, config.accumulate, mesh),
+        eval_step=jitted_eval_step(graph, teacher_graph, mesh))
+
+
+def dtypes(config: TrainConfig, mesh: Mesh) -> tuple[Any, Any]:
+    """Dtypes of matrix products and of parameters, on the platform of the mesh."""
+    dtype = jnp.dtype(compute_dtype(config.dtype, mesh.devices.flat[0].platform))
+    return dtype, jnp.promote_types(dtype, jnp.float32)
+
+
+@functools.cache  # so that the loop and the report compile it once
+def jitted_eval_step(
+    graph: nnx.GraphDef, teacher_graph: nnx.GraphDef | None, mesh: Mesh
+) -> Callable[..., dict[str, jax.Array]]:
+    """The evaluation, jitted: see make_eval_step."""
+    return jax.jit(make_eval_step(graph, teacher_graph, mesh))
