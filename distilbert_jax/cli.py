@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from distilbert_jax.config import GROUPS, flag
 from distilbert_jax.errors import UserError, choose
+from distilbert_jax.training.losses import LOSSES
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,6 +44,13 @@ def parse(config_class: type, description: str, argv: Sequence[str],
     for field in dataclasses.fields(config_class):
         meta = dict(field.metadata)
         group = groups[meta["group"]]
+        if "each" in meta:
+            weights = field.default_factory()
+            for name, row in LOSSES.items():
+                group.add_argument(
+                    flag(f"{meta['each']}_{name}"), type=float, metavar="X",
+                    help=f"{meta['help']} {row.text} (default: {weights.get(name, 0.0)})")
+            continue
         text = meta["help"].replace("%", "%%")
         if field.default not in (None, "", ()) and "default:" not in text:
             text += f" (default: {field.default})"
@@ -60,4 +68,17 @@ def parse(config_class: type, description: str, argv: Sequence[str],
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     recipe = given.get("recipe", "")
     defaults = recipes[choose(recipe, recipes, "--recipe")] if recipe else {}
-    return config_class(**{**defaults, **given})
+    return config_class(**_merged(config_class, defaults, given))
+
+
+def _merged(
+    config_class: type, defaults: dict[str, Any], given: dict[str, Any]
+) -> dict[str, Any]:
+    """The defaults of a recipe, and what is given over them; of a table, item by item."""
+    for field in dataclasses.fields(config_class):
+        if each := field.metadata.get("each"):
+            names = [key for key in given if key.startswith(f"{each}_")]
+            items = {name.removeprefix(f"{each}_"): given.pop(name) for name in names}
+            before = defaults.get(field.name, field.default_factory())
+            defaults = defaults | {field.name: {**before, **items}}
+    return defaults | given

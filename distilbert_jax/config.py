@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ def _option(default: Any, group: str, text: str, **extra: Any) -> Any:
 
     A field belongs to the meaning of a run, unless `extra` holds FREE or BY_CONTENT.
     """
+    if isinstance(default, dict):
+        return dataclasses.field(
+            default_factory=default.copy, metadata={"group": group, "help": text, **extra})
     return dataclasses.field(default=default, metadata={"group": group, "help": text, **extra})
 
 
@@ -174,8 +178,14 @@ class TrainConfig(DataConfig):
 
     def meaning(self) -> dict[str, Any]:
         """What a continuation must share, by flag; not what is known by its content."""
-        return {flag(field.name): getattr(self, field.name) for field in dataclasses.fields(self)
-                if "continued" not in field.metadata}
+        settings = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if each := field.metadata.get("each"):
+                settings |= {flag(f"{each}_{name}"): part for name, part in value.items() if part}
+            elif "continued" not in field.metadata:
+                settings[flag(field.name)] = value
+        return settings
 
     def updates(self, rows: int) -> int:
         """Updates of the run on a corpus of so many rows: `steps`, or three passes."""
@@ -199,10 +209,11 @@ class DistilConfig(TrainConfig):
     freeze_position_embeddings: bool = _option(
         False, "models", "leave the student's position embeddings as they start")
     temperature: float = _option(2.0, "losses", "temperature of the soft targets")
-    alpha_ce: float = _option(5.0, "losses", "weight of the KL divergence from the teacher")
-    alpha_mlm: float = _option(2.0, "losses", "weight of the masked-language-model loss")
-    alpha_cos: float = _option(1.0, "losses", "weight of the cosine loss on last hidden states")
-    alpha_mse: float = _option(0.0, "losses", "weight of the squared error between logits")
+    alphas: Mapping[str, float] = _option(
+        {"ce": 5.0, "mlm": 2.0, "cos": 1.0}, "losses", "weight of the", each="alpha")
+    hidden_map: str = _option(
+        "", "losses", "which layers are compared, student:teacher, counted from 1: 1:4,2:8; "
+        "default: every layer of the student, evenly")
     restrict_ce_to_mask: bool = _option(
         False, "losses", "KL and squared error on masked positions only, not on all real tokens")
     compile_only: str = _option(
@@ -215,17 +226,16 @@ class DistilConfig(TrainConfig):
         super().__post_init__()
         choose(self.init, ("teacher", "random"), "--init")
         check(self, "temperature", 0 < self.temperature < float("inf"), "must be positive, finite")
-        alphas = ("alpha_ce", "alpha_mlm", "alpha_cos", "alpha_mse")
-        for name in alphas:
-            check(self, name, 0 <= getattr(self, name) < float("inf"),
-                  "must be 0 or a positive, finite number")
-        if not any(getattr(self, name) for name in alphas):
+        for name, weight in self.alphas.items():
+            if not 0 <= weight < float("inf"):
+                raise UserError(f"--alpha-{name} {weight} must be 0 or a positive, finite number")
+        if not any(self.alphas.values()):
             raise UserError("all loss weights are 0: give at least one --alpha-... above 0")
 
     @property
     def frozen(self) -> tuple[str, ...]:
         """Parameters of the student, by the beginning of their path, that keep their start."""
-        return ("embeddings/position",) if self.freeze_position_embeddings else ()
+        return ("student/embeddings/position",) if self.freeze_position_embeddings else ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ def latencies(
     positions = jnp.arange(length)[None]
 
     def encode(graph: nnx.GraphDef, params: dict[str, Any]) -> jax.Array:
-        return nnx.merge(graph, params)(ids, ids, positions)
+        return nnx.merge(graph, params)(ids, ids, positions).last
 
     calls = {}
     for name, (graph, params) in models.items():

@@ -67,7 +67,7 @@ class TorchLoop:
     def update(self, number: int) -> dict[str, torch.Tensor]:
         """One update on the batch of this number; its losses, which may not be there yet."""
         means = self._losses(*self._batches[number])
-        total = sum(getattr(self._config, f"alpha_{name}") * x for name, x in means.items())
+        total = sum(self._config.alphas[name] * x for name, x in means.items())
         total.backward()
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), self._config.clip)
         self._optimizer.step()

@@ -118,13 +118,13 @@ class Ours:
         teacher = jax.device_get(init_params(problem.teacher, config.seed))
         self.start = student_params(teacher, choose_layers(
             str(problem.student.num_hidden_layers), problem.teacher.num_hidden_layers))
-        self.teacher = assembly.teacher_params(teacher)
+        self.teachers = assembly.teachers(teacher)
         self.dtype = str(assembly.dtype)
         state = assembly.init(self.start)
         self._key = jax.device_get(state.key)
         self._words = vocabulary(problem.counts, problem.special_ids, problem.mask_id)
         self._state = place(state, shardings(state, mesh))
-        self._fixed = (assembly.place(self.teacher),
+        self._fixed = (assembly.place(self.teachers),
                        jax.device_put(self._words, replicated(mesh)))
         self._batches = [place_rows(batch, mesh, config.batch_size) for batch in problem.ours]
         lowered = assembly.jitted(self._state, self._fixed[0]).lower(

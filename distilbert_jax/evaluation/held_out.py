@@ -21,7 +21,7 @@ BATCH_TOKENS = 8192  # at most, in a power of two of rows
 def held_out(
     eval_step: Callable[..., dict[str, Any]],
     params: dict[str, Any],
-    teacher_params: dict[str, Any],
+    teachers: dict[str, Any],
     vocabulary: Vocabulary,
     packed: PackedRows,
     mesh: Mesh,
@@ -31,7 +31,7 @@ def held_out(
 
     Args:
         eval_step: jitted, from make_eval_step.
-        params, teacher_params: of both models; {} without a teacher.
+        params: of the student; teachers: name → parameters; {} without a teacher.
         vocabulary: of the tokenizer.
         packed: the held-out rows.
         mesh: where batches are laid.
@@ -40,8 +40,9 @@ def held_out(
     Returns:
         `mlm_loss` [nats per masked token], `perplexity`, `top1` (share in [0, 1]), `masked`
         (their number); with a teacher also its `teacher_mlm_loss`, `teacher_perplexity`,
-        `teacher_top1`, and `kl` [nats per masked token], `cosine` and `retention` = top-1 of the
-        student over the teacher's. Sums are taken in float64 over all batches.
+        `teacher_top1`, and `kl` [nats per masked token], `retention` = top-1 of the
+        student over the teacher's and, if both are equally wide, `cosine`. Sums are taken in
+        float64 over all batches.
     """
     data = mesh.shape["data"]
     taken = 2 ** int(math.log2(max(1, BATCH_TOKENS // packed.rows.shape[1])))
@@ -55,7 +56,7 @@ def held_out(
         mine = np.sort(order[start:start + taken])
         mine = mine[own[own < len(mine)]]  # rows of this process; the last batch is not full
         batch = place_rows(_filled(read(packed, mine), len(own)), mesh, size)
-        sums = eval_step(params, teacher_params, vocabulary, batch, jax.random.fold_in(key, number))
+        sums = eval_step(params, teachers, vocabulary, batch, jax.random.fold_in(key, number))
         for name, value in jax.device_get(sums).items():
             total[name] = total.get(name, 0.0) + float(value)
         progress.update(min(taken, len(order) - start))
@@ -77,6 +78,8 @@ def _figures(total: dict[str, float]) -> dict[str, float]:
             figures |= {f"{who}mlm_loss": loss, f"{who}perplexity": math.exp(min(loss, 700.0)),
                         f"{who}top1": total[f"{who}correct"] / masked}
     if "kl" in total:
-        figures |= {"kl": total["kl"] / masked, "cosine": total["cosine"] / tokens,
+        figures |= {"kl": total["kl"] / masked,
                     "retention": total["correct"] / max(total["teacher_correct"], 1.0)}
+    if "cosine" in total:
+        figures["cosine"] = total["cosine"] / tokens
     return figures

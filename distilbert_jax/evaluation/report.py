@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from distilbert_jax.machine.progress import bar
+from distilbert_jax.training.losses import LOSSES
 
 COLUMNS = ("model", "layers", "parameters", "size [MB]", "top-1 [%]", "perplexity",
            "retention [%]", "latency [ms]")
@@ -61,8 +62,7 @@ def plot(metrics: list[dict[str, int | float]], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = {"train_loss": "total", "train_ce": "KL (ce)", "train_mlm": "masked LM",
-             "train_cos": "cosine", "train_mse": "logit MSE"}
+    names = {"train_loss": "total"} | {f"train_{name}": name for name in LOSSES}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for key, label in names.items():
         points = [(m["tokens_seen"], m[key]) for m in metrics if key in m]

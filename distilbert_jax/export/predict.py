@@ -27,7 +27,7 @@ def fill_mask(
     @jax.jit
     def answer(params: dict[str, Any]) -> list[jax.Array]:
         model = nnx.merge(graph, params)
-        hidden = model(ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])
+        hidden = model(ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None]).last
         return jax.lax.top_k(jax.nn.softmax(model.mlm_logits(hidden[0, position])), top)
 
     share, words = answer(params)

@@ -58,12 +58,12 @@ def distil(config: DistilConfig) -> Path:
     if config.init == "random":
         start = init_params(shape, config.seed, assembly.param_dtype)
     start = assembly.cast(start)
-    frozen_teacher = assembly.place(assembly.teacher_params(teacher.params))
-    trained = setup.train(assembly, start, frozen_teacher, "distil")
+    teachers = assembly.place(assembly.teachers(teacher.params))
+    trained = setup.train(assembly, start, teachers, "distil")
 
     folder = store.local(config.output) / "student"
     alone = jitted_eval_step(assembly.graph, None, mesh)
-    figures = {"student": setup.evaluator(assembly.eval_step, frozen_teacher)(trained),
+    figures = {"student": setup.evaluator(assembly.eval_step, teachers)(trained),
                "at start": setup.evaluator(alone, {})(assembly.place(start))}
     trained = to_host(trained)
     with first_process_first():
@@ -78,8 +78,7 @@ def distil(config: DistilConfig) -> Path:
 def _card(config: DistilConfig, layers: list[int], figures: dict[str, float],
           params: dict[str, Any]) -> str:
     """The model card of the student."""
-    weights = ", ".join(f"{name} {getattr(config, name)}" for name in (
-        "alpha_ce", "alpha_mlm", "alpha_cos", "alpha_mse", "temperature"))
+    weights = ", ".join(f"{name} {weight}" for name, weight in config.alphas.items() if weight)
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: fill-mask\n---\n\n"
         f"# A {len(layers)}-layer DistilBERT\n\n"
@@ -89,7 +88,8 @@ def _card(config: DistilConfig, layers: list[int], figures: dict[str, float],
         f"- parameters: {report.count_parameters(params):,}\n"
         f"- held-out masked-token top-1: {figures['top1']:.2%}, teacher "
         f"{figures['teacher_top1']:.2%}; retention {figures['retention']:.2%}\n"
-        f"- corpus: {' '.join(config.corpus)}\n- losses: {weights}\n"
+        f"- corpus: {' '.join(config.corpus)}\n"
+        f"- losses: {weights}; temperature {config.temperature}\n"
         f"- {report.versions()}\n\n"
         "```python\nfrom transformers import AutoModelForMaskedLM, AutoTokenizer\n\n"
         "model = AutoModelForMaskedLM.from_pretrained(\"student\")  # this folder\n"
@@ -111,8 +111,8 @@ def _write_report(
     text = report.table([
         report.model_row(name, models[name][1], measured, last["teacher_top1"], speed[name])
         for name, measured in zip(models, (teacher_figures, last, first), strict=True)])
-    against = (f"Against the teacher: KL {last['kl']:.4f} nats per masked token, cosine of the "
-               f"last hidden states {last['cosine']:.4f}, latency "
+    cosine = f"cosine of the last hidden states {last['cosine']:.4f}, " if "cosine" in last else ""
+    against = (f"Against the teacher: KL {last['kl']:.4f} nats per masked token, {cosine}latency "
                f"{speed['teacher'] / speed['student']:.2f} times lower.")
     metrics = read_metrics(config.output)
     report.plot(metrics, output / "losses.png", f"{Path(config.teacher).name} → student")

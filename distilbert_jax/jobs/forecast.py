@@ -105,8 +105,8 @@ class _Step:
         assembly = self._assemble(config)
         self.dtype = assembly.dtype
         self.state = jax.eval_shape(assembly.init, abstract_params(self.student))
-        self.teacher_params = jax.eval_shape(assembly.teacher_params, abstract_params(teacher))
-        self.fixed = self.bytes_each(self.state) + self.bytes_each(self.teacher_params)
+        self.teachers = jax.eval_shape(assembly.teachers, abstract_params(teacher))
+        self.fixed = self.bytes_each(self.state) + self.bytes_each(self.teachers)
 
     def _assemble(self, config: DistilConfig) -> Assembly:
         return assemble(config, self.student, self.teacher, self.mesh, self.steps or 1)
@@ -120,8 +120,8 @@ class _Step:
             config, batch_size=batch_size, accumulate=batch_size // at_once))
         words = vocabulary(np.ones(self.teacher.vocab_size), [0, 1, 2, 3, 4], 4)
         ids = jax.ShapeDtypeStruct((batch_size, config.sequence_length), jnp.int32)
-        traced = step.jitted(self.state, self.teacher_params).trace(
-            self.state, self.teacher_params, words,
+        traced = step.jitted(self.state, self.teachers).trace(
+            self.state, self.teachers, words,
             {name: ids for name in ("input_ids", "segment_ids", "position_ids")})
         flops = hlo.product_flops(traced.jaxpr)
         try:
@@ -234,7 +234,7 @@ def _memory(step: _Step, asked: Compiled) -> dict[str, int]:
     need = asked.program.memory_analysis()
     return {
         "student, float32": step.bytes_each(step.state.params),
-        f"teacher, {step.dtype}": step.bytes_each(step.teacher_params),
+        f"teacher, {step.dtype}": step.bytes_each(step.teachers),
         "moments of the optimizer": step.bytes_each(step.state.opt_state),
         "activations and other temporaries": need.temp_size_in_bytes,
         "program": need.generated_code_size_in_bytes}

@@ -52,33 +52,33 @@ class Setup:
     steps: int
     settings: dict[str, Any]  # what a continuation must share
 
-    def train(self, assembly: Assembly, start: dict[str, Any], teacher_params: dict[str, Any],
+    def train(self, assembly: Assembly, start: dict[str, Any], teachers: dict[str, Any],
               label: str) -> dict[str, Any]:
         """Train from the parameters `start` to the last update.
 
         Args:
             assembly: the step.
             start: parameters on the host.
-            teacher_params: on the mesh; {} without a teacher.
+            teachers: name → parameters, on the mesh; {} without a teacher.
             label: of the progress bar.
 
         Returns:
-            The trained parameters, on the mesh.
+            The trained model's parameters, on the mesh.
         """
         run = Run(
             config=self.config, steps=self.steps, settings=self.settings,
             output=self.config.output, rows=self.data.train, vocabulary=self.vocabulary,
             label=label, assembly=assembly,
-            evaluate=self.evaluator(assembly.eval_step, teacher_params, EVALUATION_ROWS))
-        return train(run, assembly.init(start), teacher_params).params
+            evaluate=self.evaluator(assembly.eval_step, teachers, EVALUATION_ROWS))
+        return train(run, assembly.init(start), teachers).params["student"]
 
     def evaluator(
-        self, eval_step: Callable[..., dict[str, jax.Array]], teacher_params: dict[str, Any],
+        self, eval_step: Callable[..., dict[str, jax.Array]], teachers: dict[str, Any],
         rows: int | None = None,
     ) -> Callable[[dict[str, Any]], dict[str, float]]:
         """A function from parameters to held-out figures, on `rows` rows or all."""
         return functools.partial(
-            held_out, eval_step, teacher_params=teacher_params, vocabulary=self.vocabulary,
+            held_out, eval_step, teachers=teachers, vocabulary=self.vocabulary,
             packed=self.data.valid, mesh=self.mesh, rows=rows)
 
 

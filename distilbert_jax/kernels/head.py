@@ -1,12 +1,15 @@
-"""The losses of losses.py from hidden states, without ever holding logits of all positions.
+"""Vocabulary losses from hidden states, without ever holding logits of all positions.
 
 Transformed hidden states of both models and their word embeddings come in; the weighted total goes
 out, and with it, in the same pass over chunks of positions, its gradients. At [B, T, V] the logits
-would be by far the largest tensors of a step.
+would be by far the largest tensors of a step. The losses in CLOSED have value and gradient written
+out here and share their exponentials; any other is differentiated, chunk by chunk.
 """
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,8 +25,23 @@ CHUNKS = 16
 LEAST = 256
 ALIGNMENT = 8  # the positions of a chunk are a multiple of it
 
+CLOSED = ("ce", "mlm", "mse")
+
 Figures = dict[str, Float[Array, ""]]
-Terms = dict[str, tuple[Any, Any]]  # loss → its factor in the total, what its sum is divided by
+Definition = Callable[..., Float[Array, ""]]  # (student's, teacher's logits [P, V], weights) → sum
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """One loss of the total: factor · sum / weight."""
+
+    factor: Any
+    weight: Any  # [] of all positions
+    sum: Definition = dataclasses.field(metadata={"static": True})
+
+
+Terms = dict[str, Term]  # by name of the loss
 
 
 class Head(NamedTuple):
@@ -39,13 +57,13 @@ class Targets(NamedTuple):
 
     labels: Int[Array, "B T"]
     label_weights: Float[Array, "B T"]  # of mlm
-    soft_weights: Float[Array, "B T"]  # of ce and mse
+    soft_weights: Float[Array, "B T"]  # of all losses that compare logits
 
 
 def fused_losses(
     student: Head, teacher: Head | None, targets: Targets, terms: Terms, temperature: float
 ) -> tuple[Float[Array, ""], Figures]:
-    """Σ factor · mean over the losses of `terms`, and the means, of kl_sum, mlm_sum and mse_sum.
+    """Σ factor · mean over the losses of `terms`, and the means.
 
     Products are in the compute dtype with float32 accumulation; softmaxes, sums and gradients of
     parameters in float32 (float64 for float64 states). On the mesh in context each device takes
@@ -56,7 +74,7 @@ def fused_losses(
         student: the total is differentiable in it alone.
         teacher: of the same vocabulary; any width; None without one.
         targets: [B, T] as the states, where T may count the masked positions of a row only.
-        terms: name → (factor, global weight); names among ce, mlm and mse.
+        terms: the losses. Those named mlm read labels, all others compare logits.
         temperature: of ce.
 
     Returns:
@@ -89,9 +107,10 @@ _fused.defvjp(_forward, _backward)
 def _on_mesh(student, teacher, targets, terms, temperature, with_gradients):
     """(Total, means), and gradients if asked for, from the rows and words of each device."""
     dtype = wide(student.states.dtype)
-    scales = {name: factor / weight.astype(dtype) for name, (factor, weight) in terms.items()}
+    scales = {name: term.factor / term.weight.astype(dtype) for name, term in terms.items()}
+    others = {name: term.sum for name, term in terms.items() if name not in CLOSED}
     over = functools.partial(
-        _over_chunks, temperature=temperature, with_gradients=with_gradients)
+        _over_chunks, temperature=temperature, with_gradients=with_gradients, others=others)
     mesh = jax.sharding.get_abstract_mesh()
     free = set(mesh.axis_names) - set(mesh.manual_axes)
     if free and mesh.size > 1:
@@ -102,13 +121,14 @@ def _on_mesh(student, teacher, targets, terms, temperature, with_gradients):
             in_specs=(head, teacher and head, rows, whole), check_vma=False, axis_names=free,
             out_specs=(whole, head if with_gradients else None))
     sums, gradients = over(student, teacher, targets, scales)
-    means = {name: sums[name] / weight for name, (_, weight) in terms.items()}
-    return (sum(terms[name][0] * mean for name, mean in means.items()), means), gradients
+    means = {name: sums[name] / term.weight for name, term in terms.items()}
+    return (sum(terms[name].factor * mean for name, mean in means.items()), means), gradients
 
 
 def _over_chunks(
     student: Head, teacher: Head | None, targets: Targets, scales: Figures, temperature: float,
-    with_gradients: bool, row_axes: Any = None, word_axis: Any = None,
+    with_gradients: bool, others: dict[str, Definition], row_axes: Any = None,
+    word_axis: str | None = None,
 ) -> tuple[Figures, Head | None]:
     """Sums, and gradients of the total if asked for, added up over the axes named."""
     shape, words = student.states.shape, len(student.embedding)
@@ -125,13 +145,17 @@ def _over_chunks(
                  for x, embedding, model in zip(states, embeddings, models, strict=True)]
         logits = [product(head.states, head.embedding, rows=True) + head.bias for head in heads]
         at_label = _at_labels(heads[0], at.labels) if "mlm" in scales else None
-        sums, slope = _losses(logits, at_label, at, scales, temperature, word_axis)  # [P, V]
+        sums, cotangent = _losses(logits, at_label, at, scales, temperature, word_axis)  # [P, V]
+        for name, definition in others.items():
+            sums[name], of_logits = _differentiated(definition, logits, at, word_axis)
+            cotangent += scales[name] * of_logits
         carry, total = carry[1:], jax.tree.map(jnp.add, carry[0], sums)
         if not with_gradients:
             return (total,), None
-        narrow = slope.astype(student.states.dtype)
-        words_slope = carry[0] + turned_product(states[0], narrow)  # [D, V]
-        return (total, words_slope, carry[1] + column_sums(slope)), product(narrow, embeddings[0])
+        narrow = cotangent.astype(student.states.dtype)
+        of_words = carry[0] + turned_product(states[0], narrow)  # [D, V]
+        return ((total, of_words, carry[1] + column_sums(cotangent)),
+                product(narrow, embeddings[0]))
 
     carry = ({name: jnp.zeros((), dtype) for name in scales},)
     if with_gradients:
@@ -155,8 +179,26 @@ def _at_labels(head: Head, labels: Int[Array, " P"]) -> Float[Array, " P"]:
     return jnp.where(here, logits, 0)
 
 
+def _differentiated(
+    definition: Definition, logits: list[Float[Array, "P V"]], at: Targets, word_axis: str | None
+) -> tuple[Float[Array, ""], Float[Array, "P V"]]:
+    """One chunk of a loss that compares logits: its sum, and its gradient in the student's.
+
+    Where words are divided over devices each gathers all logits of the chunk, and keeps the
+    gradient of its own words.
+    """
+    words = logits[0].shape[1]
+    if word_axis:
+        logits = [jax.lax.all_gather(x, word_axis, axis=1, tiled=True) for x in logits]
+    value, gradient = jax.value_and_grad(definition)(*logits, at.soft_weights)
+    if word_axis:
+        first = words * jax.lax.axis_index(word_axis)
+        gradient = jax.lax.dynamic_slice_in_dim(gradient, first, words, axis=1)
+    return value, gradient
+
+
 def _losses(logits, at_label, at, scales, temperature, word_axis):
-    """One chunk: sums, and the total's gradient in the student's logits [P, V].
+    """One chunk of the losses in CLOSED: sums, and their gradient in the student's logits [P, V].
 
     All softmaxes subtract the largest logit first. With s = student and t = teacher logits and m
     their maxima, p the teacher's softmax and E the sums of e^((x − m)/T) over words,
@@ -182,24 +224,24 @@ def _losses(logits, at_label, at, scales, temperature, word_axis):
         parts["mse"] = ((logits[0] - logits[1]) ** 2).sum(-1)
     parts = _added(parts, word_axis)
 
-    sums, slope = {}, 0.0
+    sums, cotangent = {}, jnp.zeros((), logits[0].dtype)
     if "mlm" in scales:
         nll = largest[0] + jnp.log(parts["mlm"]) - parts["label"]
         sums["mlm"] = (at.label_weights * nll).sum()
         factor = (scales["mlm"] * at.label_weights)[:, None]
         hot = jnp.arange(logits[0].shape[1]) == at.labels[:, None]
-        slope += factor / parts["mlm"][:, None] * whole - jnp.where(hot, factor, 0)
+        cotangent += factor / parts["mlm"][:, None] * whole - jnp.where(hot, factor, 0)
     if "ce" in scales:
         apart = parts["apart"] / parts["theirs"] / temperature
         divergence = apart + jnp.log(parts["ours"] / parts["theirs"])
         sums["ce"] = temperature**2 * (at.soft_weights * divergence).sum()
         factor = temperature * scales["ce"] * at.soft_weights
-        slope += ((factor / parts["ours"])[:, None] * ours
-                  - (factor / parts["theirs"])[:, None] * theirs)
+        cotangent += ((factor / parts["ours"])[:, None] * ours
+                      - (factor / parts["theirs"])[:, None] * theirs)
     if "mse" in scales:
         sums["mse"] = (at.soft_weights * parts["mse"]).sum()
-        slope += 2 * (scales["mse"] * at.soft_weights)[:, None] * (logits[0] - logits[1])
-    return sums, slope
+        cotangent += 2 * (scales["mse"] * at.soft_weights)[:, None] * (logits[0] - logits[1])
+    return sums, cotangent
 
 
 def _cut(tree: Any) -> Any:

@@ -35,6 +35,7 @@ SHARDING_ROWS: tuple[tuple[str, PartitionSpec], ...] = (
     (r"ffn/up/kernel", PartitionSpec(None, "model")),
     (r"ffn/up/bias", PartitionSpec("model")),
     (r"ffn/down/kernel", PartitionSpec("model", None)),
+    (r"projections/.*/kernel", PartitionSpec(None, "model")),
     (r"mlm_head/bias", PartitionSpec("model")),
 )
 

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,13 @@ class EncoderConfig:
     mlm_head: bool = True
     initializer_range: float = 0.02
     pad_token_id: int = 0
+
+
+class Seen(NamedTuple):
+    """What a model shows of a batch."""
+
+    last: Float[Array, "B T D"]
+    hidden: dict[int, Float[Array, "B T D"]]  # layer, from 1 → its states; 0: the embeddings
 
 
 class Linear(nnx.Linear):
@@ -210,8 +217,9 @@ class Encoder(nnx.Module):
         position_ids: Int[Array, "B T"],
         token_type_ids: Int[Array, "B T"] | None = None,
         dropout_keys: RowKeys = None,
-    ) -> Float[Array, "B T D"]:
-        """The last hidden states.
+        want: tuple[int, ...] = (),
+    ) -> Seen:
+        """Compute the last hidden states and, of the layers in `want`, theirs.
 
         Args:
             input_ids: [B, T] token ids.
@@ -221,16 +229,18 @@ class Encoder(nnx.Module):
             token_type_ids: [B, T]; zeros if None; a model without token types ignores them.
             dropout_keys: [B] a key for each row, so that what is dropped in it does not depend
                 on the rows beside it; None switches dropout off.
+            want: numbers of layers, from 1; 0 are the embeddings.
 
         Returns:
-            [B, T, D] in the compute dtype; what stands on padding means nothing.
+            States [B, T, D] in the compute dtype; those of padding mean nothing.
         """
         keys = dropout_keys
         x = self.embeddings(input_ids, position_ids, token_type_ids, _own(keys, 0))
+        hidden = {0: x}
         for number, layer in enumerate(self.layers, 1):
             call = jax.checkpoint(layer) if self.remat else layer
-            x = call(x, segment_ids, _own(keys, number))
-        return x
+            x = hidden[number] = call(x, segment_ids, _own(keys, number))
+        return Seen(x, {number: hidden[number] for number in want})
 
     def mlm_projection(
         self, hidden: Float[Array, "*B D"]

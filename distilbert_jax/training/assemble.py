@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 from distilbert_jax.config import DistilConfig, TrainConfig, compute_dtype
 from distilbert_jax.machine.sharding import by_rows, replicated, shardings
 from distilbert_jax.models.encoder import EncoderConfig, graphdef
+from distilbert_jax.training.objective import Objective, Projections
 from distilbert_jax.training.optimizer import make_optimizer
 from distilbert_jax.training.train_step import (
-    Objective,
     TrainState,
     init_state,
     make_eval_step,
@@ -39,24 +39,27 @@ class Assembly:
     param_dtype: Any
     graph: nnx.GraphDef  # of the trained model
     teacher_graph: nnx.GraphDef | None
+    projections: Projections
     tx: optax.GradientTransformation
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[..., dict[str, jax.Array]]  # jitted
 
     def init(self, params: dict[str, Any]) -> TrainState:
         """The state before the first update, from the parameters of the trained model."""
-        return init_state(params, self.tx, self.config.seed)
+        trained = {"student": params, "projections": self.projections}
+        return init_state(trained, self.tx, self.config.seed)
 
-    def teacher_params(self, params: dict[str, Any]) -> dict[str, Any]:
-        """A teacher as the step takes it: matrices in the compute dtype, vectors as they are."""
-        return jax.tree.map(lambda x: x.astype(self.dtype) if x.ndim > 1 else x, params)
+    def teachers(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The teacher as the step takes it: matrices in the compute dtype, vectors as they are."""
+        return {"teacher": jax.tree.map(
+            lambda x: x.astype(self.dtype) if x.ndim > 1 else x, params)}
 
-    def jitted(self, state: TrainState, teacher_params: dict[str, Any]) -> jax.stages.Wrapped:
+    def jitted(self, state: TrainState, teachers: dict[str, Any]) -> jax.stages.Wrapped:
         """The train step for arguments of these shapes: shardings pinned, the old state donated."""
         layout, whole = shardings(state, self.mesh), replicated(self.mesh)
         return jax.jit(
             self.train_step, donate_argnums=0,
-            in_shardings=(layout, shardings(teacher_params, self.mesh), whole, by_rows(self.mesh)),
+            in_shardings=(layout, shardings(teachers, self.mesh), whole, by_rows(self.mesh)),
             out_shardings=(layout, whole))
 
     def place(self, params: dict[str, Any]) -> dict[str, Any]:
@@ -83,16 +86,18 @@ def assemble(
         steps: updates of the whole run, over which the learning rate falls.
     """
     dtype, param_dtype = dtypes(config, mesh)
-    distils = isinstance(config, DistilConfig)
+    objective, projections, frozen = Objective(weights={"mlm": 1.0}), {}, ()
+    if isinstance(config, DistilConfig):
+        objective, frozen = Objective.of(config, student, teacher), config.frozen
+        projections = objective.init_projections(student, teacher, config.seed, param_dtype)
     graph = graphdef(student, dtype, param_dtype, config.remat)
     teacher_graph = graphdef(teacher, dtype, param_dtype) if teacher else None
-    tx = make_optimizer(config, steps, config.frozen if distils else ())
+    tx = make_optimizer(config, steps, frozen)
     return Assembly(
         config=config, mesh=mesh, dtype=dtype, param_dtype=param_dtype, graph=graph,
-        teacher_graph=teacher_graph, tx=tx,
+        teacher_graph=teacher_graph, projections=projections, tx=tx,
         train_step=make_train_step(
-            graph, teacher_graph, tx, Objective.of(config) if distils else Objective(),
-            config.MASKING, config.accumulate, mesh),
+            graph, teacher_graph, tx, objective, config.MASKING, config.accumulate, mesh, frozen),
         eval_step=jitted_eval_step(graph, teacher_graph, mesh))
 
 

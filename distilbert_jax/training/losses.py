@@ -1,15 +1,22 @@
-"""The losses on logits and hidden states: the readable truth, and what the tests derive from.
+"""The table of losses: each is a weighted sum over positions and a row that says what it compares.
 
-Every function returns a weighted sum; the caller divides once by the global weight, so that the
-mean is over all devices and micro-batches alike. All are computed in float32 or wider.
+Observed states and logits come in, one number goes out. These are the readable definitions; the
+vocabulary losses are computed by kernels/head.py, which never holds logits of all positions. The
+caller divides each sum once, by the global weight, so that a mean is over all devices and
+micro-batches alike. All are computed in float32 or wider.
 """
+
+import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from distilbert_jax.kernels.products import wide
 
-def kl_sum(
+
+def ce_sum(
     student_logits: Float[Array, "*P V"],
     teacher_logits: Float[Array, "*P V"],
     weights: Float[Array, "*P"],
@@ -29,19 +36,18 @@ def kl_sum(
 def mlm_sum(
     logits: Float[Array, "*P V"], labels: Int[Array, "*P"], weights: Float[Array, "*P"]
 ) -> Float[Array, ""]:
-    """Σ w · cross-entropy of the labels, in nats, at temperature 1 (L_mlm)."""
+    """Σ w · cross-entropy of the labels, in nats, at temperature 1 (L_mlm of Sanh et al. 2019)."""
     at_label = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
     return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - at_label))
 
 
-def cosine_sum(
+def cos_sum(
     student_hidden: Float[Array, "*P D"],
     teacher_hidden: Float[Array, "*P D"],
     weights: Float[Array, "*P"],
 ) -> Float[Array, ""]:
-    """Σ w · (1 − cos) between last hidden states (L_cos), with torch's 1e-12 under the root."""
-    wide = jnp.promote_types(student_hidden.dtype, jnp.float32)
-    s, t = student_hidden.astype(wide), teacher_hidden.astype(wide)
+    """Σ w · (1 − cos) between hidden states (L_cos), with torch's 1e-12 under the root."""
+    s, t = (x.astype(wide(x.dtype)) for x in (student_hidden, teacher_hidden))
     norms = (jnp.sum(s * s, axis=-1) + 1e-12) * (jnp.sum(t * t, axis=-1) + 1e-12)
     return jnp.sum(weights * (1 - jnp.sum(s * t, axis=-1) / jnp.sqrt(norms)))
 
@@ -51,5 +57,36 @@ def mse_sum(
     teacher_logits: Float[Array, "*P V"],
     weights: Float[Array, "*P"],
 ) -> Float[Array, ""]:
-    """Σ w · Σ_v (student − teacher)² of raw logits: summed over the vocabulary (L_mse, A.7)."""
+    """Σ w · Σ_v (student − teacher)² of raw logits: summed over the vocabulary (L_mse)."""
     return jnp.sum(weights * jnp.sum((student_logits - teacher_logits) ** 2, axis=-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A row of LOSSES.
+
+    `sum` is called by what the loss needs:
+
+        labels   sum(student's logits [P, V], labels [P], weights [P])
+        logits   sum(student's logits [P, V], teacher's logits [P, V], weights [P])
+        last     sum(student's last hidden states [B, T, D], teacher's, weights [B, T])
+        hidden   as last, once for each pair of mapped layers, of which the mean is taken; where
+                 the widths differ, the student's states go through a learned projection first
+
+    and `settings` names fields of the objective that it takes beside these.
+    """
+
+    needs: str
+    over: str  # its mean is over: tokens, masked, or soft (tokens unless restricted to masked)
+    sum: Callable[..., Float[Array, ""]]
+    text: str  # help of its flag --alpha-NAME
+    settings: tuple[str, ...] = ()
+
+
+LOSSES = {
+    "ce": Loss("logits", "soft", ce_sum, "KL divergence from the teacher at --temperature",
+               ("temperature",)),
+    "mlm": Loss("labels", "masked", mlm_sum, "masked-language-model loss"),
+    "cos": Loss("last", "tokens", cos_sum, "cosine loss on last hidden states"),
+    "mse": Loss("logits", "soft", mse_sum, "squared error between logits"),
+}

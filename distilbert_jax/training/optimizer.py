@@ -34,21 +34,16 @@ def make_optimizer(
     Args:
         config: rate, warm-up, weight decay and clip.
         steps: updates of the whole run.
-        frozen: parameter paths, e.g. "embeddings/position", that keep their start. They count
-            neither in the gradient's norm nor in the decay.
+        frozen: beginnings of parameter paths, e.g. "student/embeddings/position", that do not
+            decay; the step gives them no gradient, so they keep their start.
 
     Weight decay acts on matrices (leaves of two axes) only: no bias, no LayerNorm.
     """
-    def is_frozen(params: Any) -> Any:
+    def decays(params: dict[str, Any]) -> dict[str, Any]:
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: path_name(path).startswith(frozen or ("\0",)), params)
-
-    def decays(params: Any) -> Any:
-        return jax.tree.map(lambda leaf, still: leaf.ndim > 1 and not still, params,
-                            is_frozen(params))
+            lambda path, leaf: leaf.ndim > 1 and not path_name(path).startswith(frozen), params)
 
     return optax.chain(
-        optax.masked(optax.set_to_zero(), is_frozen),
         optax.clip_by_global_norm(config.clip),
         optax.adamw(learning_rate(config, steps), b1=0.9, b2=0.98, eps=1e-6,
                     weight_decay=config.weight_decay, mask=decays))

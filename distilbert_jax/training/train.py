@@ -49,17 +49,17 @@ class Run:
     rows: PackedRows
     vocabulary: Vocabulary
     assembly: Assembly
-    evaluate: Callable[[dict[str, Any]], dict[str, float]]  # params → figures
+    evaluate: Callable[[dict[str, Any]], dict[str, float]]  # the student's parameters → figures
     label: str  # of the progress bar
 
 
-def train(run: Run, state: TrainState, teacher_params: dict[str, Any]) -> TrainState:
+def train(run: Run, state: TrainState, teachers: dict[str, Any]) -> TrainState:
     """Train to the last step, from the newest checkpoint if there is one.
 
     Args:
         run: the step, its data, and where to write.
         state: before the first update; arrays of it that are on a device are donated.
-        teacher_params: frozen, laid out on the mesh; {} without a teacher.
+        teachers: name → parameters, frozen, laid out on the mesh; {} without a teacher.
 
     Returns:
         The state after `run.steps` updates, saved.
@@ -71,7 +71,7 @@ def train(run: Run, state: TrainState, teacher_params: dict[str, Any]) -> TrainS
     """
     config, mesh = run.config, run.assembly.mesh
     layout = shardings(state, mesh)
-    step_fn = run.assembly.jitted(state, teacher_params)
+    step_fn = run.assembly.jitted(state, teachers)
     with (Checkpoints(run.output, run.settings, config.keep, config.on_save_error) as checkpoints,
           StopSignal(mesh) as stop):
         restored = checkpoints.restore(abstract(state, layout))
@@ -87,10 +87,10 @@ def train(run: Run, state: TrainState, teacher_params: dict[str, Any]) -> TrainS
                     if start < run.steps else
                     f"{run.label}: {start} updates are done, --steps asks for {run.steps}")
             else:
-                log.write(0, run.evaluate(state.params))
+                log.write(0, run.evaluate(state.params["student"]))
             report = _Report(run, log, progress, batches)
             for step in range(start, run.steps):
-                state, metrics = step_fn(state, teacher_params, run.vocabulary, next(batches))
+                state, metrics = step_fn(state, teachers, run.vocabulary, next(batches))
                 report.flush()  # of the step before, while this one runs
                 report.take(step + 1, metrics)
                 done, figures = step + 1, None
@@ -100,7 +100,7 @@ def train(run: Run, state: TrainState, teacher_params: dict[str, Any]) -> TrainS
                 if evaluates or stops:  # neither a figure nor a checkpoint is ahead of the log
                     report.flush()
                 if evaluates:
-                    figures = run.evaluate(state.params)
+                    figures = run.evaluate(state.params["student"])
                     log.write(done, figures)
                 if evaluates or stops:
                     log.publish()

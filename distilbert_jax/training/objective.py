@@ -1,0 +1,230 @@
+"""What is trained: both models are observed once, and every loss with a weight sees only that.
+
+A labelled batch and two models come in, the total loss and the means that it is made of go out.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from distilbert_jax.config import DistilConfig
+from distilbert_jax.errors import UserError, choose
+from distilbert_jax.kernels.dropout import RowKeys
+from distilbert_jax.kernels.head import Head, Targets, Term, fused_losses
+from distilbert_jax.models.encoder import EncoderConfig, Seen
+from distilbert_jax.training.losses import LOSSES
+
+Batch = dict[str, Array]
+Metrics = dict[str, Float[Array, ""]]
+Projections = dict[str, dict[str, dict[str, Float[Array, "D E"]]]]  # loss → student layer → kernel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The weights of the losses, and what they take beside states and logits."""
+
+    weights: Mapping[str, float]  # row of LOSSES → its weight; one of weight 0 is not computed
+    temperature: float = 2.0
+    restrict_ce_to_mask: bool = False
+    layer_map: tuple[tuple[int, int], ...] = ()  # (layer of the student, of the teacher) from 1
+
+    @classmethod
+    def of(cls, config: DistilConfig, student: EncoderConfig, teacher: EncoderConfig
+           ) -> "Objective":
+        """The objective of a distillation.
+
+        Raises:
+            UserError: an unknown loss, a map of layers that do not exist or that no loss reads,
+                or a loss that needs equal widths where they differ.
+        """
+        for name in config.alphas:
+            choose(name, LOSSES, "loss")
+        objective = cls(
+            weights={name: config.alphas[name] for name in LOSSES if config.alphas.get(name)},
+            temperature=config.temperature, restrict_ce_to_mask=config.restrict_ce_to_mask,
+            layer_map=map_layers(config.hidden_map, student.num_hidden_layers,
+                                 teacher.num_hidden_layers))
+        if config.hidden_map and not objective.mapped:
+            raise UserError(f"--hidden-map {config.hidden_map} is read by no loss: give "
+                            "--alpha-hidden above 0, or leave it out")
+        widths = student.hidden_size, teacher.hidden_size
+        for name in objective.weights:
+            if LOSSES[name].needs == "last" and widths[0] != widths[1]:
+                raise UserError(f"--alpha-{name} compares states of equal width, and the student "
+                                f"has {widths[0]}, the teacher {widths[1]}: give 0")
+        return objective
+
+    @property
+    def mapped(self) -> tuple[str, ...]:
+        """The losses on hidden states at mapped layers."""
+        return tuple(name for name in self.weights if LOSSES[name].needs == "hidden")
+
+    @property
+    def student_layers(self) -> tuple[int, ...]:
+        """Layers that the student has to show."""
+        return tuple(own for own, _ in self.layer_map) if self.mapped else ()
+
+    @property
+    def teacher_layers(self) -> tuple[int, ...]:
+        """Layers that the teacher has to show."""
+        return tuple(sorted({theirs for _, theirs in self.layer_map})) if self.mapped else ()
+
+    @property
+    def logits_everywhere(self) -> bool:
+        """Whether logits are needed at all positions and not only at the masked ones."""
+        return not self.restrict_ce_to_mask and any(
+            LOSSES[name].needs == "logits" for name in self.weights)
+
+    def init_projections(
+        self, student: EncoderConfig, teacher: EncoderConfig, seed: int, dtype: np.dtype
+    ) -> Projections:
+        """A random projection [D, E] for each mapped layer, where the widths D and E differ."""
+        if student.hidden_size == teacher.hidden_size:
+            return {}
+        shape = student.hidden_size, teacher.hidden_size
+        random = np.random.default_rng(seed)
+        return {name: {str(own): {"kernel": random.normal(0, shape[0]**-0.5, shape).astype(dtype)}
+                       for own, _ in self.layer_map} for name in self.mapped}
+
+
+def map_layers(wish: str, student: int, teacher: int) -> tuple[tuple[int, int], ...]:
+    """Which layer of the teacher each layer of the student is compared with.
+
+    Args:
+        wish: "1:4,2:8", the student's layer before its teacher's, each counted from 1, 0 being
+            the embeddings; "" maps every layer of the student, evenly: 1:4, 2:8, 3:12 for 3 of 12
+            (TinyBERT, Jiao et al. 2020, section 3.1).
+        student, teacher: how many layers there are.
+
+    Raises:
+        UserError: not of that form, or a layer that does not exist or stands there twice.
+    """
+    if not wish:
+        return tuple((own, round(own * teacher / student)) for own in range(1, student + 1))
+    try:
+        pairs = [tuple(map(int, pair.split(":"))) for pair in wish.split(",")]
+        pairs = [(own, theirs) for own, theirs in pairs]
+    except ValueError as error:
+        raise UserError(f"--hidden-map {wish} must look like 1:4,2:8: a layer of the student, of "
+                        "the teacher") from error
+    for own, theirs in pairs:
+        if not (0 <= own <= student and 0 <= theirs <= teacher):
+            raise UserError(f"--hidden-map {wish}: {own}:{theirs} is not there; the student has "
+                            f"{student} layers, the teacher {teacher}")
+    if len({own for own, _ in pairs}) < len(pairs):
+        raise UserError(f"--hidden-map {wish} maps a layer of the student twice")
+    return tuple(pairs)
+
+
+def observe(
+    model: nnx.Module, batch: Batch, want: tuple[int, ...] = (), dropout_keys: RowKeys = None
+) -> Seen:
+    """What a model shows of a batch: its last hidden states, and those of the layers in `want`."""
+    return model(batch["input_ids"], batch["segment_ids"], batch["position_ids"],
+                 dropout_keys=dropout_keys, want=want)
+
+
+def at_masked(x: Float[Array, "B T C"], batch: Batch) -> Float[Array, "B K C"]:
+    """Gather the positions that are predicted."""
+    return jnp.take_along_axis(x, batch["masked_positions"][..., None], axis=1)
+
+
+def loss_counts(batch: Batch, objective: Objective) -> Metrics:
+    """The weight that a mean over tokens, masked or soft positions is divided by, at least 1."""
+    tokens = jnp.maximum((batch["segment_ids"] > 0).sum().astype(jnp.float32), 1)
+    masked = jnp.maximum(batch["label_weights"].sum(), 1)
+    return {"tokens": tokens, "masked": masked,
+            "soft": masked if objective.restrict_ce_to_mask else tokens}
+
+
+def total_loss(
+    student: nnx.Module, teacher: nnx.Module | None, batch: Batch, objective: Objective,
+    counts: Metrics, projections: Projections, dropout_keys: RowKeys = None,
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss that is trained (REFERENCE A.7), and the means it is made of.
+
+    Logits exist for a few positions at a time only; where no loss needs them everywhere, the
+    masked positions are gathered first.
+
+    Args:
+        student: trained model, teacher: frozen one or None.
+        batch: labelled, from a row of LABELS.
+        objective: weights of the losses; a teacher's losses need a teacher.
+        counts: from loss_counts, of the whole batch if this is a part of it.
+        projections: of the student's states, where the widths differ; {} where they do not.
+        dropout_keys: [B] of the student's dropout; None for none.
+
+    Returns:
+        The total, to be differentiated, and the mean of each loss by name, which is not.
+    """
+    real = (batch["segment_ids"] > 0).astype(jnp.float32)
+    seen = observe(student, batch, objective.student_layers, dropout_keys)
+    target = jax.lax.stop_gradient(
+        observe(teacher, batch, objective.teacher_layers)) if teacher else None
+    total, means = jnp.zeros(()), {}
+    for name, weight in objective.weights.items():
+        row = LOSSES[name]
+        if row.needs == "last":
+            value = row.sum(seen.last, target.last, real)
+        elif row.needs == "hidden":
+            value = _mapped_sum(name, seen, target, real, objective, projections.get(name))
+        else:
+            continue
+        means[name] = value / counts[row.over]
+        total = total + weight * means[name]
+    terms = _terms(objective, counts)
+    if terms:
+        everywhere = objective.logits_everywhere
+
+        def head(model: nnx.Module, hidden: Float[Array, "B T D"]) -> Head:
+            return Head(*model.mlm_projection(hidden if everywhere else at_masked(hidden, batch)))
+
+        compares = any(LOSSES[name].needs == "logits" for name in terms)
+        fused, projected = fused_losses(
+            head(student, seen.last), head(teacher, target.last) if compares else None,
+            _targets(batch, real, everywhere), terms, objective.temperature)
+        total, means = total + fused, means | projected
+    return total, means
+
+
+def _mapped_sum(
+    name: str, seen: Seen, target: Seen, real: Float[Array, "B T"], objective: Objective,
+    projections: dict[str, dict[str, Float[Array, "D E"]]] | None,
+) -> Float[Array, ""]:
+    """The mean of a loss over the pairs of mapped layers."""
+    def projected(own: int) -> Float[Array, "B T E"]:
+        states = seen.hidden[own]
+        if projections is None:
+            return states
+        return states @ projections[str(own)]["kernel"].astype(states.dtype)
+
+    pairs = objective.layer_map
+    return sum(LOSSES[name].sum(projected(own), target.hidden[theirs], real)
+               for own, theirs in pairs) / len(pairs)
+
+
+def _terms(objective: Objective, counts: Metrics) -> dict[str, Term]:
+    """The vocabulary losses, as the fused head takes them."""
+    terms = {}
+    for name, weight in objective.weights.items():
+        row = LOSSES[name]
+        if row.needs in ("labels", "logits"):
+            settings = {setting: getattr(objective, setting) for setting in row.settings}
+            terms[name] = Term(weight, counts[row.over], functools.partial(row.sum, **settings))
+    return terms
+
+
+def _targets(batch: Batch, real: Float[Array, "B T"], everywhere: bool) -> Targets:
+    """Labels and weights at the masked positions [B, K], or at all [B, T]."""
+    labels, weights = batch["labels"], batch["label_weights"]
+    if not everywhere:
+        return Targets(labels, weights, weights)
+    spread = jax.vmap(lambda at, x: jnp.zeros(real.shape[1], x.dtype).at[at].set(x))
+    positions = batch["masked_positions"]
+    return Targets(spread(positions, labels), spread(positions, weights), real)
