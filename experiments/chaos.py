@@ -24,7 +24,8 @@ from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import report
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.models import bert
-from distilbert_jax.models.encoder import EncoderConfig, init_params
+from distilbert_jax.models.encoder import EncoderConfig
+from distilbert_jax.models.start import init_params
 
 FLAGS = ("--steps 120 --batch-size 8 --sequence-length 32 --save-every 10 --eval-every 40 "
          "--learning-rate 1e-3 --seed 1").split()

@@ -1,6 +1,7 @@
 """What the tests share: eight fake devices, the shape checker, tiny noisy models and batches."""
 
 import dataclasses
+import functools
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,8 +31,10 @@ from distilbert_jax.models.convert import FAMILIES, from_hf
 from distilbert_jax.models.encoder import EncoderConfig, abstract_params, graphdef
 from distilbert_jax.models.student import student_config, student_params
 from distilbert_jax.training import labels as masking
+from distilbert_jax.training.labels import LABELS
+from distilbert_jax.training.objective import Objective
 from distilbert_jax.training.optimizer import make_optimizer
-from distilbert_jax.training.train_step import Objective, init_state, make_train_step
+from distilbert_jax.training.train_step import init_state, make_train_step
 
 VOCAB = 72  # divisible by 8, so that every mesh divides the word embedding
 SPECIAL = [0, 1, 2, 3, 4]  # [PAD], [UNK], [CLS], [SEP], [MASK]
@@ -125,7 +128,9 @@ def batch_of():
                 segments[row, at:at + size] = number
                 positions[row, at:at + size] = np.arange(size)
                 at += size
-        return {"input_ids": ids, "segment_ids": segments, "position_ids": positions}
+        numbers = np.arange(len(rows), dtype=np.int32)
+        return {"input_ids": ids, "segment_ids": segments, "position_ids": positions,
+                "row": numbers, "epoch": np.full_like(numbers, seed)}
 
     return build
 
@@ -148,12 +153,22 @@ class Problem:
     tx: optax.GradientTransformation
     objective: Objective
 
+    @property
+    def teachers(self):
+        return {"teacher": self.teacher_params}
+
     def step(self, accumulate=1, mesh=None, remat=False):
         graphs = (graphdef(c, "float64", "float64", remat) for c in (self.student, self.teacher))
-        return make_train_step(*graphs, self.tx, self.objective, Masking(), accumulate, mesh)
+        return make_train_step(*graphs, self.tx, self.objective, masked(), accumulate, mesh)
 
     def state(self):
-        return init_state(jax.tree.map(jnp.asarray, self.params), self.tx, seed=0)
+        params = {"student": self.params, "projections": {}}
+        return init_state(jax.tree.map(jnp.asarray, params), self.tx, seed=0)
+
+
+def masked(**rates):
+    """The labels of masked-language modelling, as a step takes them."""
+    return functools.partial(LABELS["mlm"], masking=Masking(**rates))
 
 
 @pytest.fixture(scope="session")
@@ -165,7 +180,7 @@ def problem(tiny_model, batch_of):
     return Problem(
         student, teacher, student_params(teacher_params, [1]), teacher_params,
         [batch_of(rows, 16, seed) for seed in range(3)], make_optimizer(config, steps=4),
-        Objective(alpha_ce=5.0, alpha_mlm=2.0, alpha_cos=1.0, alpha_mse=0.1))
+        Objective(weights={"ce": 5.0, "mlm": 2.0, "cos": 1.0, "mse": 0.1}))
 
 
 @pytest.fixture(scope="session")

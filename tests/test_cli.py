@@ -128,11 +128,10 @@ def with_run(**settings):
     """The output holds a checkpoint of a run with these settings and today's defaults."""
     def write():
         from distilbert_jax.config import DistilConfig
-        from distilbert_jax.jobs.distil import _settings
 
         made = DistilConfig(**dict(
             teacher="teacher", corpus=("corpus.txt",), sequence_length=16, batch_size=8) | settings)
-        run = json.dumps({"settings": _settings(made), "figures": {}}).encode()
+        run = json.dumps({"settings": made.meaning(), "figures": {}}).encode()
         seal = {"run.json": [len(run), hashlib.sha256(run).hexdigest()]}
         with_file("new/checkpoints/3/run.json", run)()
         with_file("new/checkpoints/3/sha256.json", json.dumps(seal).encode())()

@@ -8,8 +8,9 @@ from distilbert_jax import config
 from distilbert_jax.cli import parse
 from distilbert_jax.config import DistilConfig, PrepareConfig, PretrainConfig, compute_dtype, flag
 from distilbert_jax.errors import UserError, choose, first_line
+from distilbert_jax.training.losses import LOSSES
 
-RECIPES = {"short": {"steps": 7, "batch_size": 16, "alpha_cos": 0.5}}
+RECIPES = {"short": {"steps": 7, "batch_size": 16, "alphas": {"ce": 5.0, "cos": 0.5}}}
 
 
 def distil(*argv):
@@ -31,6 +32,8 @@ def test_flags_of_every_kind():
 def test_every_field_is_a_flag_of_its_type():
     for config_class in (DistilConfig, PretrainConfig, PrepareConfig):
         for field in dataclasses.fields(config_class):
+            if "each" in field.metadata:
+                continue  # a flag for each loss: below
             if isinstance(field.default, bool):
                 argv, value = [flag(field.name)], True
             elif field.name == "mix":
@@ -47,7 +50,7 @@ def test_every_field_is_a_flag_of_its_type():
 
 def test_defaults_then_recipe_then_flags():
     got = distil("--recipe", "short", "--batch-size", "32")
-    assert (got.steps, got.batch_size, got.alpha_cos, got.alpha_ce) == (7, 32, 0.5, 5.0)
+    assert (got.steps, got.batch_size, got.alphas) == (7, 32, {"ce": 5.0, "cos": 0.5})
     assert got.recipe == "short"
 
 
@@ -89,8 +92,6 @@ def test_command_lines_that_cannot_be(argv, message):
     (DistilConfig, "dtype", ("float16",)),
     (DistilConfig, "init", ("zeros",)),
     (DistilConfig, "temperature", (0.0, float("inf"))),
-    (DistilConfig, "alpha_ce", (-1.0, float("inf"))),
-    (DistilConfig, "alpha_mse", (float("nan"),)),
     (PretrainConfig, "vocab_size", (99,)),
     (PretrainConfig, "num_hidden_layers", (0,)),
     (PretrainConfig, "num_attention_heads", (0, 3)),  # 3 does not divide 256
@@ -102,9 +103,30 @@ def test_values_that_cannot_be_name_their_flag(config_class, name, values):
         assert flag(name) in str(error.value) and str(value) in str(error.value)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_has_a_flag(name):
+    given = distil(f"--alpha-{name}", "3.5")
+    assert given.alphas == DistilConfig().alphas | {name: 3.5}
+    assert given.meaning()[f"--alpha-{name}"] == 3.5
+    for value in ("-1.0", "inf", "nan"):
+        with pytest.raises(UserError, match=f"--alpha-{name} {value} must be 0 or a positive"):
+            distil(f"--alpha-{name}={value}")
+
+
+def test_what_a_continuation_may_change():
+    """Fields marked free or compared by content are no part of a run's meaning."""
+    free = {f.name for f in dataclasses.fields(DistilConfig) if "continued" in f.metadata}
+    assert free == {
+        "steps", "mesh", "remat", "output", "save_every", "eval_every", "keep", "on_save_error",
+        "max_skipped", "recipe", "workers", "compile_only", "corpus", "valid", "teacher"}
+    meaning = DistilConfig().meaning()
+    assert not {flag(name) for name in free} & set(meaning)
+    assert meaning["--temperature"] == 2.0 and meaning["--alpha-ce"] == 5.0
+
+
 def test_all_losses_off():
     with pytest.raises(UserError, match="all loss weights are 0"):
-        DistilConfig(alpha_ce=0.0, alpha_mlm=0.0, alpha_cos=0.0)
+        DistilConfig(alphas={"ce": 0.0, "mlm": 0.0})
 
 
 @pytest.mark.parametrize("config_class", [DistilConfig, PretrainConfig])
@@ -114,7 +136,9 @@ def test_help_names_every_flag_once(config_class, capsys):
     text = capsys.readouterr().out
     assert end.value.code == 0 and "What it does." in text
     for field in dataclasses.fields(config_class):
-        assert f"\n  {flag(field.name)}" in text
+        names = [f"alpha_{name}" for name in LOSSES] if field.name == "alphas" else [field.name]
+        assert all(f"\n  {flag(name)} " in text or f"\n  {flag(name)}," in text
+                   for name in names)
         assert text.count(f"\n{field.metadata['group']}:\n") == 1
     assert "(default: 0.0005)" in text
 

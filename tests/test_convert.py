@@ -92,7 +92,7 @@ def test_transformers_reads_our_folder_completely(name, originals, tmp_path):
     with torch.no_grad():
         expected = model.eval()(torch.tensor(ids).long()).logits.numpy()
     ours = nnx.merge(graphdef(config, jnp.float32), jax.tree.map(jnp.asarray, params))
-    hidden = ours(jnp.asarray(ids), jnp.ones_like(ids), jnp.arange(12)[None])
+    hidden = ours(jnp.asarray(ids), jnp.ones_like(ids), jnp.arange(12)[None]).last
     np.testing.assert_allclose(ours.mlm_logits(hidden), expected, rtol=0, atol=2e-5)
     # And back: what transformers writes is what we read.
     model.save_pretrained(tmp_path / "again")

@@ -66,8 +66,8 @@ def test_gradients_are_added_up_once_an_update(
         shape, accumulate, problem, vocabulary, x64):
     mesh = make_mesh(shape)
     state = problem.state()
-    step = jit_step(problem.step(accumulate, mesh), state, problem.teacher_params, mesh)
-    text = step.lower(state, problem.teacher_params, vocabulary, problem.batches[0])
+    step = jit_step(problem.step(accumulate, mesh), state, problem.teachers, mesh)
+    text = step.lower(state, problem.teachers, vocabulary, problem.batches[0])
     program = hlo.read(text.compile().as_text())
     moved = sum(c.bytes for c in program.collectives
                 if c.kind == "all-reduce" and c.devices == mesh.shape["data"])
@@ -80,7 +80,7 @@ def test_products_are_counted(accumulate, mesh, problem, vocabulary, x64):
     mesh = mesh and make_mesh(mesh)
     rows, batch = 8, problem.batches[0]
     traced = jax.jit(problem.step(accumulate, mesh)).trace(
-        problem.state(), problem.teacher_params, vocabulary, batch)
+        problem.state(), problem.teachers, vocabulary, batch)
     full = dict(batch, segment_ids=np.ones((rows, 16), np.int32))  # a product knows no segments
     one = training.Problem(
         problem.teacher, problem.student, TrainConfig(), np.ones(72), [], 4, [], [])

@@ -1,5 +1,6 @@
 """The fused head gives the numbers of losses.py, on every mesh, and never holds all logits."""
 
+import functools
 import re
 
 import jax
@@ -10,13 +11,25 @@ from test_sharding import mesh_of
 
 from distilbert_jax.benchmark.head import compare, dense_losses
 from distilbert_jax.kernels import head as fused_head
-from distilbert_jax.kernels.head import Head, Targets, fused_losses
+from distilbert_jax.kernels.head import Head, Targets, Term, fused_losses
+from distilbert_jax.training.losses import LOSSES
 
 ROWS, LENGTH, WIDTH, TEACHER_WIDTH, TEMPERATURE = 8, 13, 16, 24, 1.7
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 1e-2}
 TERMS = {
     "all": {"ce": 5.0, "mlm": 2.0, "mse": 0.1}, "distilled": {"ce": 5.0, "mlm": 2.0},
-    "labels": {"mlm": 1.0}, "logits": {"mse": 0.5}}
+    "labels": {"mlm": 1.0}, "logits": {"mse": 0.5},
+    "no closed form": {"reverse": 3.0, "mlm": 2.0}}
+
+
+def reverse_sum(student, teacher, weights):
+    """Σ w KL(student ‖ teacher): a loss that the head has never heard of."""
+    s, t = (jax.nn.log_softmax(x) for x in (student, teacher))
+    return (weights * (jnp.exp(s) * (s - t)).sum(-1)).sum()
+
+
+DEFINITIONS = {"ce": functools.partial(LOSSES["ce"].sum, temperature=TEMPERATURE),
+               "mlm": LOSSES["mlm"].sum, "mse": LOSSES["mse"].sum, "reverse": reverse_sum}
 
 
 @pytest.fixture(autouse=True)
@@ -58,13 +71,14 @@ def value_and_gradients(losses, student, teacher, targets, factors, dtype="float
         head, transform = student
         states = head.states if transform is None else jnp.tanh(
             head.states @ transform.astype(dtype))
-        terms = {name: (factor, getattr(
-            targets, "label_weights" if name == "mlm" else "soft_weights").sum())
+        terms = {name: Term(factor, getattr(
+            targets, "label_weights" if name == "mlm" else "soft_weights").sum(),
+            DEFINITIONS[name])
             for name, factor in factors.items()}
         return losses(head._replace(states=states), teacher, targets, terms, TEMPERATURE)
 
     student = cast(student[0]), jax.tree.map(lambda x: x.astype(wide), student[1])
-    teacher = cast(teacher) if factors.keys() & {"ce", "mse"} else None
+    teacher = cast(teacher) if factors.keys() - {"mlm"} else None
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(student, teacher)
 
 
@@ -116,7 +130,7 @@ def test_what_all_logits_have_in_common(x64):
 
 def test_only_the_total_and_only_the_student_have_a_gradient(x64):
     (student, _), teacher, targets = jax.tree.map(jnp.asarray, make())
-    terms = {"ce": (1.0, jnp.ones(())), "mlm": (1.0, jnp.ones(()))}
+    terms = {name: Term(1.0, jnp.ones(()), DEFINITIONS[name]) for name in ("ce", "mlm")}
 
     def loss(student, teacher, terms):
         total, means = fused_losses(student, teacher, targets, terms, TEMPERATURE)
@@ -138,8 +152,8 @@ def test_every_mesh(shape, words, x64):
 
     def loss(losses):
         def call(student, teacher, targets):
-            terms = {"ce": (5.0, targets.soft_weights.sum()),
-                     "mlm": (2.0, targets.label_weights.sum())}
+            terms = {"ce": Term(5.0, targets.soft_weights.sum(), DEFINITIONS["ce"]),
+                     "mlm": Term(2.0, targets.label_weights.sum(), DEFINITIONS["mlm"])}
             return losses(student, teacher, targets, terms, TEMPERATURE)
         return jax.jit(jax.value_and_grad(call, has_aux=True))
 
@@ -167,6 +181,17 @@ def test_every_mesh(shape, words, x64):
 
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (JAX_NUM_CPU_DEVICES=8)")
+@pytest.mark.parametrize("shape", ["8x1", "2x4"])
+def test_a_loss_without_closed_form_on_a_mesh(shape, x64):
+    """Its gradient comes from all words, and each device keeps that of its own."""
+    problem, factors = make(), TERMS["no closed form"]
+    expected = value_and_gradients(dense_losses, *problem, factors)
+    with jax.set_mesh(mesh_of(shape)):
+        found = value_and_gradients(fused_losses, *problem, factors)
+    assert_close(jax.device_get(found), expected, 1e-10)
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (JAX_NUM_CPU_DEVICES=8)")
 @pytest.mark.parametrize("shape", ["8x1", "4x2"])
 def test_rows_divided_by_the_caller(shape, x64):
     """Then sums and gradients are those of the device's own rows, and the caller adds them up."""
@@ -174,7 +199,8 @@ def test_rows_divided_by_the_caller(shape, x64):
     weight = targets.soft_weights.sum()
 
     def call(losses, student, teacher, targets):
-        terms = {"ce": (5.0, weight), "mlm": (2.0, weight)}
+        terms = {name: Term(factor, weight, DEFINITIONS[name])
+                 for name, factor in TERMS["distilled"].items()}
         return jax.value_and_grad(losses, has_aux=True)(
             student, teacher, targets, terms, TEMPERATURE)
 

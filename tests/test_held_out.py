@@ -16,8 +16,9 @@ from distilbert_jax.data.pack import PackedRows
 from distilbert_jax.evaluation import held_out as module
 from distilbert_jax.evaluation.held_out import held_out
 from distilbert_jax.models.encoder import graphdef
-from distilbert_jax.training.labels import mask_tokens
-from distilbert_jax.training.train_step import encode, make_eval_step
+from distilbert_jax.training.labels import mask_tokens, row_keys
+from distilbert_jax.training.objective import observe
+from distilbert_jax.training.train_step import make_eval_step
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
 
@@ -51,7 +52,7 @@ def steps(graphs):
 
 def figures(problem, vocabulary, packed, step, params=None, teacher=None, shape="8x1", rows=None):
     placed = (place(p, shape) for p in (params or problem.params,
-                                        problem.teacher_params if teacher is None else teacher))
+                                        problem.teachers if teacher is None else teacher))
     return held_out(step, *placed, vocabulary, packed, mesh_of(shape), rows)
 
 
@@ -60,9 +61,9 @@ def measured(problem, vocabulary, packed, steps):
     """The figures, and what the step was given: batches and keys."""
     seen = []
 
-    def step(params, teacher_params, vocabulary, batch, key):
+    def step(params, teachers, vocabulary, batch, key):
         seen.append((jax.device_get(batch), key))
-        return steps["both"](params, teacher_params, vocabulary, batch, key)
+        return steps["both"](params, teachers, vocabulary, batch, key)
 
     return figures(problem, vocabulary, packed, step), seen
 
@@ -70,7 +71,7 @@ def measured(problem, vocabulary, packed, steps):
 @functools.partial(jax.jit, static_argnums=0)
 def outputs(graph, params, batch):
     model = nnx.merge(graph, params)
-    hidden = encode(model, batch)
+    hidden = observe(model, batch).last
     return hidden, model.mlm_logits(hidden)
 
 
@@ -83,7 +84,8 @@ def test_figures_from_logits(measured, problem, vocabulary, packed, graphs):
 
     nll, hits, kl, cosine = {0: [], 1: []}, {0: [], 1: []}, [], []
     for raw, key in seen:
-        batch = mask_tokens(key, jax.tree.map(jnp.asarray, raw), vocabulary, EVALUATION_MASKING)
+        given = jax.tree.map(jnp.asarray, raw)
+        batch = mask_tokens(row_keys(key, given), given, vocabulary, EVALUATION_MASKING)
         row, column = np.nonzero(np.asarray(batch["input_ids"] != raw["input_ids"]))
         assert (np.asarray(batch["input_ids"])[row, column] == 4).all()  # all behind [MASK]
         truth, real = raw["input_ids"][row, column], raw["segment_ids"] > 0

@@ -13,8 +13,14 @@ from scipy import stats
 
 from distilbert_jax.config import EVALUATION_MASKING, Masking
 from distilbert_jax.models.encoder import graphdef
-from distilbert_jax.training.labels import mask_tokens, num_predictions, vocabulary
-from distilbert_jax.training.train_step import Objective, loss_weights, total_loss
+from distilbert_jax.training.labels import (
+    LABELS,
+    mask_tokens,
+    num_predictions,
+    row_keys,
+    vocabulary,
+)
+from distilbert_jax.training.objective import Objective, loss_counts, total_loss
 
 # A right sampler fails a statistical test here with this probability (and never flickers: the
 # keys are fixed).
@@ -23,11 +29,12 @@ UNLIKELY = 1e-6
 LENGTH, SPECIAL = 40, [0, 1, 2, 3, 4]
 COUNTS = np.arange(72) ** 2
 TABLE = vocabulary(COUNTS, SPECIAL, 4)
+KEY = jax.random.key(0)
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def masked(key, batch, table, masking):
-    return mask_tokens(key, batch, table, masking)
+    return mask_tokens(row_keys(key, batch), batch, table, masking)
 
 
 def rows(lengths, seed, words=72):
@@ -37,7 +44,8 @@ def rows(lengths, seed, words=72):
     ids = np.where(at == 0, 2, np.where(at == size - 1, 3, ids)) * (at < size)
     return {"input_ids": jnp.asarray(ids, jnp.int32),
             "segment_ids": jnp.asarray(at < size, jnp.int32),
-            "position_ids": jnp.asarray(np.broadcast_to(at, ids.shape), jnp.int32)}
+            "position_ids": jnp.asarray(np.broadcast_to(at, ids.shape), jnp.int32),
+            "row": jnp.arange(len(ids)), "epoch": jnp.zeros(len(ids), jnp.int32)}
 
 
 def expected_number(real, eligible, rate=0.15):
@@ -100,7 +108,8 @@ def test_rare_tokens_are_chosen_more_often(smoothing):
     """One draw per row of 6 words: frequency proportional to count**-smoothing."""
     words = np.array([5, 6, 10, 20, 40, 71], np.int32)
     ids = jnp.asarray(np.tile(words, (20000, 1)))
-    batch = {"input_ids": ids, "segment_ids": jnp.ones_like(ids), "position_ids": ids * 0}
+    batch = {"input_ids": ids, "segment_ids": jnp.ones_like(ids), "position_ids": ids * 0,
+             "row": jnp.arange(len(ids)), "epoch": jnp.zeros(len(ids), jnp.int32)}
     after = masked(jax.random.key(2), batch, TABLE, Masking(smoothing=smoothing))
     assert after["labels"].shape == (20000, 1)
     weights = COUNTS[words] ** -smoothing
@@ -124,9 +133,10 @@ def test_rows_without_ordinary_tokens_weigh_nothing_and_stay_finite(tiny_model):
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
     graph = graphdef(config, jnp.float32)
     student, teacher = (nnx.merge(graph, params) for _ in range(2))
-    objective = Objective(alpha_ce=5.0, alpha_mlm=2.0, alpha_cos=1.0, alpha_mse=1.0)
-    total, means = nnx.jit(total_loss, static_argnums=3)(
-        student, teacher, batch, objective, loss_weights(batch, objective))
+    objective = Objective(weights={"ce": 5.0, "mlm": 2.0, "cos": 1.0, "mse": 1.0})
+    total, means = nnx.jit(lambda student, teacher, batch: total_loss(
+        student, teacher, batch, objective, loss_counts(batch, objective), {}))(
+        student, teacher, batch)
     assert set(means) == {"ce", "mlm", "cos", "mse"} and means["mlm"] == 0
     assert all(jnp.isfinite(value) for value in (total, *means.values()))
 
@@ -134,7 +144,7 @@ def test_rows_without_ordinary_tokens_weigh_nothing_and_stay_finite(tiny_model):
 def test_a_pure_function_of_the_key():
     before = rows([LENGTH, 30], 5)
     first, again, other = (masked(jax.random.key(k), before, TABLE, Masking()) for k in (0, 0, 1))
-    eager = mask_tokens(jax.random.key(0), before, TABLE, Masking())
+    eager = mask_tokens(row_keys(jax.random.key(0), before), before, TABLE, Masking())
     jax.tree.map(np.testing.assert_array_equal, first, again)
     jax.tree.map(np.testing.assert_array_equal, first, eager)
     assert (first["masked_positions"] != other["masked_positions"]).any()
@@ -144,3 +154,35 @@ def test_the_table():
     table = vocabulary(np.array([9, 0, 3, 0]), [0], 0)
     np.testing.assert_array_equal(table.counts, [0, 1, 3, 1])  # what never occurs counts as 1
     np.testing.assert_array_equal(table.ordinary_ids, [1, 2, 3])
+
+
+def test_a_row_means_the_same_beside_any_others():
+    """Its masks depend on its number and epoch alone, not on its position in the batch."""
+    before = rows([LENGTH, 30, 21, 9], 6)
+    whole = masked(jax.random.key(0), before, TABLE, Masking())
+    for picked in ([2], [3, 1], [1, 0, 3]):
+        at = np.array(picked)
+        some = masked(KEY, {name: x[at] for name, x in before.items()}, TABLE, Masking())
+        for name, value in some.items():
+            np.testing.assert_array_equal(value, whole[name][at])
+    later = masked(jax.random.key(0), before | {"epoch": before["epoch"] + 1}, TABLE, Masking())
+    assert (later["masked_positions"] != whole["masked_positions"]).any(1).all()
+    other = masked(jax.random.key(0), before | {"row": before["row"] + 4}, TABLE, Masking())
+    assert (other["masked_positions"] != whole["masked_positions"]).any(1).all()
+
+
+def test_next_tokens():
+    """Two documents and padding; the last token of each has no successor."""
+    batch = {"input_ids": jnp.array([[2, 7, 3, 2, 3, 0], [2, 8, 9, 8, 5, 3]]),
+             "segment_ids": jnp.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]])}
+    after = LABELS["clm"](jax.random.split(KEY, 2), batch, TABLE, Masking())
+    assert after["label_weights"].tolist() == [[1, 1, 0, 1, 0, 0], [1, 1, 1, 1, 1, 0]]
+    assert after["labels"][0, :2].tolist() == [7, 3] and after["labels"][0, 3] == 3
+    assert after["labels"][1, :5].tolist() == [8, 9, 8, 5, 3]
+    assert after["masked_positions"].tolist() == [list(range(6))] * 2
+    np.testing.assert_array_equal(after["input_ids"], batch["input_ids"])
+
+
+def test_labels_that_are_given_stay():
+    batch = rows([9], 0) | {"labels": jnp.array([[1]])}
+    assert LABELS["given"](jax.random.split(KEY, 1), batch, TABLE, Masking()) is batch

@@ -95,18 +95,18 @@ def run(problem, vocabulary, shape, accumulate=1):
     mesh = mesh_of(shape)
     state = problem.state()
     places, whole = shardings(state, mesh), replicated(mesh)
-    teacher_places = shardings(problem.teacher_params, mesh)
+    teacher_places = shardings(problem.teachers, mesh)
     step = jax.jit(
         problem.step(accumulate, mesh), donate_argnums=0, out_shardings=(places, whole),
         in_shardings=(places, teacher_places, whole, by_rows(mesh)))
     state = jax.device_put(state, places)
-    teacher = jax.device_put(problem.teacher_params, teacher_places)
+    teacher = jax.device_put(problem.teachers, teacher_places)
     losses = []
     for batch in problem.batches:
         state, metrics = step(state, teacher, vocabulary, jax.device_put(batch, by_rows(mesh)))
         losses.append({name: float(value) for name, value in metrics.items()})
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == places
-    jax.tree.map(np.testing.assert_array_equal, teacher, problem.teacher_params)
+    jax.tree.map(np.testing.assert_array_equal, teacher, problem.teachers)
     return jax.device_get(state), losses
 
 

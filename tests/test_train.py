@@ -11,21 +11,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from test_checkpoint import numbers, place
 from test_sharding import mesh_of
 
-from distilbert_jax.config import Masking, TrainConfig
+from distilbert_jax.config import DistilConfig
 from distilbert_jax.data.batches import row_indices
 from distilbert_jax.data.pack import PackedRows
 from distilbert_jax.errors import UserError
-from distilbert_jax.models.encoder import graphdef
 from distilbert_jax.models.student import student_config, student_params
 from distilbert_jax.training import train as loop
+from distilbert_jax.training.assemble import assemble
 from distilbert_jax.training.metrics_log import read_metrics
-from distilbert_jax.training.optimizer import make_optimizer
-from distilbert_jax.training.train_step import Objective, init_state, make_train_step
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
 STEPS = 7
@@ -34,14 +31,21 @@ STEPS = 7
 @dataclasses.dataclass(frozen=True)
 class Job:
     run: loop.Run
+    shapes: tuple  # of student and teacher
     params: dict  # NumPy
-    tx: optax.GradientTransformation
-    teacher_params: dict
+    teachers: dict
 
-    def train(self, output, **changes):
-        """Train into `output`, with some fields of the run changed."""
-        return loop.train(dataclasses.replace(self.run, output=output, **changes),
-                          init_state(self.params, self.tx, seed=3), self.teacher_params)
+    @property
+    def step(self):
+        return self.run.assembly.train_step
+
+    def train(self, output, train_step=None, **changes):
+        """Train into `output`, with the step or some fields of the run changed."""
+        run = dataclasses.replace(self.run, output=output, **changes)
+        if train_step:
+            run = dataclasses.replace(
+                run, assembly=dataclasses.replace(run.assembly, train_step=train_step))
+        return loop.train(run, run.assembly.init(self.params), self.teachers)
 
 
 @pytest.fixture(autouse=True)
@@ -58,18 +62,16 @@ def job(tiny_model, batch_of, vocabulary):
     ids = batch_of(lengths, 16)["input_ids"]
     rows = PackedRows(ids.astype(np.uint8), lengths.astype(np.uint16),
                       np.bincount(ids[ids > 0], minlength=teacher.vocab_size), {})
-    config = TrainConfig(batch_size=8, save_every=3, eval_every=4, learning_rate=0.01, clip=1.0)
-    tx, mesh = make_optimizer(config, STEPS), mesh_of("8x1")
-    graphs = (graphdef(c, "float32") for c in (student, teacher))
-    objective = Objective(alpha_ce=5.0, alpha_mlm=2.0, alpha_cos=1.0)
+    config = DistilConfig(batch_size=8, save_every=3, eval_every=4, learning_rate=0.01, clip=1.0,
+                          dtype="float32")
     run = loop.Run(
-        config=config, steps=STEPS, settings={"--seed": 56}, output=Path(), mesh=mesh, rows=rows,
+        config=config, steps=STEPS, settings={"--seed": 56}, output=Path(), rows=rows,
         vocabulary=vocabulary, label="test",
-        train_step=make_train_step(*graphs, tx, objective, Masking()),
+        assembly=assemble(config, student, teacher, mesh_of("8x1"), STEPS),
         evaluate=lambda params: {"mlm_loss": float(abs(params["mlm_head"]["bias"]).sum())})
     params, teacher_params = jax.tree.map(
         aligned, (student_params(teacher_params, [1]), teacher_params))
-    return Job(run, params, tx, place(teacher_params, "8x1"))
+    return Job(run, (student, teacher), params, place({"teacher": teacher_params}, "8x1"))
 
 
 def aligned(x):
@@ -104,7 +106,7 @@ def straight(job, tmp_path_factory):
 
 def test_one_compilation_and_a_start_that_stays(job, tmp_path, caplog):
     def counted(*args):
-        return job.run.train_step(*args)
+        return job.step(*args)
 
     before = jax.tree.map(np.copy, job.params)
     with jax.log_compiles():
@@ -220,10 +222,10 @@ def test_a_log_that_cannot_be_written(job, tmp_path, monkeypatch):
 
 def spoilt(job, steps):
     """A step whose loss is not a number at these updates."""
-    def step(state, teacher_params, vocabulary, batch):
+    def step(state, teachers, vocabulary, batch):
         bad = jnp.isin(state.step, jnp.array([s - 1 for s in steps]))
-        params = jax.tree.map(lambda x: x * jnp.where(bad, jnp.nan, 1), teacher_params)
-        return job.run.train_step(state, params, vocabulary, batch)
+        params = jax.tree.map(lambda x: x * jnp.where(bad, jnp.nan, 1), teachers)
+        return job.step(state, params, vocabulary, batch)
     return step
 
 
@@ -266,8 +268,9 @@ def test_a_continuation_on_another_mesh(job, straight, tmp_path):
     expected_output, expected = straight
     output = shutil.copytree(expected_output, tmp_path / "copy")
     shutil.rmtree(output / "checkpoints" / str(STEPS))
-    elsewhere = dataclasses.replace(job, teacher_params=place(job.teacher_params, "4x2"))
-    state = elsewhere.train(output, mesh=mesh_of("4x2"))
+    elsewhere = dataclasses.replace(job, teachers=place(job.teachers, "4x2"))
+    state = elsewhere.train(output, assembly=assemble(
+        job.run.config, *job.shapes, mesh_of("4x2"), STEPS))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4),
                  numbers(state).params, numbers(expected).params)
     for ours, theirs in zip(metrics(output), metrics(expected_output), strict=True):

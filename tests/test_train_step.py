@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import masked
 from flax import nnx
 from test_sharding import mesh_of
 
@@ -18,23 +19,24 @@ from distilbert_jax.models import convert, distilbert
 from distilbert_jax.models.encoder import graphdef
 from distilbert_jax.models.student import student_config, student_params
 from distilbert_jax.training import losses
-from distilbert_jax.training.labels import mask_tokens
+from distilbert_jax.training.labels import mask_tokens, row_keys
 from distilbert_jax.training.labels import vocabulary as vocabulary_of
-from distilbert_jax.training.optimizer import make_optimizer
-from distilbert_jax.training.train_step import (
+from distilbert_jax.training.losses import LOSSES
+from distilbert_jax.training.objective import (
     Objective,
     at_masked,
-    encode,
-    init_state,
-    make_eval_step,
-    make_train_step,
+    loss_counts,
+    observe,
     total_loss,
 )
+from distilbert_jax.training.optimizer import make_optimizer
+from distilbert_jax.training.train_step import init_state, make_eval_step, make_train_step
 
 mask = jax.jit(mask_tokens, static_argnums=3)
+label_keys = jax.jit(lambda key, batch: jax.vmap(jax.random.split)(row_keys(key, batch))[:, 0])
 TOLERANCE = {"float32": 2e-5, "float64": 1e-9}
 OBJECTIVES = {
-    restrict: Objective(alpha_ce=5.0, alpha_mlm=2.0, alpha_cos=1.0, alpha_mse=0.1,
+    restrict: Objective(weights={"ce": 5.0, "mlm": 2.0, "cos": 1.0, "mse": 0.1},
                         restrict_ce_to_mask=restrict)
     for restrict in (False, True)}
 ROWS = [[16], [11], [7], [14], [5], [16]]  # one document each, as torch has no packing
@@ -74,14 +76,15 @@ def torch_losses(teacher, student, batch, objective):
 
 
 def total(means, objective):
-    return sum(getattr(objective, f"alpha_{name}") * mean for name, mean in means.items())
+    return sum(objective.weights[name] * mean for name, mean in means.items())
 
 
 @pytest.fixture(scope="module")
 def torch_gradients(models, batch_of, vocabulary):
     """restrict_ce_to_mask → (masked batch, torch's loss, its gradient by name)."""
     teacher, student = models
-    batch = mask(jax.random.key(0), batch_of(ROWS, 16), vocabulary, Masking(rate=0.3))
+    batch = mask(jax.random.split(jax.random.key(0), len(ROWS)), batch_of(ROWS, 16), vocabulary,
+                 Masking(rate=0.3))
     expected = {}
     for restrict, objective in OBJECTIVES.items():
         student.zero_grad()
@@ -100,11 +103,8 @@ def assert_gradients(teacher, student, batch, objective, dtype, expected):
     def loss(params, teacher_params, batch):
         student = nnx.merge(graphdef(config, dtype, dtype), params)
         teacher = nnx.merge(graphdef(teacher_config, dtype, dtype), teacher_params)
-        masked = batch["label_weights"].sum()
-        tokens = (batch["segment_ids"] > 0).sum().astype(masked.dtype)
-        soft = masked if objective.restrict_ce_to_mask else tokens
-        weights = {"ce": soft, "mse": soft, "mlm": masked, "cos": tokens}
-        value, means = total_loss(student, teacher, batch, objective, weights)
+        counts = loss_counts(batch, objective)
+        value, means = total_loss(student, teacher, batch, objective, counts, {})
         return value, total(means, objective)
 
     with jax.enable_x64(dtype == "float64"):
@@ -146,7 +146,8 @@ def test_gradients_of_a_real_teacher_equal_torch(name, shared, from_torch, batch
     assert missing == ["vocab_projector.weight"] and not unexpected  # tied
 
     words = vocabulary_of(np.ones(config.vocab_size), [0, 1, 2, 3], 4)
-    batch = mask(jax.random.key(0), batch_of([[40], [31]], 40), words, Masking(rate=0.3))
+    batch = mask(jax.random.split(jax.random.key(0), 2), batch_of([[40], [31]], 40), words,
+                 Masking(rate=0.3))
     loss = total(torch_losses(teacher, student, batch, OBJECTIVES[False]), OBJECTIVES[False])
     loss.backward()
     expected = {key: p.grad.numpy() for key, p in student.named_parameters()}
@@ -165,8 +166,8 @@ def test_six_updates_equal_torch(x64, models, from_torch, batch_of, vocabulary):
     settings = TrainConfig(learning_rate=2e-3, warmup=0.5, weight_decay=0.1, clip=30.0)
     tx = make_optimizer(settings, steps)
     graphs = (graphdef(c, "float64", "float64") for c in (config, teacher_config))
-    step = jax.jit(make_train_step(*graphs, tx, objective, Masking()))
-    state = init_state(jax.tree.map(jnp.asarray, params), tx, seed=3)
+    step = jax.jit(make_train_step(*graphs, tx, objective, masked()))
+    state = init_state({"student": jax.tree.map(jnp.asarray, params), "projections": {}}, tx, 3)
 
     matrices = [p for p in student.parameters() if p.ndim > 1]
     vectors = [p for p in student.parameters() if p.ndim == 1]
@@ -179,12 +180,12 @@ def test_six_updates_equal_torch(x64, models, from_torch, batch_of, vocabulary):
     clipped = []
     for number in range(steps):
         batch = batch_of(ROWS, 16, seed=number)
-        mask_key, _ = jax.random.split(jax.random.fold_in(state.key, number))
-        masked = mask(mask_key, batch, vocabulary, Masking())
-        state, metrics = step(state, teacher_params, vocabulary, batch)
+        keys = label_keys(state.key, batch)
+        hidden = mask(keys, batch, vocabulary, Masking())
+        state, metrics = step(state, {"teacher": teacher_params}, vocabulary, batch)
 
         adam.zero_grad()
-        means = torch_losses(teacher, student, masked, objective)
+        means = torch_losses(teacher, student, hidden, objective)
         loss = total(means, objective)
         loss.backward()
         # torch.nn.utils.clip_grad_norm_ would add 1e-6 to the norm; Optax, like the paper, does
@@ -202,7 +203,7 @@ def test_six_updates_equal_torch(x64, models, from_torch, batch_of, vocabulary):
         for name, value in expected.items():
             np.testing.assert_allclose(metrics[name], value, rtol=1e-9, err_msg=name)
     assert any(clipped) and not all(clipped)
-    ours = convert.to_hf(jax.device_get(state.params), convert.FAMILIES["distilbert"])
+    ours = convert.to_hf(jax.device_get(state.params["student"]), convert.FAMILIES["distilbert"])
     for name, p in student.named_parameters():
         p = p.detach().numpy()
         np.testing.assert_allclose(ours[name], p, rtol=0, atol=1e-9 * abs(p).max(), err_msg=name)
@@ -220,10 +221,10 @@ def test_micro_batches_change_nothing(x64, dropping, vocabulary, step):
     for cut in (jax.jit(dropping.step(accumulate)) for accumulate in (1, 2, 4)):
         state = dropping.state()
         for batch in dropping.batches[:2]:
-            state, metrics = cut(state, dropping.teacher_params, vocabulary, batch)
+            state, metrics = cut(state, dropping.teachers, vocabulary, batch)
         results.append((state.params, metrics))
-    _, still = step(dropping.state(), dropping.teacher_params, vocabulary, dropping.batches[0])
-    _, drops = cut(dropping.state(), dropping.teacher_params, vocabulary, dropping.batches[0])
+    _, still = step(dropping.state(), dropping.teachers, vocabulary, dropping.batches[0])
+    _, drops = cut(dropping.state(), dropping.teachers, vocabulary, dropping.batches[0])
     assert abs(still["cos"] / drops["cos"] - 1) > 1e-3
     for result in results[1:]:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11),
@@ -232,7 +233,7 @@ def test_micro_batches_change_nothing(x64, dropping, vocabulary, step):
 
 def test_rematerialisation_changes_nothing(x64, dropping, vocabulary):
     """Not even what is dropped."""
-    given = dropping.state(), dropping.teacher_params, vocabulary, dropping.batches[0]
+    given = dropping.state(), dropping.teachers, vocabulary, dropping.batches[0]
     kept, again = (jax.jit(dropping.step(remat=remat))(*given) for remat in (False, True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11),
                  (kept[0].params, kept[1]), (again[0].params, again[1]))
@@ -245,14 +246,14 @@ def test_an_update_that_is_not_finite_is_skipped(shape, accumulate, x64, problem
     state, batch = problem.state(), problem.batches[0]
     places, whole = shardings(state, mesh), replicated(mesh)
     step = jax.jit(problem.step(accumulate), out_shardings=(places, whole), in_shardings=(
-        places, shardings(problem.teacher_params, mesh), whole, by_rows(mesh)))
-    teacher = problem.teacher_params
+        places, shardings(problem.teachers, mesh), whole, by_rows(mesh)))
+    teacher = problem.teachers
     state, metrics = step(state, teacher, vocabulary, batch)
     assert metrics["skipped"] == 0
 
     word = batch["input_ids"][5][1]  # its embedding in the teacher overflows
     spoilt = jax.tree.map(np.copy, teacher)
-    spoilt["embeddings"]["word"]["embedding"][word] = np.inf
+    spoilt["teacher"]["embeddings"]["word"]["embedding"][word] = np.inf
     after, metrics = step(state, spoilt, vocabulary, batch)
     assert metrics["skipped"] == 1 and not np.isfinite(metrics["loss"])
     jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state),
@@ -270,13 +271,14 @@ def test_a_finite_loss_with_an_infinite_gradient_is_skipped(x64, problem, vocabu
     spoil.defvjp(lambda x: (x, None), lambda _, g: (g * jnp.inf,))
     graphs = (graphdef(c, "float64", "float64") for c in (problem.student, problem.teacher))
     tx = optax.adam(0.1)
-    step = make_train_step(*graphs, tx, Objective(alpha_cos=1.0), Masking())
-    state = init_state(jax.tree.map(jnp.asarray, problem.params), tx, seed=0)
-    cosine_sum = losses.cosine_sum
+    step = make_train_step(*graphs, tx, Objective(weights={"cos": 1.0}), masked())
+    state = dataclasses.replace(problem, tx=tx).state()
+    row = LOSSES["cos"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "cosine_sum", lambda *args: spoil(cosine_sum(*args)))
+        patch.setitem(LOSSES, "cos", dataclasses.replace(
+            row, sum=lambda *args: spoil(row.sum(*args))))
         after, metrics = jax.jit(step)(
-            state, problem.teacher_params, vocabulary, problem.batches[0])
+            state, problem.teachers, vocabulary, problem.batches[0])
     assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 1
     jax.tree.map(np.testing.assert_array_equal, (after.params, after.opt_state),
                  (state.params, state.opt_state))
@@ -293,7 +295,7 @@ EMPTY = {  # rows of a batch with too little in them
 def test_little_in_a_batch_is_finite(restrict, x64, problem, vocabulary, batch_of):
     step = jax.jit(dataclasses.replace(problem, objective=OBJECTIVES[restrict]).step())
     for what, rows in EMPTY.items():
-        after, metrics = step(problem.state(), problem.teacher_params, vocabulary,
+        after, metrics = step(problem.state(), problem.teachers, vocabulary,
                               batch_of(rows, 16))
         assert metrics["skipped"] == 0, what
         assert all(np.isfinite(x) for x in metrics.values()), what
@@ -305,7 +307,7 @@ def test_little_in_a_batch_is_finite(restrict, x64, problem, vocabulary, batch_o
 def test_the_teacher_is_an_argument(x64, problem, vocabulary):
     """Nothing as large as a matrix is baked into the step."""
     jaxpr = jax.make_jaxpr(problem.step())(
-        problem.state(), problem.teacher_params, vocabulary, problem.batches[0])
+        problem.state(), problem.teachers, vocabulary, problem.batches[0])
     assert sum(np.size(constant) for constant in jaxpr.consts) == 0
     literals = [v.val for e in jaxpr.eqns for v in e.invars if hasattr(v, "val")]
     assert max(map(np.size, literals)) == 1
@@ -313,34 +315,35 @@ def test_the_teacher_is_an_argument(x64, problem, vocabulary):
 
 def test_the_step_masks_anew_and_leaves_the_rest_as_it_is(x64, problem, vocabulary, step):
     state, batch = problem.state(), problem.batches[0]
-    teacher = jax.tree.map(jnp.asarray, problem.teacher_params)
+    teacher = jax.tree.map(jnp.asarray, problem.teachers)
     first, metrics = step(state, teacher, vocabulary, batch)
     again, same = step(state, teacher, vocabulary, batch)
     jax.tree.map(np.testing.assert_array_equal, (first.params, metrics), (again.params, same))
     assert first.step == 1 and (jax.random.key_data(first.key) == jax.random.key_data(
         state.key)).all()
-    jax.tree.map(np.testing.assert_array_equal, teacher, problem.teacher_params)
-    later = dataclasses.replace(state, step=state.step + 1)
-    assert step(later, teacher, vocabulary, batch)[1]["mlm"] != metrics["mlm"]
+    jax.tree.map(np.testing.assert_array_equal, teacher, problem.teachers)
+    later = dict(batch, epoch=batch["epoch"] + 1)
+    assert step(state, teacher, vocabulary, later)[1]["mlm"] != metrics["mlm"]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def predict(graph, params, batch):
     """Last hidden states, and logits at the masked positions."""
     model = nnx.merge(graph, params)
-    hidden = encode(model, batch)
+    hidden = observe(model, batch).last
     return hidden, model.mlm_logits(at_masked(hidden, batch))
 
 
 def test_without_a_teacher_it_is_masked_language_modelling(x64, problem, vocabulary):
     graph = graphdef(problem.student, "float64", "float64")
-    step = make_train_step(graph, None, optax.sgd(0.1), Objective(), Masking())
-    state = init_state(jax.tree.map(jnp.asarray, problem.params), optax.sgd(0.1), seed=0)
+    step = make_train_step(
+        graph, None, optax.sgd(0.1), Objective(weights={"mlm": 1.0}), masked())
+    state = dataclasses.replace(problem, tx=optax.sgd(0.1)).state()
     _, metrics = jax.jit(step)(state, {}, vocabulary, problem.batches[0])
     assert set(metrics) == {"mlm", "loss", "grad_norm", "tokens", "skipped"}
-    mask_key, _ = jax.random.split(jax.random.fold_in(state.key, 0))
-    batch = mask(mask_key, problem.batches[0], vocabulary, Masking())
-    _, logits = predict(graph, state.params, batch)
+    keys = label_keys(state.key, problem.batches[0])
+    batch = mask(keys, problem.batches[0], vocabulary, Masking())
+    _, logits = predict(graph, state.params["student"], batch)
     nll = losses.mlm_sum(logits, batch["labels"], batch["label_weights"])
     np.testing.assert_allclose(metrics["mlm"], nll / batch["label_weights"].sum(), rtol=1e-12)
     assert metrics["mlm"] == metrics["loss"]
@@ -351,9 +354,9 @@ def test_evaluation(x64, problem, vocabulary):
     graphs = [graphdef(c, "float64", "float64") for c in (problem.student, problem.teacher)]
     params = problem.params, problem.teacher_params
     raw, key = problem.batches[0], jax.random.key(1)
-    sums = jax.jit(make_eval_step(*graphs))(*params, vocabulary, raw, key)
+    sums = jax.jit(make_eval_step(*graphs))(problem.params, problem.teachers, vocabulary, raw, key)
 
-    batch = mask(key, raw, vocabulary, EVALUATION_MASKING)
+    batch = mask(jax.jit(row_keys)(key, raw), raw, vocabulary, EVALUATION_MASKING)
     real, weights = batch["segment_ids"] > 0, np.asarray(batch["label_weights"])
     found = []
     for graph, values in zip(graphs, params, strict=True):

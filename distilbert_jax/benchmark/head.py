@@ -1,5 +1,6 @@
 """Memory and time of the fused vocabulary head, beside the same losses on all logits at once."""
 
+import functools
 import statistics
 import time
 from typing import Any
@@ -8,16 +9,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from distilbert_jax.kernels.head import Figures, Head, Targets, Terms, fused_losses
+from distilbert_jax.kernels.head import Figures, Head, Targets, Term, Terms, fused_losses
 from distilbert_jax.training import losses
 
 VOCABULARIES = (30522, 128256)  # words: BERT's, and a large one
+TEMPERATURE = 2.0
 
 
 def dense_losses(
-    student: Head, teacher: Head | None, targets: Targets, terms: Terms, temperature: float
+    student: Head, teacher: Head | None, targets: Targets, terms: Terms, _: float
 ) -> tuple[Float[Array, ""], Figures]:
-    """What fused_losses computes, by losses.py."""
+    """Compute what fused_losses computes from all logits at once, by the rows' definitions."""
     def logits(head: Head) -> Float[Array, "B T V"]:
         wide = jnp.promote_types(head.states.dtype, jnp.float32)
         embedding = head.embedding.astype(head.states.dtype)
@@ -27,15 +29,11 @@ def dense_losses(
     ours = logits(student)
     theirs = None if teacher is None else jax.lax.stop_gradient(logits(teacher))
     means = {}
-    for name, (_, weight) in terms.items():
-        if name == "mlm":
-            value = losses.mlm_sum(ours, targets.labels, targets.label_weights)
-        elif name == "ce":
-            value = losses.kl_sum(ours, theirs, targets.soft_weights, temperature)
-        else:
-            value = losses.mse_sum(ours, theirs, targets.soft_weights)
-        means[name] = value / weight
-    return sum(terms[name][0] * mean for name, mean in means.items()), means
+    for name, term in terms.items():
+        value = (term.sum(ours, targets.labels, targets.label_weights) if name == "mlm" else
+                 term.sum(ours, theirs, targets.soft_weights))
+        means[name] = value / term.weight
+    return sum(terms[name].factor * mean for name, mean in means.items()), means
 
 
 def compare(
@@ -52,14 +50,15 @@ def compare(
         dense, fused → `bytes`: the compiled program's peak of temporary memory; and `ms`: the
         median time, where timed.
     """
+    ce_sum = functools.partial(losses.ce_sum, temperature=TEMPERATURE)
     shapes = jax.eval_shape(lambda: _problem(rows, length, words, width, dtype))
     calls = {}
     for name, function in (("dense", dense_losses), ("fused", fused_losses)):
         def step(student: Head, teacher: Head, targets: Targets, function: Any = function) -> Any:
-            terms = {"ce": (5.0, targets.soft_weights.sum()),
-                     "mlm": (2.0, targets.label_weights.sum())}
+            terms = {"ce": Term(5.0, targets.soft_weights.sum(), ce_sum),
+                     "mlm": Term(2.0, targets.label_weights.sum(), losses.mlm_sum)}
             return jax.value_and_grad(function, has_aux=True)(
-                student, teacher, targets, terms, 2.0)
+                student, teacher, targets, terms, TEMPERATURE)
 
         calls[name] = jax.jit(step).lower(*shapes).compile()
     found = {name: {"bytes": float(call.memory_analysis().temp_size_in_bytes)}

@@ -34,14 +34,15 @@ from distilbert_jax.machine.sharding import (
     shardings,
 )
 from distilbert_jax.models import bert
-from distilbert_jax.models.encoder import EncoderConfig, init_params
+from distilbert_jax.models.encoder import EncoderConfig
+from distilbert_jax.models.start import init_params
 from distilbert_jax.models.student import (
     choose_layers,
     student_config,
     student_params,
 )
 from distilbert_jax.training.assemble import assemble
-from distilbert_jax.training.labels import mask_tokens, vocabulary
+from distilbert_jax.training.labels import mask_tokens, row_keys, vocabulary
 
 SHAPES = {  # of the teacher; the student has half its layers
     "small": EncoderConfig(
@@ -135,11 +136,12 @@ class Ours:
         self.product = _product(mesh, self.dtype)
 
     def masked(self, theirs: list[Batch]) -> list[Batch]:
-        """As the first updates mask them, one after the other."""
-        keys = [jax.random.split(jax.random.fold_in(self._key, n))[0] for n in range(len(theirs))]
-        mask = jax.jit(mask_tokens, static_argnums=3)
-        return [jax.device_get(mask(key, batch, self._words, Masking()))
-                for key, batch in zip(keys, theirs, strict=True)]
+        """Mask the batches of the other sides as ours are masked in the step."""
+        def mask(batch: Batch) -> Batch:
+            keys = jax.vmap(jax.random.split)(row_keys(self._key, batch))[:, 0]
+            return mask_tokens(keys, batch, self._words, Masking())
+
+        return [jax.device_get(jax.jit(mask)(batch)) for batch in theirs]
 
     def update(self, number: int) -> dict[str, Any]:
         """One update on the batch of this number; the losses, which may not be there yet."""
@@ -356,8 +358,9 @@ def _rows(ids: np.ndarray, lengths: np.ndarray) -> Batch:
     """A document of some length in each row."""
     column = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
     real = (column < lengths[:, None]).astype(np.int32)
+    numbers = np.arange(len(ids), dtype=np.int32)
     return {"input_ids": ids.astype(np.int32) * real, "segment_ids": real,
-            "position_ids": column * real}
+            "position_ids": column * real, "row": numbers, "epoch": numbers * 0}
 
 
 def documents(

@@ -39,6 +39,11 @@ def row_indices(seed: int, step: int, batch_size: int, num_rows: int) -> np.ndar
     return np.concatenate(parts)
 
 
+def row_epochs(step: int, batch_size: int, num_rows: int) -> np.ndarray:
+    """The epoch, from 0, of each row that `row_indices` gives for this step: int64 [B]."""
+    return np.arange(step * batch_size, (step + 1) * batch_size) // num_rows
+
+
 @functools.lru_cache(maxsize=2)  # the epochs on both sides of a batch
 def _permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
@@ -51,16 +56,20 @@ def tokens_before(seed: int, step: int, batch_size: int, packed: PackedRows) -> 
     return epochs * int(packed.counts.sum()) + int(packed.segments[begun_rows].sum())
 
 
-def read(packed: PackedRows, indices: np.ndarray) -> dict[str, np.ndarray]:
+def read(
+    packed: PackedRows, indices: np.ndarray, epochs: np.ndarray | int = 0
+) -> dict[str, np.ndarray]:
     """Gather rows as a batch.
 
     Args:
         packed: rows [R, T] with the lengths of their segments [R, S].
         indices: which rows, [B].
+        epochs: in which epoch, [B] or the same for all.
 
     Returns:
         int32 [B, T] each: `input_ids`; `segment_ids`, 1, 2, … and 0 on padding; `position_ids`,
-        from 0 in each segment and 0 on padding.
+        from 0 in each segment and 0 on padding. int32 [B]: `row` and `epoch`, from which the
+        random draws for a row are made.
     """
     input_ids = packed.rows[indices].astype(np.int32)  # [B, T]
     lengths = packed.segments[indices].astype(np.int32)  # [B, S]
@@ -75,7 +84,9 @@ def read(packed: PackedRows, indices: np.ndarray) -> dict[str, np.ndarray]:
     first = np.zeros_like(input_ids)
     first[row, starts] = starts
     first = np.maximum.accumulate(first, axis=1)  # where the segment of each token begins
-    return {"input_ids": input_ids,
+    return {"row": np.asarray(indices, np.int32),
+            "epoch": np.broadcast_to(np.asarray(epochs, np.int32), np.shape(indices)),
+            "input_ids": input_ids,
             "segment_ids": begins.cumsum(axis=1, dtype=np.int32) * real,
             "position_ids": (column - first) * real}
 

@@ -52,11 +52,11 @@ def held_out(
     key = jax.random.key(SEED)
     total: dict[str, float] = {}
     progress = bar(total=len(order), desc="evaluate", unit=" rows", leave=False, delay=1)
-    for number, start in enumerate(range(0, len(order), taken)):
+    for start in range(0, len(order), taken):
         mine = np.sort(order[start:start + taken])
         mine = mine[own[own < len(mine)]]  # rows of this process; the last batch is not full
         batch = place_rows(_filled(read(packed, mine), len(own)), mesh, size)
-        sums = eval_step(params, teachers, vocabulary, batch, jax.random.fold_in(key, number))
+        sums = eval_step(params, teachers, vocabulary, batch, key)
         for name, value in jax.device_get(sums).items():
             total[name] = total.get(name, 0.0) + float(value)
         progress.update(min(taken, len(order) - start))
@@ -66,7 +66,8 @@ def held_out(
 
 def _filled(batch: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
     """Add rows of padding up to `size`, so that one shape is compiled."""
-    return {name: np.pad(x, ((0, size - len(x)), (0, 0))) for name, x in batch.items()}
+    return {name: np.pad(x, ((0, size - len(x)), *[(0, 0)] * (x.ndim - 1)))
+            for name, x in batch.items()}
 
 
 def _figures(total: dict[str, float]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from distilbert_jax.machine import store
 from distilbert_jax.machine.seal import fingerprint
 from distilbert_jax.machine.sharding import first_process_first, to_host
 from distilbert_jax.models import convert, distilbert, student
-from distilbert_jax.models.encoder import init_params
+from distilbert_jax.models.start import init_params
 from distilbert_jax.training.assemble import Assembly, assemble, jitted_eval_step
 from distilbert_jax.training.metrics_log import read_metrics
 

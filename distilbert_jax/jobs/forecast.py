@@ -120,9 +120,11 @@ class _Step:
             config, batch_size=batch_size, accumulate=batch_size // at_once))
         words = vocabulary(np.ones(self.teacher.vocab_size), [0, 1, 2, 3, 4], 4)
         ids = jax.ShapeDtypeStruct((batch_size, config.sequence_length), jnp.int32)
+        numbers = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
         traced = step.jitted(self.state, self.teachers).trace(
             self.state, self.teachers, words,
-            {name: ids for name in ("input_ids", "segment_ids", "position_ids")})
+            {name: ids for name in ("input_ids", "segment_ids", "position_ids")}
+            | {name: numbers for name in ("row", "epoch")})
         flops = hlo.product_flops(traced.jaxpr)
         try:
             program = traced.lower().compile()

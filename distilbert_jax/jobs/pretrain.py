@@ -19,7 +19,8 @@ from distilbert_jax.machine import store
 from distilbert_jax.machine.seal import fingerprint
 from distilbert_jax.machine.sharding import first_process_first, to_host
 from distilbert_jax.models import bert, convert
-from distilbert_jax.models.encoder import EncoderConfig, init_params
+from distilbert_jax.models.encoder import EncoderConfig
+from distilbert_jax.models.start import init_params, init_to_pretrain
 from distilbert_jax.training.assemble import assemble
 from distilbert_jax.training.metrics_log import read_metrics
 
@@ -58,8 +59,9 @@ def pretrain(config: PretrainConfig) -> Path:
         store.upload(own)
 
     assembly = assemble(config, shape, None, mesh, setup.steps)
-    start = init_params(shape, config.seed, assembly.param_dtype)
-    if source is not None:
+    init = init_params if source else init_to_pretrain
+    start = init(shape, config.seed, assembly.param_dtype)
+    if source:  # else its head, if it has none
         start |= {name: part for name, part in source.params.items() if name in start}
     trained = setup.train(assembly, assembly.cast(start), {}, "train teacher")
 

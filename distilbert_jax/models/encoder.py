@@ -50,8 +50,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
 }
 
-SHARPNESS = 80  # of the first layer's attention at its start: score of the position looked at
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderConfig:
@@ -273,55 +271,6 @@ def graphdef(
 def abstract_params(config: EncoderConfig, param_dtype: Any = jnp.float32) -> dict[str, Any]:
     """The nested dict of parameters as ShapeDtypeStructs; nothing is computed."""
     return nnx.to_pure_dict(nnx.split(_abstract(config, param_dtype, param_dtype))[1])
-
-
-def init_params(config: EncoderConfig, seed: int, param_dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Random parameters: normal matrices of `initializer_range`, biases 0, LayerNorm scales 1.
-
-    Unlike BERT's, the first layer starts by looking at neighbours: see `_look_around`.
-    """
-
-    def init() -> dict[str, Any]:
-        encoder = Encoder(config, dtype=param_dtype, param_dtype=param_dtype, rngs=nnx.Rngs(seed))
-        return _look_around(nnx.to_pure_dict(nnx.split(encoder)[1]), config)
-
-    return jax.jit(init)()
-
-
-def _look_around(params: dict[str, Any], config: EncoderConfig) -> dict[str, Any]:
-    """Let each head of the first layer attend to the position −1, +1, −2, +2, … from its own.
-
-    A BERT that starts at random learns the frequencies of words and then stands still for
-    thousands of updates until its attention finds the neighbours. Here positions start as
-    sinusoids (Vaswani et al. 2017, section 3.5) in columns that words leave free, and the query
-    of a head as the key that lies so far away. To start attention as what training makes of it
-    is the idea of Trockman and Kolter 2023 (arXiv 2305.09828).
-    """
-    width, size = config.hidden_size, config.hidden_size // config.num_attention_heads
-    pairs = min(size, width // 4) // 2  # of columns
-    if not pairs:
-        return params
-    columns = 2 * pairs
-    frequency = 10.0 ** -(jnp.arange(pairs) / pairs)  # radians per position
-    angle = jnp.arange(config.max_position_embeddings)[:, None] * frequency
-    waves = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=1)  # [P, columns]
-    as_long_as_a_word = config.initializer_range * math.sqrt(width / pairs)
-    tables = params["embeddings"]
-    for name in {"word", "position", "token_type"} & set(tables):
-        free = tables[name]["embedding"].at[:, :columns].set(0)
-        tables[name]["embedding"] = free if name != "position" else (
-            0 * free).at[:, :columns].set(as_long_as_a_word * waves)
-
-    gain = math.sqrt(SHARPNESS * math.sqrt(size) / (0.57 * width))  # 0.57: what LayerNorm leaves
-    first = params["layers"][0]["attention"]
-    for head in range(config.num_attention_heads):
-        away = (head // 2 + 1) * (-1) ** (head + 1)
-        cos, sin = jnp.diag(jnp.cos(away * frequency)), jnp.diag(jnp.sin(away * frequency))
-        turns = {"query": jnp.block([[cos, -sin], [sin, cos]]), "key": jnp.eye(columns)}
-        for name, turn in turns.items():
-            first[name]["kernel"] = first[name]["kernel"].at[
-                :columns, head * size:head * size + columns].add(gain * turn)
-    return params
 
 
 def _abstract(

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from distilbert_jax.config import DistilConfig, TrainConfig, compute_dtype
 from distilbert_jax.machine.sharding import by_rows, replicated, shardings
 from distilbert_jax.models.encoder import EncoderConfig, graphdef
+from distilbert_jax.training.labels import LABELS
 from distilbert_jax.training.objective import Objective, Projections
 from distilbert_jax.training.optimizer import make_optimizer
 from distilbert_jax.training.train_step import (
@@ -97,7 +98,9 @@ def assemble(
         config=config, mesh=mesh, dtype=dtype, param_dtype=param_dtype, graph=graph,
         teacher_graph=teacher_graph, projections=projections, tx=tx,
         train_step=make_train_step(
-            graph, teacher_graph, tx, objective, config.MASKING, config.accumulate, mesh, frozen),
+            graph, teacher_graph, tx, objective,
+            functools.partial(LABELS["mlm"], masking=config.MASKING), config.accumulate, mesh,
+            frozen),
         eval_step=jitted_eval_step(graph, teacher_graph, mesh))
 
 

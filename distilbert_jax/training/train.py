@@ -14,7 +14,7 @@ import jax
 from tqdm import tqdm
 
 from distilbert_jax.config import TrainConfig
-from distilbert_jax.data.batches import Prefetch, read, row_indices, tokens_before
+from distilbert_jax.data.batches import Prefetch, read, row_epochs, row_indices, tokens_before
 from distilbert_jax.data.pack import PackedRows
 from distilbert_jax.errors import UserError
 from distilbert_jax.machine.processes import StopSignal, Watch
@@ -121,7 +121,8 @@ def _reader(run: Run) -> Callable[[int], dict[str, jax.Array]]:
 
     def batch(step: int) -> dict[str, jax.Array]:
         indices = row_indices(run.config.seed, step, size, len(run.rows))
-        return place_rows(read(run.rows, indices[own]), mesh, size)
+        epochs = row_epochs(step, size, len(run.rows))
+        return place_rows(read(run.rows, indices[own], epochs[own]), mesh, size)
 
     return batch
 

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Key
 
-from distilbert_jax.config import EVALUATION_MASKING, Masking
+from distilbert_jax.config import EVALUATION_MASKING
 from distilbert_jax.machine.sharding import on_mesh, sum_over_rows
 from distilbert_jax.machine.trees import path_name
 from distilbert_jax.training import losses
-from distilbert_jax.training.labels import Vocabulary, mask_tokens
+from distilbert_jax.training.labels import Vocabulary, mask_tokens, row_keys
 from distilbert_jax.training.objective import (
     Batch,
     Metrics,
@@ -31,6 +31,8 @@ from distilbert_jax.training.objective import (
     total_loss,
 )
 
+Labels = Callable[[Key[Array, " B"], Batch, Vocabulary], Batch]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class TrainState:
     step: Any  # [] int32, completed updates; like the others also its shape or its sharding
     params: dict[str, Any]  # all that is trained: {"student": …, "projections": …}
     opt_state: Any
-    key: Any  # [] the run's; each step folds its number in
+    key: Any  # [] the run's, from which each row gets its own
 
 
 def init_state(params: dict[str, Any], tx: optax.GradientTransformation, seed: int) -> TrainState:
@@ -50,20 +52,20 @@ def init_state(params: dict[str, Any], tx: optax.GradientTransformation, seed: i
 
 def make_train_step(
     student_graph: nnx.GraphDef, teacher_graph: nnx.GraphDef | None,
-    tx: optax.GradientTransformation, objective: Objective, masking: Masking, accumulate: int = 1,
+    tx: optax.GradientTransformation, objective: Objective, labels: Labels, accumulate: int = 1,
     mesh: Mesh | None = None, frozen: tuple[str, ...] = (),
 ) -> Callable[[TrainState, dict[str, Any], Vocabulary, Batch], tuple[TrainState, Metrics]]:
     """Build the pure update function.
 
-    The whole batch is masked first, every row drops out by a key of its own, and every loss is
-    divided by its weight over the whole batch, so that micro-batches and devices change nothing
-    but rounding. Gradients are added up over the devices of a row's axis once, at the end.
+    Labels and dropout of a row are drawn from a key of its own, and every loss is divided by its
+    weight over the whole batch, so that micro-batches, devices and the rows beside it change
+    nothing but rounding. Gradients are added up over the devices of the data axis once, at the end.
 
     Args:
         student_graph, teacher_graph: structures; None for no teacher.
         tx: the optimizer.
         objective: weights of the losses.
-        masking: rates of masking.
+        labels: (keys of the rows, batch, vocabulary) → labelled batch: a row of LABELS.
         accumulate: micro-batches per update; divides the rows of the batch.
         mesh: that the arguments of the step are laid out on, if not on one device.
         frozen: beginnings of paths in the parameters, e.g. "student/embeddings/position", that
@@ -92,12 +94,9 @@ def make_train_step(
     gradients = sum_over_rows(gradients, mesh)
 
     def train_step(state, teachers, vocabulary, batch):
-        key = jax.random.fold_in(state.key, state.step)
-        mask_key, dropout_key = jax.random.split(key)
-        batch = mask_tokens(mask_key, batch, vocabulary, masking)
+        label_keys, dropout_keys = jax.vmap(jax.random.split)(row_keys(state.key, batch)).T
+        batch = labels(label_keys, batch, vocabulary)
         counts = loss_counts(batch, objective)
-        rows = jnp.arange(len(batch["input_ids"]))
-        dropout_keys = jax.vmap(jax.random.fold_in, (None, 0))(dropout_key, rows)
         (total, means), grads = gradients(
             (state.params, teachers, counts), (batch, dropout_keys))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -144,8 +143,8 @@ def make_eval_step(
 ) -> Callable[[dict[str, Any], dict[str, Any], Vocabulary, Batch, Array], Metrics]:
     """Build the pure evaluation function.
 
-    Every chosen token is hidden behind [MASK], chosen uniformly; the key decides which, so that
-    teacher and student see the same.
+    Every chosen token is hidden behind [MASK], chosen uniformly by the key and the number of the
+    row, so that teacher and student see the same, on any mesh and in batches of any size.
 
     Returns:
         eval_step(params, teachers, vocabulary, batch, key) → sums over the batch; `params` are the
@@ -155,7 +154,7 @@ def make_eval_step(
     """
 
     def eval_step(params, teachers, vocabulary, batch, key):
-        batch = mask_tokens(key, batch, vocabulary, EVALUATION_MASKING)
+        batch = mask_tokens(row_keys(key, batch), batch, vocabulary, EVALUATION_MASKING)
         real, masked = (batch["segment_ids"] > 0).astype(jnp.float32), batch["label_weights"]
 
         def predict(graph, params):
