@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from distilbert_jax.kernels.products import column_sums, product, turned_product, wide
+from distilbert_jax.kernels.products import column_sums, product, transposed_product, wide
 from distilbert_jax.machine.sharding import head_specs
 
 # A device's positions are cut into CHUNKS, which keeps its logits to that share of what they would
@@ -130,7 +130,7 @@ def _over_chunks(
         if not with_gradients:
             return (total,), None
         narrow = slope.astype(student.states.dtype)
-        words_slope = carry[0] + turned_product(states[0], narrow)  # [D, V]
+        words_slope = carry[0] + transposed_product(states[0], narrow)  # [D, V]
         return (total, words_slope, carry[1] + column_sums(slope)), product(narrow, embeddings[0])
 
     carry = ({name: jnp.zeros((), dtype) for name in scales},)
