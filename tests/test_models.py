@@ -102,8 +102,8 @@ def test_activations_are_those_of_transformers(name):
     theirs.sum().backward()
     ours, backward = jax.vjp(ACTIVATIONS[name], jnp.asarray(x))
     np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=0, atol=1e-6)
-    slope, = backward(jnp.ones_like(ours))
-    np.testing.assert_allclose(slope, given.grad.numpy(), rtol=0, atol=1e-5)
+    gradient, = backward(jnp.ones_like(ours))
+    np.testing.assert_allclose(gradient, given.grad.numpy(), rtol=0, atol=1e-5)
 
 
 def test_gelu_in_bfloat16_is_rounded_once():
@@ -193,14 +193,14 @@ def test_gradient_of_words_is_not_added_up_in_bfloat16():
     """A sum of 500 numbers of one sign would stand still there."""
     random = np.random.default_rng(0)
     ids = random.integers(0, 8, 4000)
-    slope = jnp.asarray(random.normal(1, 1, (4000, 16)), jnp.bfloat16)
+    cotangent = jnp.asarray(random.normal(1, 1, (4000, 16)), jnp.bfloat16)
     embed = encoder.Embed(8, 16, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     graph, params = nnx.split(embed)
     found, backward = jax.vjp(lambda params: nnx.merge(graph, params)(jnp.asarray(ids)), params)
     assert found.dtype == jnp.bfloat16
     expected = np.zeros((8, 16))
-    np.add.at(expected, ids, np.asarray(slope, np.float64))
-    gradient, = jax.tree.leaves(backward(slope))
+    np.add.at(expected, ids, np.asarray(cotangent, np.float64))
+    gradient, = jax.tree.leaves(backward(cotangent))
     np.testing.assert_allclose(gradient, expected, rtol=1e-5)
 
 
@@ -209,8 +209,8 @@ def test_what_is_dropped_is_random():
     keys = jax.random.split(jax.random.key(5), 4)
     shape = 2, 3, 2**13
     seeds, size = dropout.dropout(0.5, keys).seeds, math.prod(shape)
-    places = jnp.arange(size, dtype=jnp.uint32)
-    found = np.stack([dropout.bits(places, *own) for own in seeds])
+    indices = jnp.arange(size, dtype=jnp.uint32)
+    found = np.stack([dropout.bits(indices, *own) for own in seeds])
     ones = (found[..., None] >> np.arange(32, dtype=np.uint32) & 1).astype(float) - 0.5
     assert abs(ones.mean(1)).max() < 5 * 0.5 / size**0.5
     for far in (1, 2, 3 * 2**13):

@@ -1,22 +1,23 @@
 """One attention call for every model: queries, keys, values [B, T, N, H] in, contexts out.
 
-A packed row holds several documents; `segment_ids` keeps each to itself. The platform chooses the
-backend: XLA everywhere, cuDNN's flash attention on NVIDIA; on TPU a kernel of our own for rows of
-usual length, and splash attention (Pallas) beyond.
+A packed row holds several documents; an `AttentionMask` says who sees whom, and every backend
+reads it. The platform chooses the backend: XLA everywhere, cuDNN's flash attention on NVIDIA; on
+TPU our own kernel (`row_attention.py`) for rows of up to LONGEST positions, and splash attention
+(Pallas) for longer ones. What a backend cannot do, it declines with a reason, and XLA does it.
 """
 
 import functools
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
+from distilbert_jax.kernels.attention_mask import AttentionMask
 from distilbert_jax.kernels.dropout import Dropout, dropped
 from distilbert_jax.kernels.products import product
 
@@ -24,24 +25,26 @@ BLOCKS = (512, 384, 256, 128)  # positions that splash attention takes at a time
 LONGEST = 1024  # positions that our kernel takes: scores of 128 queries are then 0.5 MB
 
 
+Query = Array | jax.ShapeDtypeStruct  # only its shape and dtype are read
+
+
 def attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T N H"],
     value: Float[Array, "B T N H"],
-    segment_ids: Int[Array, "B T"],
+    mask: AttentionMask,
     drop: Dropout | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Scaled dot-product attention within segments (Vaswani et al. 2017, section 3.2.1).
+    """Compute scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) under a mask.
 
-    Where the platform has a kernel of its own, that is taken; what it cannot do is done by XLA,
-    with one line in the log.
+    The kernel of the platform is called if there is one; where it declines, XLA computes the same
+    and the reason is logged once.
 
     Args:
         query, key, value: [B, T, N, H], in the compute dtype.
-        segment_ids: [B, T]; a position attends to the positions of its own number only. Padding
-            is segment 0: it attends to padding, so that no row of the softmax is empty.
-        drop: dropout of the attention probabilities, whose places are those of an array
-            [N, T, T] in each row; None for none.
+        mask: who sees whom.
+        drop: dropout of the attention probabilities, which are indexed as an array [N, T, S] in
+            each row; None for none.
 
     Returns:
         Contexts [B, T, N, H] in the dtype of `value`; the softmax is at least float32.
@@ -49,36 +52,37 @@ def attention(
     mesh = jax.sharding.get_abstract_mesh()
     platform, device = _device(mesh)
     if platform not in KERNELS:
-        return _xla(query, key, value, segment_ids, drop)
+        return _xla(query, key, value, mask, drop)
     kernel, lacks = KERNELS[platform]
-    if reason := lacks(query, device, drop is not None):
-        _tell(f"attention without the kernel for {platform}, which lacks: {reason}")
-        return _xla(query, key, value, segment_ids, drop)
-    given = (query, key, value, segment_ids)
+    if reason := lacks(query, mask, device, drop is not None):
+        _warn_once(f"attention without the kernel for {platform}, which lacks: {reason}")
+        return _xla(query, key, value, mask, drop)
+    arguments = (query, key, value, mask)
     if drop:
         kernel = functools.partial(kernel, rate=drop.rate)
-        given += (drop.seeds, jnp.arange(query.shape[2]))
-    return _on_mesh(kernel, given, mesh)
+        arguments += (drop.seeds, jnp.arange(query.shape[2]))
+    return _on_mesh(kernel, arguments, mesh)
 
 
-def _xla(query, key, value, segment_ids, drop):
+def _xla(
+    query: Array, key: Array, value: Array, mask: AttentionMask, drop: Dropout | None
+) -> Array:
     # Heads before positions: on CPU the two products are then plain batched matrix products.
     query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
     scores = product(query, key, rows=True) / math.sqrt(query.shape[-1])  # [B, N, T, S]
-    scores = jnp.where(_same_segment(segment_ids), scores, jnp.finfo(scores.dtype).min)
+    scores = jnp.where(mask.matrix()[:, None], scores, jnp.finfo(scores.dtype).min)
     probabilities = dropped(jax.nn.softmax(scores, axis=-1), drop)
     context = product(probabilities.astype(value.dtype), value)  # [B, N, T, H]
     return context.astype(value.dtype).transpose(0, 2, 1, 3)
 
 
-def _cudnn(query, key, value, segment_ids):
-    # It takes segments as a mask, not by number.
+def _cudnn(query: Array, key: Array, value: Array, mask: AttentionMask) -> Array:
     return jax.nn.dot_product_attention(
-        query, key, value, mask=_same_segment(segment_ids), implementation="cudnn")
+        query, key, value, mask=mask.matrix()[:, None], implementation="cudnn")
 
 
-def _cudnn_lacks(query: Any, capability: str, drops: bool) -> str:
-    """Why cuDNN cannot take it, by the rules that jax 0.10.2 checks; empty if it can."""
+def _cudnn_lacks(query: Query, mask: AttentionMask, capability: str, drops: bool) -> str:
+    """Say why cuDNN declines a call, by the rules that jax 0.10.2 checks; empty if it accepts."""
     length, _, size = query.shape[1:]
     if drops:
         return "attention dropout"
@@ -93,17 +97,23 @@ def _cudnn_lacks(query: Any, capability: str, drops: bool) -> str:
     return "" if modern else f"compute capability {capability} (8.0 or later)"
 
 
-def _pallas(query, key, value, segment_ids, seeds=None, heads=None, rate=0.0, interpret=False):
+def _pallas(
+    query: Array, key: Array, value: Array, mask: AttentionMask,
+    seeds: UInt32[Array, "B 2"] | None = None, heads: Int[Array, " N"] | None = None,
+    rate: float = 0.0, interpret: bool = False,
+) -> Array:
     if query.shape[1] > LONGEST:
-        return _splash(query, key, value, segment_ids, interpret)
+        return _splash(query, key, value, mask, interpret)
     from distilbert_jax.kernels.row_attention import row_attention  # slow to import
 
     if not rate:
         seeds, heads = jnp.zeros((len(query), 2), jnp.uint32), jnp.arange(query.shape[2])
-    return row_attention(query, key, value, segment_ids, seeds, heads, rate, interpret)
+    return row_attention(query, key, value, mask, seeds, heads, rate, interpret)
 
 
-def _splash(query, key, value, segment_ids, interpret):
+def _splash(
+    query: Array, key: Array, value: Array, mask: AttentionMask, interpret: bool
+) -> Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import
 
     length, heads, size = query.shape[1:]
@@ -113,63 +123,69 @@ def _splash(query, key, value, segment_ids, interpret):
         block_sizes=splash.BlockSizes(
             block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block,
             block_q_dq=block, block_kv_dq=block))
-    # It does not scale, and takes heads before positions, one row at a time.
+    # Splash attention does not scale scores, and takes one row with heads before positions.
     heads_first = [x.transpose(0, 2, 1, 3) for x in (query / size**0.5, key, value)]
-    segments = splash.SegmentIds(segment_ids, segment_ids)
+    segments = splash.SegmentIds(mask.segment_ids, mask.segment_ids)
     return jax.vmap(kernel)(*heads_first, segments).transpose(0, 2, 1, 3)
 
 
-def _pallas_lacks(query: Any, device: str, drops: bool) -> str:
-    """Why the kernels for TPU cannot take it; empty if they can."""
+def _pallas_lacks(query: Query, mask: AttentionMask, device: str, drops: bool) -> str:
+    """Say why the kernels for TPU decline a call; empty if they accept."""
     length, _, size = query.shape[1:]
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return str(query.dtype)
     if query.dtype == jnp.bfloat16 and device in ("TPU v2", "TPU v3"):
         return f"bfloat16 on {device}"
     if size % 64 and (length > LONGEST or 128 % size):
-        own = "" if length > LONGEST else " or divisors of 128"
-        return f"heads of {size} (multiples of 64{own})"
+        divisors = "" if length > LONGEST else " or divisors of 128"
+        return f"heads of {size} (multiples of 64{divisors})"
     if drops and length > LONGEST:
         return f"dropout of {length} positions (up to {LONGEST})"
+    if length > LONGEST and (mask.causal or mask.window is not None):
+        return f"a causal or windowed mask of {length} positions (up to {LONGEST})"
     return f"{length} positions (multiples of 128)" if length % BLOCKS[-1] else ""
 
 
-# Platform → its kernel, and a function (query, what the device is, whether something is dropped)
-# → what the kernel lacks for it.
-KERNELS: dict[str, tuple[Callable[..., Array], Callable[[Any, str, bool], str]]] = {
-    "gpu": (_cudnn, _cudnn_lacks), "tpu": (_pallas, _pallas_lacks)}
-
-
-def _same_segment(segment_ids: Int[Array, "B T"]) -> Array:
-    return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]  # [B, 1, T, S]
+# Platform → its kernel, and a function (query, mask, compute capability or kind of the device,
+# whether there is dropout) → why the kernel declines.
+KERNELS: dict[
+    str, tuple[Callable[..., Array], Callable[[Query, AttentionMask, str, bool], str]]
+] = {"gpu": (_cudnn, _cudnn_lacks), "tpu": (_pallas, _pallas_lacks)}
 
 
 def _device(mesh: AbstractMesh) -> tuple[str, str]:
-    """Platform, and compute capability or kind, of the mesh in context or else of any device."""
+    """Platform and compute capability (GPU) or kind of the mesh in context, else of any device."""
     device = mesh.abstract_device or jax.devices()[0]
     if device.platform == "gpu":
         return "gpu", jax.devices()[0].compute_capability
     return device.platform, device.device_kind
 
 
-def _on_mesh(kernel: Callable[..., Array], given: tuple[Array, ...], mesh: AbstractMesh) -> Array:
-    """Kernels are not divided by the compiler: each device takes its own rows and heads."""
+def _on_mesh(
+    kernel: Callable[..., Array], arguments: tuple[Array | AttentionMask, ...], mesh: AbstractMesh
+) -> Array:
+    """Call a kernel on each device's own rows and heads, as the compiler does not divide kernels.
+
+    Args:
+        arguments: query, key, value, mask; with dropout also seeds [B, 2] and head numbers [N].
+    """
     free = set(mesh.axis_names) - set(mesh.manual_axes)
     if not free or mesh.size == 1:
-        return kernel(*given)
+        return kernel(*arguments)
 
     def divides(axis: str, size: int) -> str | None:
         return axis if axis in free and size % mesh.shape[axis] == 0 else None
 
-    rows, heads = divides("data", given[0].shape[0]), divides("model", given[0].shape[2])
+    batch, _, number, _ = arguments[0].shape
+    rows, heads = divides("data", batch), divides("model", number)
     states = P(rows, None, heads, None)
-    specs = (states, states, states, P(rows), P(rows), P(heads))  # the last two with dropout
+    specs = (states, states, states, P(rows), P(rows), P(heads))
     return jax.shard_map(
-        kernel, in_specs=specs[:len(given)], out_specs=states, check_vma=False,
-        axis_names=free)(*given)
+        kernel, in_specs=specs[:len(arguments)], out_specs=states, check_vma=False,
+        axis_names=free)(*arguments)
 
 
 @functools.cache
-def _tell(line: str) -> None:
-    """Log a line once."""
+def _warn_once(line: str) -> None:
+    """Log a warning, once for each line."""
     logging.getLogger(__name__).warning(line)

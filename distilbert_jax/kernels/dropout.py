@@ -1,6 +1,7 @@
-"""Dropout by a hash of place: what is dropped in a row depends on its key and the place alone.
+"""Dropout by a hash of the index: an element is dropped by the key of its row and its index alone.
 
-So it is the same beside other rows, on every mesh and in a kernel that holds only a part of a row.
+So a row drops the same elements beside any other rows, on every mesh, and in a kernel that holds
+only a part of the row.
 """
 
 import math
@@ -15,49 +16,60 @@ RowKeys = Key[Array, " B"] | None  # None for no dropout
 
 
 class Dropout(NamedTuple):
-    """How much is dropped, and 64 random bits of each row."""
+    """The share of elements to drop, and 64 random bits for each row."""
 
     rate: float
     seeds: UInt32[Array, "B 2"]
 
 
 def dropout(rate: float, keys: RowKeys) -> Dropout | None:
-    """None where nothing is dropped."""
+    """Draw the seeds of each row from its key; None if the rate is 0 or there are no keys."""
     if keys is None or not rate:
         return None
     return Dropout(rate, jax.vmap(lambda key: jax.random.bits(key, (2,), "uint32"))(keys))
 
 
 def dropped(x: Float[Array, "B ..."], drop: Dropout | None) -> Float[Array, "B ..."]:
-    """x with some of it 0 and the rest larger, so that its expectation is the same."""
+    """Set a random share of x to 0 and scale up the rest, which keeps the expectation of x.
+
+    Args:
+        x: [B, ...]; an element's index is counted over all axes of its row.
+        drop: rate and seeds of B rows; None returns x as it is.
+    """
     if drop is None:
         return x
-    places = jnp.arange(math.prod(x.shape[1:]), dtype=jnp.uint32).reshape(x.shape[1:])
-    seeds = (drop.seeds[:, i].reshape(-1, *[1] * places.ndim) for i in range(2))
-    return jnp.where(kept(places, *seeds, drop.rate), x / (1 - drop.rate), 0)
+    indices = jnp.arange(math.prod(x.shape[1:]), dtype=jnp.uint32).reshape(x.shape[1:])
+    seeds = (drop.seeds[:, i].reshape(-1, *[1] * indices.ndim) for i in range(2))
+    return jnp.where(kept(indices, *seeds, drop.rate), x / (1 - drop.rate), 0)
 
 
 def kept(
-    places: UInt32[Array, "..."], first: UInt32[Array, "..."], second: UInt32[Array, "..."],
+    indices: UInt32[Array, "..."], first: UInt32[Array, "..."], second: UInt32[Array, "..."],
     rate: float,
 ) -> Bool[Array, "..."]:
-    """What is not dropped, by the numbers of places in a row and the seeds of that row."""
-    return bits(places, first, second) >= np.uint32(rate * 2**32)  # of all numbers
+    """True for elements that are not dropped.
+
+    Args:
+        indices: index of each element within its row.
+        first, second: the two seeds of each element's row; all three arrays broadcast.
+        rate: the share of elements that is dropped.
+    """
+    return bits(indices, first, second) >= np.uint32(rate * 2**32)
 
 
 def bits(
-    places: UInt32[Array, "..."], first: UInt32[Array, "..."], second: UInt32[Array, "..."]
+    indices: UInt32[Array, "..."], first: UInt32[Array, "..."], second: UInt32[Array, "..."]
 ) -> UInt32[Array, "..."]:
-    """Random bits for every place.
+    """Hash an index and two seeds into 32 random bits.
 
-    jax.random would hash every place by threefry, which has eight times the operations and makes
-    the TPU compiler's work twice as long.
+    jax.random would hash every index by threefry, which has eight times the operations and doubles
+    the time that the TPU compiler takes.
     """
-    return _mixed(_mixed(places ^ first) + second)
+    return _mixed(_mixed(indices ^ first) + second)
 
 
 def _mixed(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """The last step of MurmurHash3 (Appleby 2011), after which each bit depends on all."""
+    """Apply the last step of MurmurHash3 (Appleby 2011): each bit then depends on all bits."""
     x = (x ^ x >> 16) * jnp.uint32(0x85EBCA6B)
     x = (x ^ x >> 13) * jnp.uint32(0xC2B2AE35)
     return x ^ x >> 16

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from distilbert_jax.kernels.products import column_sums, product, turned_product, wide
+from distilbert_jax.kernels.products import column_sums, product, transposed_product, wide
 from distilbert_jax.machine.sharding import head_specs
 
 # A device's positions are cut into CHUNKS, which keeps its logits to that share of what they would
@@ -153,7 +153,7 @@ def _over_chunks(
         if not with_gradients:
             return (total,), None
         narrow = cotangent.astype(student.states.dtype)
-        of_words = carry[0] + turned_product(states[0], narrow)  # [D, V]
+        of_words = carry[0] + transposed_product(states[0], narrow)  # [D, V]
         return ((total, of_words, carry[1] + column_sums(cotangent)),
                 product(narrow, embeddings[0]))
 

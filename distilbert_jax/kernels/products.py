@@ -1,9 +1,9 @@
-"""Matrix products, in the form that each platform is fast at; and which platform that is.
+"""Matrix products and affine maps with their gradients, in the form each platform is fast at.
 
-Compilers for TPU and GPU find that form themselves, and what they make of plain products and their
-derivatives is left to them. XLA's CPU compiler (jax 0.10.2) hands a product to its fast library,
-the only one that knows a CPU's bfloat16, if rows of both factors lie one after the other and the
-result is float32; so on CPU products and their gradients are written out, in that form.
+Compilers for TPU and GPU find that form themselves, so plain products and their derivatives are
+left to them. XLA's CPU compiler (jax 0.10.2) calls its fast library, the only code that knows a
+CPU's bfloat16, if the rows of both factors are contiguous and the result is float32; so on CPU
+products and their gradients are written out in that form.
 """
 
 import functools
@@ -17,43 +17,61 @@ from jaxtyping import Array, Float
 def product(
     left: Float[Array, "*B M K"], right: Float[Array, "*B J L"], rows: bool = False
 ) -> Float[Array, "*B M N"]:
-    """left @ right or, by its rows, left @ right.T, for each of B; at least in float32.
+    """Multiply matrices: left @ right, or left @ right.T if `rows`.
 
-    On CPU the slope that comes back is cut to the dtype of the factors, so that no product of the
-    gradient is slower than this one.
+    On CPU the incoming cotangent is rounded to the dtype of the factors, so that the products of
+    the gradient are as fast as this one.
+
+    Args:
+        left: [*B, M, K].
+        right: [*B, K, N]; [*B, N, K] if `rows`.
+        rows: whether the vectors that `left` is multiplied with are the rows of `right`.
+
+    Returns:
+        [*B, M, N], at least float32.
     """
     return (_on_cpu if platform_here() == "cpu" else _multiply)(left, right, rows)
 
 
 def _multiply(left: Array, right: Array, rows: bool) -> Array:
-    across = "...mk,...nk->...mn" if rows else "...mk,...kn->...mn"
-    return jnp.einsum(across, left, right, preferred_element_type=wide(left.dtype))
+    equation = "...mk,...nk->...mn" if rows else "...mk,...kn->...mn"
+    return jnp.einsum(equation, left, right, preferred_element_type=wide(left.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-@functools.partial(jax.jit, static_argnums=2)  # only what is traced can be given a layout
+@functools.partial(jax.jit, static_argnums=2)  # a layout can be set on traced arrays only
 def _on_cpu(left: Array, right: Array, rows: bool) -> Array:
     left, right = (with_layout_constraint(x, Layout(tuple(range(x.ndim)))) for x in (left, right))
-    # Without the barrier the product may be turned over, which bfloat16 does not survive.
+    # The barrier keeps XLA from folding a transpose of the result into the product, which it then
+    # cannot run in bfloat16 (jax 0.10.2: Unsupported element type for DotThunk).
     return jax.lax.optimization_barrier(_multiply(left, right, rows))
 
 
-def _slopes(rows: bool, saved: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
-    left, right = saved
-    slope = slope.astype(left.dtype)
-    of_right = turned_product(slope, left) if rows else turned_product(left, slope)
-    return _on_cpu(slope, right, not rows).astype(left.dtype), of_right.astype(right.dtype)
+def _on_cpu_forward(left: Array, right: Array, rows: bool) -> tuple[Array, tuple[Array, Array]]:
+    return _on_cpu(left, right, rows), (left, right)
 
 
-_on_cpu.defvjp(lambda *of: (_on_cpu(*of), of[:2]), _slopes)
+def _on_cpu_backward(
+    rows: bool, factors: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
+    left, right = factors
+    cotangent = cotangent.astype(left.dtype)
+    to_right = (transposed_product(cotangent, left) if rows
+                else transposed_product(left, cotangent))
+    to_left = _on_cpu(cotangent, right, not rows)
+    return to_left.astype(left.dtype), to_right.astype(right.dtype)
 
 
-def turned_product(
+_on_cpu.defvjp(_on_cpu_forward, _on_cpu_backward)
+
+
+def transposed_product(
     left: Float[Array, "*B K M"], right: Float[Array, "*B K N"]
 ) -> Float[Array, "*B M N"]:
-    """left.T @ right for each of B; at least in float32.
+    """Multiply the transpose of `left` with `right`: left.T @ right, at least in float32.
 
-    On CPU bfloat16 is turned in memory first; float32 only where that gains more than it costs.
+    On CPU bfloat16 is always transposed in memory first; float32 only if `left` is one matrix with
+    fewer columns than `right`, where the faster product makes up for the copy.
     """
     narrow = left.ndim == 2 and left.shape[1] < right.shape[1]
     if platform_here() == "cpu" and (left.dtype == jnp.bfloat16 or narrow):
@@ -62,7 +80,10 @@ def turned_product(
 
 
 def column_sums(x: Float[Array, "P F"]) -> Float[Array, " F"]:
-    """Sums over P; at least in float32. On CPU as a product, which is several times as fast."""
+    """Sum x [P, F] over P, at least in float32.
+
+    On CPU this is a product with a row of ones, which is several times as fast as a reduction.
+    """
     if platform_here() == "cpu":
         return _on_cpu(jnp.ones((1, len(x)), x.dtype), x, False)[0]
     return x.sum(0, dtype=wide(x.dtype))
@@ -71,44 +92,63 @@ def column_sums(x: Float[Array, "P F"]) -> Float[Array, " F"]:
 def affine(
     x: Float[Array, "*B D"], kernel: Float[Array, "D F"], bias: Float[Array, " F"]
 ) -> Float[Array, "*B F"]:
-    """x @ kernel + bias in the dtype of x."""
+    """Compute x @ kernel + bias in the dtype of x.
+
+    Args:
+        x: [*B, D].
+        kernel: [D, F].
+        bias: [F]; its gradient is summed over *B in at least float32, whatever the dtype of x.
+    """
     if platform_here() != "cpu":
-        return _plus(x @ kernel.astype(x.dtype), bias)
-    return _affine(x.reshape(-1, x.shape[-1]), kernel, bias).reshape(*x.shape[:-1], -1)
+        return _add_bias(x @ kernel.astype(x.dtype), bias)
+    return _affine_on_cpu(x.reshape(-1, x.shape[-1]), kernel, bias).reshape(*x.shape[:-1], -1)
 
 
 @jax.custom_vjp
-def _plus(x: Array, bias: Array) -> Array:
-    """x + bias in the dtype of x, in which the gradient of the bias is not added up."""
+def _add_bias(x: Array, bias: Array) -> Array:
+    """Compute x + bias in the dtype of x; the gradient of bias is summed in at least float32."""
     return x + bias.astype(x.dtype)
 
 
-_plus.defvjp(lambda x, bias: (_plus(x, bias), bias), lambda bias, slope: (
-    slope, column_sums(slope.reshape(-1, len(bias))).astype(bias.dtype)))
+def _add_bias_forward(x: Array, bias: Array) -> tuple[Array, Array]:
+    return _add_bias(x, bias), bias
+
+
+def _add_bias_backward(bias: Array, cotangent: Array) -> tuple[Array, Array]:
+    sums = column_sums(cotangent.reshape(-1, len(bias)))
+    return cotangent, sums.astype(bias.dtype)
+
+
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 @jax.custom_vjp
-def _affine(x: Array, kernel: Array, bias: Array) -> Array:
-    """Of rows, on CPU; the gradients of kernel and bias are not cut to the dtype of x."""
+def _affine_on_cpu(x: Array, kernel: Array, bias: Array) -> Array:
+    """Compute `affine` of x [P, D]; the gradients of kernel and bias are never in x.dtype."""
     result = _on_cpu(x, kernel.astype(x.dtype), False)
     return (result + bias.astype(result.dtype)).astype(x.dtype)
 
 
-def _affine_slopes(saved: tuple[Array, Array, Array], slope: Array) -> tuple[Array, ...]:
+def _affine_forward(x: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _affine_on_cpu(x, kernel, bias), (x, kernel, bias)
+
+
+def _affine_backward(saved: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
     x, kernel, bias = saved
-    return (_on_cpu(slope, kernel.astype(x.dtype), True).astype(x.dtype),
-            turned_product(x, slope).astype(kernel.dtype), column_sums(slope).astype(bias.dtype))
+    return (_on_cpu(cotangent, kernel.astype(x.dtype), True).astype(x.dtype),
+            transposed_product(x, cotangent).astype(kernel.dtype),
+            column_sums(cotangent).astype(bias.dtype))
 
 
-_affine.defvjp(lambda *of: (_affine(*of), of), _affine_slopes)
+_affine_on_cpu.defvjp(_affine_forward, _affine_backward)
 
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
-    """What sums of numbers of this dtype are kept in: float32, or float64 for float64."""
+    """The dtype for sums of numbers of `dtype`: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def platform_here() -> str:
-    """Where what is traced will run: "cpu", "gpu" or "tpu"."""
+    """The platform that the code being traced will run on: "cpu", "gpu" or "tpu"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.devices()[0].platform

@@ -16,33 +16,43 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from distilbert_jax.kernels.attention import attention
+from distilbert_jax.kernels.attention import AttentionMask, attention
 from distilbert_jax.kernels.dropout import RowKeys, dropout, dropped
 from distilbert_jax.kernels.products import affine, wide
 
 
 @jax.custom_vjp
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x Φ(x), Φ being the normal distribution (Hendrycks and Gimpel 2016), at least in float32.
+    """Compute the exact GELU x · Φ(x), Φ the standard normal CDF (Hendrycks and Gimpel 2016).
 
-    By erf, as in PyTorch: the erfc of jax.nn.gelu takes more than twice as long on a CPU, and the
-    TPU compiler 5 s over every layer. For the gradient x alone is kept.
+    Φ is computed by erf, as in PyTorch: the erfc of jax.nn.gelu takes more than twice as long on a
+    CPU, and costs the TPU compiler 5 s in every layer. The backward pass keeps x alone.
+
+    Args:
+        x: of any shape; computed in at least float32.
+
+    Returns:
+        An array of the shape and dtype of x.
     """
     x32 = x.astype(wide(x.dtype))
-    return (x32 * _normal(x32)).astype(x.dtype)
+    return (x32 * _normal_cdf(x32)).astype(x.dtype)
 
 
-def _normal(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def _normal_cdf(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return 0.5 + 0.5 * jax.lax.erf(x * math.sqrt(0.5))
 
 
-def _gelu_slope(x: Float[Array, "..."], above: Float[Array, "..."]) -> tuple[Array]:
+def _gelu_forward(x: Float[Array, "..."]) -> tuple[Array, Array]:
+    return gelu(x), x
+
+
+def _gelu_backward(x: Float[Array, "..."], cotangent: Float[Array, "..."]) -> tuple[Array]:
     x32 = x.astype(wide(x.dtype))
     density = jnp.exp(-0.5 * x32 * x32) / math.sqrt(2 * math.pi)
-    return ((above * (_normal(x32) + x32 * density)).astype(x.dtype),)
+    return ((cotangent * (_normal_cdf(x32) + x32 * density)).astype(x.dtype),)
 
 
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_slope)
+gelu.defvjp(_gelu_forward, _gelu_backward)
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
@@ -81,7 +91,7 @@ class Seen(NamedTuple):
 
 
 class Linear(nnx.Linear):
-    """The same, with products in the form that the platform is fast at."""
+    """A linear layer x @ kernel + bias, [..., D] → [..., F], computed by `kernels/products.py`."""
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
         kernel, bias = jnp.asarray(self.kernel[...]), jnp.asarray(self.bias[...])
@@ -89,9 +99,11 @@ class Linear(nnx.Linear):
 
 
 class Embed(nnx.Embed):
-    """The same, but gradients of a word's places are added up as parameters, not cut as results.
+    """An embedding table, ids [...] → vectors [..., D], whose gradient is summed as parameters are.
 
-    A sum of thousands in bfloat16 stands still: the gradient of a frequent word was a third off.
+    It looks up first and casts to the compute dtype after, so that the cotangents of all positions
+    of a word are summed in the dtype of the parameters. nnx.Embed casts the table first: a sum of
+    thousands in bfloat16 stands still, and the gradient of a frequent word was a third off.
     """
 
     def __call__(self, ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
@@ -114,7 +126,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         heads = (*x.shape[:2], self.num_heads, -1)
         q, k, v = (f(x).reshape(heads) for f in (self.query, self.key, self.value))  # [B, T, N, H]
-        context = attention(q, k, v, segment_ids, dropout(self.dropout, keys))
+        context = attention(q, k, v, AttentionMask(segment_ids), dropout(self.dropout, keys))
         return self.output(context.reshape(x.shape))
 
 
