@@ -45,6 +45,7 @@ DEFINITIONS = {
     "mlm": lambda s, _: -np.take_along_axis(log_softmax(s), LABELS[..., None], -1)[..., 0],
     "cos": cosine,
     "mse": lambda s, t: ((s - t) ** 2).sum(-1),
+    "hidden": lambda s, t: ((s - t) ** 2).sum(-1) / (t**2).sum(-1),
 }
 
 

@@ -61,6 +61,21 @@ def mse_sum(
     return jnp.sum(weights * jnp.sum((student_logits - teacher_logits) ** 2, axis=-1))
 
 
+def hidden_sum(
+    student_hidden: Float[Array, "*P D"],
+    teacher_hidden: Float[Array, "*P D"],
+    weights: Float[Array, "*P"],
+) -> Float[Array, ""]:
+    """Σ w · ‖student − teacher‖² / ‖teacher‖² of hidden states.
+
+    The squared error of TinyBERT's hidden-state loss (Jiao et al. 2020, equation 8), relative to
+    the size of the teacher's state, so that a weight means as much at every layer.
+    """
+    s, t = (x.astype(wide(x.dtype)) for x in (student_hidden, teacher_hidden))
+    errors = jnp.sum((s - t) ** 2, axis=-1)
+    return jnp.sum(weights * errors / (jnp.sum(t * t, axis=-1) + 1e-12))
+
+
 @dataclasses.dataclass(frozen=True)
 class Loss:
     """A row of LOSSES.
@@ -89,4 +104,6 @@ LOSSES = {
     "mlm": Loss("labels", "masked", mlm_sum, "masked-language-model loss"),
     "cos": Loss("last", "tokens", cos_sum, "cosine loss on last hidden states"),
     "mse": Loss("logits", "soft", mse_sum, "squared error between logits"),
+    "hidden": Loss("hidden", "tokens", hidden_sum,
+                   "relative squared error of hidden states at mapped layers"),
 }
