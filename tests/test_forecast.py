@@ -16,12 +16,11 @@ import numpy as np
 import pytest
 
 from distilbert_jax.benchmark import hlo, training
-from distilbert_jax.config import DistilConfig, TrainConfig
+from distilbert_jax.config import DistilConfig
 from distilbert_jax.errors import UserError
 from distilbert_jax.jobs import forecast as tpu
-from distilbert_jax.machine.sharding import make_mesh
+from distilbert_jax.machine.sharding import by_rows, make_mesh, replicated, shardings
 from distilbert_jax.models import bert
-from distilbert_jax.training.train import jit_step
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,7 +65,9 @@ def test_gradients_are_added_up_once_an_update(
         shape, accumulate, problem, vocabulary, x64):
     mesh = make_mesh(shape)
     state = problem.state()
-    step = jit_step(problem.step(accumulate, mesh), state, problem.teachers, mesh)
+    layout, whole = shardings(state, mesh), replicated(mesh)
+    step = jax.jit(problem.step(accumulate, mesh), out_shardings=(layout, whole), in_shardings=(
+        layout, shardings(problem.teachers, mesh), whole, by_rows(mesh)))
     text = step.lower(state, problem.teachers, vocabulary, problem.batches[0])
     program = hlo.read(text.compile().as_text())
     moved = sum(c.bytes for c in program.collectives
@@ -83,7 +84,7 @@ def test_products_are_counted(accumulate, mesh, problem, vocabulary, x64):
         problem.state(), problem.teachers, vocabulary, batch)
     full = dict(batch, segment_ids=np.ones((rows, 16), np.int32))  # a product knows no segments
     one = training.Problem(
-        problem.teacher, problem.student, TrainConfig(), np.ones(72), [], 4, [], [])
+        problem.teacher, problem.student, DistilConfig(), np.ones(72), [], 4, [], [])
     assert hlo.product_flops(traced.jaxpr) == pytest.approx(training.flops(one, [full]), rel=0.02)
 
 

@@ -36,8 +36,8 @@ mask = jax.jit(mask_tokens, static_argnums=3)
 label_keys = jax.jit(lambda key, batch: jax.vmap(jax.random.split)(row_keys(key, batch))[:, 0])
 TOLERANCE = {"float32": 2e-5, "float64": 1e-9}
 OBJECTIVES = {
-    restrict: Objective(weights={"ce": 5.0, "mlm": 2.0, "cos": 1.0, "mse": 0.1},
-                        restrict_ce_to_mask=restrict)
+    restrict: Objective(weights={"ce": 5.0, "mlm": 2.0, "cos": 1.0, "mse": 0.1, "hidden": 3.0},
+                        layer_map=((0, 1), (2, 0)), restrict_ce_to_mask=restrict)
     for restrict in (False, True)}
 ROWS = [[16], [11], [7], [14], [5], [16]]  # one document each, as torch has no packing
 
@@ -66,7 +66,14 @@ def torch_losses(teacher, student, batch, objective):
     soft, logits, tau = t.logits[chosen], s.logits[chosen], objective.temperature
     s_hidden, t_hidden = s.hidden_states[-1][real], t.hidden_states[-1][real]
     nn = torch.nn
+
+    def relative_error(own, theirs):
+        x, y = s.hidden_states[own][real], t.hidden_states[theirs][real]
+        return ((x - y) ** 2).sum(-1) / (y ** 2).sum(-1)
+
     return {
+        "hidden": sum(relative_error(*pair).mean() for pair in objective.layer_map) / len(
+            objective.layer_map),
         "ce": tau**2 * nn.KLDivLoss(reduction="batchmean")(
             (logits / tau).log_softmax(-1), (soft / tau).softmax(-1)),
         "mlm": nn.CrossEntropyLoss(ignore_index=-100)(
@@ -293,7 +300,8 @@ EMPTY = {  # rows of a batch with too little in them
 
 @pytest.mark.parametrize("restrict", OBJECTIVES)
 def test_little_in_a_batch_is_finite(restrict, x64, problem, vocabulary, batch_of):
-    step = jax.jit(dataclasses.replace(problem, objective=OBJECTIVES[restrict]).step())
+    objective = dataclasses.replace(OBJECTIVES[restrict], layer_map=((0, 0), (1, 2)))
+    step = jax.jit(dataclasses.replace(problem, objective=objective).step())
     for what, rows in EMPTY.items():
         after, metrics = step(problem.state(), problem.teachers, vocabulary,
                               batch_of(rows, 16))
@@ -376,3 +384,96 @@ def test_evaluation(x64, problem, vocabulary):
     assert set(sums) == set(expected)
     for name, value in expected.items():
         np.testing.assert_allclose(sums[name], value, rtol=1e-10, err_msg=name)
+
+
+def test_a_teacher_s_dropout_is_off(x64, problem, vocabulary):
+    """Whatever its config.json says."""
+    def metrics(rate):
+        teacher = dataclasses.replace(
+            problem.teacher, hidden_dropout=rate, attention_dropout=rate)
+        step = dataclasses.replace(problem, teacher=teacher).step()
+        return jax.jit(step)(
+            problem.state(), problem.teachers, vocabulary, problem.batches[0])[1]
+
+    assert metrics(0.5) == metrics(0.0)
+
+
+def test_the_order_of_rows_changes_nothing(x64, dropping, vocabulary):
+    """Not even what is masked or dropped: a row means the same wherever it stands."""
+    step = jax.jit(dropping.step())
+    order = np.random.default_rng(0).permutation(8)
+    found = [step(dropping.state(), dropping.teachers, vocabulary, batch)[1] for batch in (
+        dropping.batches[0], {name: x[order] for name, x in dropping.batches[0].items()})]
+    for name, value in found[0].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=1e-12, err_msg=name)
+
+
+def test_frozen_parameters_stay_and_count_in_no_norm(x64, problem, vocabulary):
+    graphs = [graphdef(c, "float64", "float64") for c in (problem.student, problem.teacher)]
+    frozen = ("student/embeddings/position",)
+    tx = make_optimizer(TrainConfig(weight_decay=0.5, warmup=0.0), 4, frozen)
+    state = dataclasses.replace(problem, tx=tx).state()
+
+    def run(frozen):
+        step = make_train_step(*graphs, tx, problem.objective, masked(), frozen=frozen)
+        return jax.jit(step)(state, problem.teachers, vocabulary, problem.batches[0])
+
+    (after, metrics), (_, free) = run(frozen), run(())
+    positions = [s.params["student"]["embeddings"]["position"]["embedding"]
+                 for s in (after, state)]
+    np.testing.assert_array_equal(*positions)
+    # Of the free run's squared norm, what the positions have is missing.
+    _, gradient = jax.jit(jax.value_and_grad(lambda x: total_of(
+        problem, graphs, state, x, vocabulary)))(positions[1])
+    missing = free["grad_norm"] ** 2 - metrics["grad_norm"] ** 2
+    np.testing.assert_allclose(missing, (gradient ** 2).sum(), rtol=1e-9)
+    assert missing > 0
+
+
+def total_of(problem, graphs, state, positions, vocabulary):
+    """The loss of the first batch as a function of the position embeddings alone."""
+    student = state.params["student"]
+    student = student | {"embeddings": student["embeddings"] | {
+        "position": {"embedding": positions}}}
+    batch = jax.tree.map(jnp.asarray, problem.batches[0])
+    labelled = mask_tokens(jax.vmap(jax.random.split)(row_keys(state.key, batch))[:, 0], batch,
+                           jax.tree.map(jnp.asarray, vocabulary), Masking())
+    models = [nnx.merge(graph, params) for graph, params in zip(
+        graphs, jax.tree.map(jnp.asarray, (student, problem.teacher_params)), strict=True)]
+    counts = loss_counts(labelled, problem.objective)
+    return total_loss(*models, labelled, problem.objective, counts, {})[0]
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
+def test_pmap_takes_the_same_update_as_the_mesh_8x1(x64, problem, vocabulary):
+    """The mission names pmap; jit with NamedSharding, today's pjit, is the path, and equals it.
+
+    Each of eight devices has one row, the whole batch's weights divide its losses, and gradients
+    are summed over devices: the data-parallel step as one would write it with jax.pmap.
+    """
+    graphs = [graphdef(c, "float64", "float64") for c in (problem.student, problem.teacher)]
+    state, batch, mesh = problem.state(), problem.batches[0], mesh_of("8x1")
+    layout, whole = shardings(state, mesh), replicated(mesh)
+    expected, metrics = jax.jit(problem.step(mesh=mesh), in_shardings=(
+        layout, shardings(problem.teachers, mesh), whole, by_rows(mesh)))(
+        state, problem.teachers, vocabulary, batch)
+
+    labelled = mask(label_keys(state.key, batch), batch, vocabulary, Masking())
+    counts = loss_counts(labelled, problem.objective)
+    teacher = jax.tree.map(jnp.asarray, problem.teacher_params)
+
+    def gradients(params, batch):
+        def loss(params):
+            models = [nnx.merge(graph, own) for graph, own in zip(
+                graphs, (params, teacher), strict=True)]
+            return total_loss(*models, batch, problem.objective, counts, {})[0]
+        return jax.lax.psum(jax.value_and_grad(loss)(params), "data")
+
+    rows = jax.tree.map(lambda x: x.reshape(8, 1, *x.shape[1:]), labelled)
+    total, grads = jax.tree.map(lambda x: x[0], jax.pmap(gradients, "data", in_axes=(None, 0))(
+        state.params["student"], rows))
+    np.testing.assert_allclose(total, metrics["loss"], rtol=1e-12)
+    updates, _ = problem.tx.update(
+        {"student": grads, "projections": {}}, state.opt_state, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11),
+                 optax.apply_updates(state.params, updates), expected.params)

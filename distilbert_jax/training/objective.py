@@ -22,7 +22,9 @@ from distilbert_jax.training.losses import LOSSES
 
 Batch = dict[str, Array]
 Metrics = dict[str, Float[Array, ""]]
-Projections = dict[str, dict[str, dict[str, Float[Array, "D E"]]]]  # loss → student layer → kernel
+# Loss → layer of the student → {"kernel": [D, E]}
+Kernels = dict[str, dict[str, Float[Array | np.ndarray, "_ _"]]]
+Projections = dict[str, Kernels]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,7 +197,7 @@ def total_loss(
 
 def _mapped_sum(
     name: str, seen: Seen, target: Seen, real: Float[Array, "B T"], objective: Objective,
-    projections: dict[str, dict[str, Float[Array, "D E"]]] | None,
+    projections: Kernels | None,
 ) -> Float[Array, ""]:
     """The mean of a loss over the pairs of mapped layers."""
     def projected(own: int) -> Float[Array, "B T E"]:

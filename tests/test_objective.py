@@ -1,0 +1,128 @@
+"""Maps of layers, and learned projections where teacher and student differ in width."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+from test_sharding import mesh_of
+
+from distilbert_jax.config import DistilConfig
+from distilbert_jax.errors import UserError
+from distilbert_jax.machine.sharding import by_rows, shardings
+from distilbert_jax.models.student import student_config
+from distilbert_jax.training.assemble import assemble
+from distilbert_jax.training.checkpoint import Checkpoints, abstract
+from distilbert_jax.training.labels import mask_tokens, row_keys
+from distilbert_jax.training.objective import Objective, map_layers
+
+HIDDEN = {"mlm": 1.0, "hidden": 3.0}
+
+
+@pytest.mark.parametrize("wish, student, teacher, expected", [
+    ("", 3, 12, ((1, 4), (2, 8), (3, 12))), ("", 6, 12, tuple((n, 2 * n) for n in range(1, 7))),
+    ("", 2, 3, ((1, 2), (2, 3))), ("1:4,2:8", 3, 12, ((1, 4), (2, 8))),
+    ("0:0,3:12", 3, 12, ((0, 0), (3, 12)))])
+def test_which_layers_are_compared(wish, student, teacher, expected):
+    assert map_layers(wish, student, teacher) == expected
+
+
+@pytest.mark.parametrize("wish, message", [
+    ("4", "must look like 1:4,2:8"), ("1:2:3", "must look like"), ("a:b", "must look like"),
+    ("1:", "must look like"), ("4:1", "4:1 is not there; the student has 3 layers, the teacher 12"),
+    ("1:13", "1:13 is not there"), ("-1:1", "-1:1 is not there"), ("1:4,1:5", "twice")])
+def test_maps_that_cannot_be(wish, message):
+    with pytest.raises(UserError, match=message) as error:
+        map_layers(wish, 3, 12)
+    assert f"--hidden-map {wish}" in str(error.value)
+
+
+def config_of(**settings):
+    return DistilConfig(**dict(
+        alphas=HIDDEN, dtype="float64", batch_size=8, sequence_length=16, learning_rate=0.01,
+        warmup=0.0) | settings)
+
+
+@pytest.fixture(scope="module")
+def wide(tiny_model, batch_of):
+    """A teacher of 3 layers and width 24, a student of 2 layers and width 16, and batches."""
+    teacher, teacher_params = tiny_model(seed=1, num_hidden_layers=3, hidden_size=24)
+    shape, params = tiny_model(seed=2, num_hidden_layers=2, type_vocab_size=0)
+    student = student_config(shape, 2, dropout=0.1)
+    rows = [[9, 7], [16], [5, 5, 6], [11], [3, 12], [16], [8], [2, 14]]
+    return (student, teacher), params, teacher_params, [batch_of(rows, 16, n) for n in range(2)]
+
+
+@pytest.mark.parametrize("config, message", [
+    (dict(alphas=HIDDEN | {"cos": 1.0}), "--alpha-cos compares states of equal width, and the "
+     "student has 16, the teacher 24: give 0"),
+    (dict(alphas={"mlm": 1.0}, hidden_map="1:1"), "--hidden-map 1:1 is read by no loss"),
+    (dict(alphas={"mlm": 1.0, "hiden": 1.0}), "unknown loss 'hiden'; did you mean hidden")])
+def test_objectives_that_cannot_be(config, message, wide):
+    with pytest.raises(UserError, match=message):
+        Objective.of(config_of(**config), *wide[0])
+
+
+def run(wide, vocabulary, shape):
+    """Two updates on a mesh: the states before and after, and metrics."""
+    shapes, params, teacher_params, batches = wide
+    mesh = mesh_of(shape)
+    assembly = assemble(config_of(), *shapes, mesh, 4)
+    state = assembly.init(jax.tree.map(jnp.asarray, params))
+    teachers = assembly.place(assembly.teachers(teacher_params))
+    step, before = assembly.jitted(state, teachers), jax.device_get(state.params)
+    state = jax.device_put(state, shardings(state, mesh))
+    found = []
+    for batch in batches:
+        state, metrics = step(state, teachers, vocabulary, jax.device_put(batch, by_rows(mesh)))
+        found.append({name: float(value) for name, value in metrics.items()})
+    return before, state, found
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
+def test_projections_are_trained_alike_on_every_mesh(wide, vocabulary, x64, tmp_path):
+    before, alone, expected = run(wide, vocabulary, "1x1")
+    _, state, metrics = run(wide, vocabulary, "4x2")
+    for ours, theirs in zip(metrics, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-11)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11),
+                 jax.device_get(state.params), jax.device_get(alone.params))
+    kernels = state.params["projections"]["hidden"]
+    assert set(kernels) == {"1", "2"}
+    for own, kernel in kernels.items():
+        assert kernel["kernel"].shape == (16, 24)
+        assert kernel["kernel"].sharding.spec == PartitionSpec(None, "model")
+        start = before["projections"]["hidden"][own]["kernel"]
+        assert 1e-3 < np.abs(np.asarray(kernel["kernel"]) - start).max() < 0.1
+
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        checkpoints.save(state)
+        checkpoints.wait()
+        again = checkpoints.restore(abstract(state, shardings(state, mesh_of("4x2"))))
+    jax.tree.map(np.testing.assert_array_equal, again.params, state.params)
+
+
+def test_the_loss_of_projected_states_by_its_definition(wide, vocabulary, x64):
+    (student, teacher), params, teacher_params, batches = wide
+    assembly = assemble(config_of(dropout=0.0), dataclasses.replace(
+        student, hidden_dropout=0.0, attention_dropout=0.0), teacher, mesh_of("1x1"), 4)
+    state = assembly.init(jax.tree.map(jnp.asarray, params))
+    batch = jax.tree.map(jnp.asarray, batches[0])
+    _, metrics = jax.jit(assembly.train_step)(
+        state, assembly.teachers(teacher_params), vocabulary, batch)
+
+    keys = jax.vmap(jax.random.split)(row_keys(state.key, batch))[:, 0]
+    labelled = mask_tokens(keys, batch, vocabulary, assembly.config.MASKING)
+    given = [labelled[name] for name in ("input_ids", "segment_ids", "position_ids")]
+    real, errors = np.asarray(labelled["segment_ids"]) > 0, []
+    for own, theirs in ((1, 2), (2, 3)):  # evenly: 1.5 is rounded to an even number
+        x, y = (np.asarray(nnx.merge(graph, tree)(*given, want=(layer,)).hidden[layer])[real]
+                for graph, tree, layer in (
+                    (assembly.graph, params, own),
+                    (assembly.teacher_graph, teacher_params, theirs)))
+        x = x @ state.params["projections"]["hidden"][str(own)]["kernel"]
+        errors.append((((x - y) ** 2).sum(-1) / (y ** 2).sum(-1)).mean())
+    np.testing.assert_allclose(metrics["hidden"], np.mean(errors), rtol=1e-10)
