@@ -83,7 +83,8 @@ def make_toy(folder: Path) -> None:
     shape = EncoderConfig(
         vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=128, max_position_embeddings=64, type_vocab_size=2)
-    export(folder / "teacher", init_params(shape, seed=0), shape, bert, tokenizer, "A toy.\n")
+    params = init_params(shape, seed=0)
+    export(folder / "teacher", params, shape, bert.FAMILY, tokenizer, "A toy.\n")
 
 
 def start(folder: Path, output: str) -> "subprocess.Popen[bytes]":

@@ -16,7 +16,7 @@ from distilbert_jax.jobs.pretrain import pretrain, scratch_shape
 from distilbert_jax.jobs.setup import check_job
 from distilbert_jax.machine import store
 from distilbert_jax.models import bert
-from distilbert_jax.models.convert import load_shape
+from distilbert_jax.models.hub import load_shape
 
 
 def main(argv: list[str]) -> None:
@@ -32,13 +32,14 @@ def main(argv: list[str]) -> None:
             **recipe.PRETRAIN, output=store.join(config.output, "teacher"),
             mesh=config.mesh, dtype=config.dtype, seed=config.seed)
     if config.compile_only:
-        shape = scratch_shape(teacher) if teacher else (
-            load_shape(config.teacher) if config.teacher else bert.BASE)
-        print(compile_only(config, shape))
+        family, shape = load_shape(config.teacher) if config.teacher else (
+            bert.FAMILY, scratch_shape(teacher) if teacher else bert.BASE)
+        print(compile_only(config, family, shape))
         return
     if teacher:
         config = dataclasses.replace(config, teacher=store.join(teacher.output, "model"))
-        check_job(config, scratch_shape(teacher))  # before the minutes that the teacher takes
+        # Before the minutes that the teacher takes.
+        check_job(config, bert.FAMILY, scratch_shape(teacher))
         pretrain(teacher)
     distil(config)
 

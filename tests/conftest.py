@@ -27,8 +27,10 @@ import pytest
 
 from distilbert_jax.config import Masking, TrainConfig
 from distilbert_jax.machine.trees import path_name
-from distilbert_jax.models.convert import FAMILIES, from_hf
+from distilbert_jax.models import bert
+from distilbert_jax.models.convert import from_hf
 from distilbert_jax.models.encoder import EncoderConfig, abstract_params, graphdef
+from distilbert_jax.models.families import FAMILIES
 from distilbert_jax.models.student import student_config, student_params
 from distilbert_jax.training import labels as masking
 from distilbert_jax.training.labels import LABELS
@@ -65,14 +67,14 @@ def torch_model():
         import transformers  # with torch it takes seconds to import
 
         model_class = getattr(transformers, name)
-        shape = {"vocab_size": VOCAB, "max_position_embeddings": 24, "attention_dropout": 0.0}
-        if name.startswith("Distil"):
-            shape |= {"dim": 16, "n_layers": 2, "n_heads": 4, "hidden_dim": 24, "dropout": 0.0}
-        else:
-            shape |= {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
-                      "intermediate_size": 24, "hidden_dropout_prob": 0.0,
-                      "attention_probs_dropout_prob": 0.0}
-        model = model_class(model_class.config_class(**shape | overrides)).eval()
+        family = FAMILIES[model_class.config_class.model_type]
+        shape = dict(
+            family.fixed, vocab_size=VOCAB, hidden_size=16, num_attention_heads=4,
+            num_hidden_layers=2 if name.startswith("Distil") else 3, intermediate_size=24,
+            max_position_embeddings=24, hidden_dropout=0.0, attention_dropout=0.0)
+        known = family.from_hf({})
+        raw = family.to_hf(dataclasses.replace(known, **shape)) | overrides
+        model = model_class(model_class.config_class(**raw)).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for key, tensor in model.named_parameters():
@@ -174,7 +176,7 @@ def masked(**rates):
 @pytest.fixture(scope="session")
 def problem(tiny_model, batch_of):
     teacher, teacher_params = tiny_model(seed=1, num_hidden_layers=2)
-    student = student_config(teacher, 1, dropout=0.0)
+    _, student = student_config(bert.FAMILY, teacher, 1, dropout=0.0)
     config = TrainConfig(warmup=0.5, weight_decay=0.1, clip=0.5, learning_rate=0.01)
     rows = [[9, 7], [16], [5, 5, 6], [11], [3, 12], [16], [8], [2, 14]]
     return Problem(
@@ -203,5 +205,5 @@ def toy(tmp_path_factory, tiny_model):
     (folder / "corpus.txt").write_text("\n".join(texts) + "\n")
     tokenizer = train_wordpiece(texts, 100)
     config, params = tiny_model(num_hidden_layers=2, vocab_size=len(tokenizer))
-    export(folder / "teacher", params, config, bert, tokenizer, "A toy.\n")
+    export(folder / "teacher", params, config, bert.FAMILY, tokenizer, "A toy.\n")
     return folder

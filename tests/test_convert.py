@@ -15,8 +15,9 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from distilbert_jax.errors import UserError
-from distilbert_jax.models import convert
+from distilbert_jax.models import convert, hub
 from distilbert_jax.models.encoder import graphdef
+from distilbert_jax.models.families import FAMILIES
 
 WORDS = "embeddings.word_embeddings.weight"
 
@@ -24,17 +25,15 @@ WORDS = "embeddings.word_embeddings.weight"
 @pytest.fixture(scope="module")
 def originals(tiny_model):
     """family → (EncoderConfig, float32 params, config.json, Hugging Face tensors)."""
-    shapes = {"bert": {"pooler": True},
-              "distilbert": {"type_vocab_size": 0, "attention_output_dropout": False}}
-
     def original(name):
-        family = convert.FAMILIES[name]
-        config, params = tiny_model(num_hidden_layers=2, **shapes[name])
+        family = FAMILIES[name]
+        pooled = "pooler" in family.tensors.values()
+        config, params = tiny_model(num_hidden_layers=2, pooler=pooled, **family.fixed)
         params = jax.tree.map(np.float32, params)
-        raw = {"model_type": name, "architectures": [family.ARCHITECTURE], **family.to_hf(config)}
+        raw = {"model_type": name, "architectures": [family.architecture], **family.to_hf(config)}
         return config, params, raw, convert.to_hf(params, family)
 
-    return {name: original(name) for name in shapes}
+    return {name: original(name) for name in FAMILIES}
 
 
 def write(folder, raw, tensors, name="model.safetensors", save=save_file):
@@ -60,24 +59,24 @@ def save_torch(tensors, path):
 
 
 def assert_loads(folder, config, params):
-    loaded = convert.load(folder)
+    loaded = hub.load(folder)
     assert loaded.config == config
     jax.tree.map(np.testing.assert_array_equal, loaded.params, params)
 
 
-@pytest.mark.parametrize("name", convert.FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_round_trip_is_exact(name, originals, tmp_path):
     config, params, raw, tensors = originals[name]
     kernel = params["layers"][1]["ffn"]["up"]["kernel"]
     assert kernel.shape == (16, 24) and all(t.flags.c_contiguous for t in tensors.values())
     assert_loads(write(tmp_path, raw, tensors), config, params)
-    again = convert.to_hf(convert.load(str(tmp_path)).params, convert.FAMILIES[name])
+    again = convert.to_hf(hub.load(str(tmp_path)).params, FAMILIES[name])
     assert list(again) == list(tensors)
     for key, array in tensors.items():
         np.testing.assert_array_equal(again[key], array)
 
 
-@pytest.mark.parametrize("name", convert.FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_transformers_reads_our_folder_completely(name, originals, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -117,10 +116,10 @@ def _renamed(tensors, *pairs):
 
 SPELLINGS = {
     "gamma and beta": lambda t, p: _renamed(
-        t, (r"(_layer_norm|LayerNorm)\.weight", r"\1.gamma"),
-        (r"(_layer_norm|LayerNorm)\.bias", r"\1.beta")),
-    "no prefix": lambda t, p: _renamed(t, (rf"^{p}\.", "")),
-    "position_ids": lambda t, p: t | {f"{p}.embeddings.position_ids": np.arange(24)[None]},
+        t, (r"(_layer_norm|LayerNorm|layer_norm)\.weight", r"\1.gamma"),
+        (r"(_layer_norm|LayerNorm|layer_norm)\.bias", r"\1.beta")),
+    "no prefix": lambda t, p: _renamed(t, (rf"^{p}", "")),
+    "position_ids": lambda t, p: t | {f"{p}embeddings.position_ids": np.arange(24)[None]},
     "position_ids, no prefix": lambda t, p: t | {"embeddings.position_ids": np.arange(24)[None]},
 }
 BERT_SPELLINGS = {
@@ -134,10 +133,10 @@ BERT_SPELLINGS = {
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-@pytest.mark.parametrize("name", convert.FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_old_spellings(name, spelling, originals, tmp_path):
     config, params, raw, tensors = originals[name]
-    changed = SPELLINGS[spelling](tensors, name)
+    changed = SPELLINGS[spelling](tensors, FAMILIES[name].prefix)
     assert set(changed) != set(tensors)
     assert_loads(write(tmp_path, raw, changed), config, params)
 
@@ -153,7 +152,7 @@ def test_parts_of_bert(originals, tmp_path):
     config, params, raw, tensors = _without_pooler(originals["bert"])
     assert_loads(write(tmp_path, raw, tensors), config, params)
     bare = {k: v for k, v in tensors.items() if not k.startswith("cls.")}
-    loaded = convert.load(write(tmp_path, raw, bare))
+    loaded = hub.load(write(tmp_path, raw, bare))
     assert not loaded.config.mlm_head and "mlm_head" not in loaded.params
 
 
@@ -197,7 +196,7 @@ def test_all_mismatches_in_one_error(originals, tmp_path):
     wrong["cls.predictions.decoder.weight"] = tensors[f"bert.{WORDS}"] + 1
     wrong[layer + "output.dense.weight"] = np.ones((24, 16), "f")
     with pytest.raises(UserError) as error:
-        convert.load(write(tmp_path, raw, wrong))
+        hub.load(write(tmp_path, raw, wrong))
     for part in (str(tmp_path), "5 tensors do not fit", "unknown bert.adapter.weight [2, 5]",
                  f"missing {layer}intermediate.dense.weight [24, 16]",
                  "duplicated bert.embeddings.LayerNorm.weight",
@@ -221,7 +220,7 @@ def test_all_mismatches_in_one_error(originals, tmp_path):
 def test_configs_that_do_not_fit(change, message, originals, tmp_path):
     _, _, raw, tensors = originals["bert"]
     with pytest.raises(UserError, match=message) as error:
-        convert.load(write(tmp_path, raw | change, tensors))
+        hub.load(write(tmp_path, raw | change, tensors))
     assert str(tmp_path) in str(error.value)
 
 
@@ -232,7 +231,7 @@ def test_broken_config(text, message, tmp_path):
     if text is not None:
         (tmp_path / "config.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message) as error:
-        convert.load(str(tmp_path))
+        hub.load(str(tmp_path))
     assert str(tmp_path / "config.json") in str(error.value)
 
 
@@ -245,7 +244,7 @@ def test_truncated_files(name, save, originals, tmp_path):
     for kept in (0, 5, len(whole) // 2, len(whole) - 1):
         (tmp_path / name).write_bytes(whole[:kept])
         with pytest.raises(UserError, match=f"{name} is damaged or incomplete"):
-            convert.load(str(tmp_path))
+            hub.load(str(tmp_path))
 
 
 def test_a_wrong_index(originals, tmp_path):
@@ -263,7 +262,7 @@ def test_a_wrong_index(originals, tmp_path):
             ("{", "index.json is damaged")]:
         index.write_text(text)
         with pytest.raises(UserError, match=message):
-            convert.load(str(tmp_path))
+            hub.load(str(tmp_path))
 
 
 def test_folders_that_are_none(tmp_path):
@@ -274,7 +273,7 @@ def test_folders_that_are_none(tmp_path):
             (str(tmp_path / "absent"), "does not exist"),
             ("nobody/absent-model", "no folder nobody/absent-model, and the hub")]:
         with pytest.raises(UserError, match=message):
-            convert.load(name)
+            hub.load(name)
 
 
 class Evil:
@@ -295,5 +294,48 @@ def test_code_in_a_pickle_does_not_run(originals, tmp_path):
                      evil, path, _use_new_zipfile_serialization=False)):
         folder = write(tmp_path, raw, {"x": Evil(mark)}, "pytorch_model.bin", save)
         with pytest.raises(UserError, match="damaged or incomplete"):
-            convert.load(folder)
+            hub.load(folder)
         assert not mark.exists()
+
+
+def test_a_fused_tensor_and_kernels_as_they_are_stored(tiny_model):
+    """Queries, keys and values in one tensor: torch's [3D, D], and GPT-2's [D, 3D]."""
+    names = [f"layers/{{i}}/attention/{name}" for name in ("query", "key", "value")]
+    rest = {theirs: ours for theirs, ours in FAMILIES["bert"].tensors.items() if ours not in names}
+    config, params = tiny_model(num_hidden_layers=2, pooler=True)
+    params = jax.tree.map(np.float32, params)
+    for as_stored in (False, True):
+        family = dataclasses.replace(
+            FAMILIES["bert"], as_stored=as_stored,
+            tensors=rest | {"bert.encoder.layer.{i}.Wqkv": tuple(names)})
+        tensors = convert.to_hf(params, family)
+        attention = params["layers"][1]["attention"]
+        for kind, leaf in (("weight", "kernel"), ("bias", "bias")):
+            expected = np.concatenate(
+                [attention[name.rsplit("/")[-1]][leaf] for name in names], axis=-1)
+            np.testing.assert_array_equal(
+                tensors[f"bert.encoder.layer.1.Wqkv.{kind}"],
+                expected if as_stored else expected.T)
+        up = tensors["bert.encoder.layer.1.intermediate.dense.weight"]
+        assert up.shape == ((16, 24) if as_stored else (24, 16))
+        found, again = convert.from_hf(tensors, family, config)
+        assert found == config
+        jax.tree.map(np.testing.assert_array_equal, again, params)
+        tensors["bert.encoder.layer.0.Wqkv.bias"] = np.zeros(47, np.float32)
+        with pytest.raises(UserError, match=r"0.Wqkv.bias is \[47\], config.json says \[48\]"):
+            convert.from_hf(tensors, family, config)
+
+
+def test_no_name_gets_its_prefix_twice(tiny_model):
+    """Not even where a name inside the prefix looks like a bare one (transformer.h in GPT-2)."""
+    family = dataclasses.replace(
+        FAMILIES["distilbert"], prefix="transformer.", tied={}, ignored=(), tensors={
+            theirs.replace("distilbert.", "transformer."): ours
+            for theirs, ours in FAMILIES["distilbert"].tensors.items()})
+    config, params = tiny_model(**family.fixed)
+    tensors = convert.to_hf(jax.tree.map(np.float32, params), family)
+    bare = {name.removeprefix("transformer."): array for name, array in tensors.items()}
+    assert "transformer.layer.0.attention.q_lin.weight" in bare
+    for names in (tensors, bare):
+        _, again = convert.from_hf(names, family, config)
+        jax.tree.map(np.testing.assert_array_equal, again, jax.tree.map(np.float32, params))

@@ -15,7 +15,7 @@ from distilbert_jax.evaluation import held_out, report
 from distilbert_jax.jobs import distil
 from distilbert_jax.jobs.pretrain import pretrain
 from distilbert_jax.jobs.setup import check_job
-from distilbert_jax.models import convert
+from distilbert_jax.models import hub
 from distilbert_jax.training import assemble
 from distilbert_jax.training.losses import LOSSES
 from distilbert_jax.training.metrics_log import read_metrics
@@ -69,7 +69,7 @@ def test_a_teacher_from_scratch_learns(learnt):
     assert losses[-1] < 0.5 * losses[0]
     top1 = [line["top1"] for line in lines if "top1" in line]
     assert top1[0] < 0.2 and top1[-1] > 0.5
-    model = convert.load(str(folder))
+    model = hub.load(str(folder))
     assert (model.config.hidden_size, model.config.num_hidden_layers) == (32, 2)
     assert (folder / "README.md").read_text().startswith("# 2-layer BERT")
 
@@ -79,8 +79,8 @@ def test_a_distillation_leaves_its_student_and_its_figures(distilled, learnt):
     output = folder.parent
     assert files(output) == {"checkpoints", "data", "losses.png", "metrics.jsonl", "report.md",
                              "student", "tensorboard"}
-    student, teacher = convert.load(str(folder)), convert.load(str(learnt[1]))
-    assert student.family.MODEL_TYPE == "distilbert" and student.config.num_hidden_layers == 1
+    student, teacher = hub.load(str(folder)), hub.load(str(learnt[1]))
+    assert student.family.model_type == "distilbert" and student.config.num_hidden_layers == 1
     report = (output / "report.md").read_text()
     for row in ("teacher", "student", "student at start"):
         assert f"\n| {row} " in report
@@ -137,7 +137,7 @@ def test_a_corpus_prepared_before_gives_the_same_student(distilled, toy, tmp_pat
 def test_more_steps_on_another_mesh_are_the_same_run(distilled, learnt):
     """Of the settings, only those that have no meaning may change."""
     config, _ = distilled
-    shape = convert.load(str(learnt[1])).config
+    shape = hub.load(str(learnt[1])).config
     changed = dict(vars(config), mesh="4x2", steps=50, save_every=5, eval_every=7, recipe="x")
     check_job(DistilConfig(**changed), shape)
     with pytest.raises(UserError, match="another run .--seed was 56, is 3; --temperature was 2.0"):
@@ -165,8 +165,8 @@ def test_choices(choice, toy, tmp_path, monkeypatch):
     given = CHOICES[choice]
     config = DistilConfig(**common(toy, tmp_path / "out") | {
         "teacher": str(toy / "teacher"), "steps": 2} | given)
-    student = convert.load(str(distil.distil(config)))
-    teacher = convert.load(config.teacher).params
+    student = hub.load(str(distil.distil(config)))
+    teacher = hub.load(config.teacher).params
 
     last = [m for m in read_metrics(tmp_path / "out") if "train_loss" in m][-1]
     assert {name for name in LOSSES if f"train_{name}" in last} == set(config.alphas)
@@ -192,10 +192,10 @@ def test_adapting_a_model(headless, toy, tmp_path, monkeypatch):
     if headless:
         model = tmp_path / "headless"
         write_without(toy / "teacher", model, "cls.")
-        assert not convert.load(str(model)).config.mlm_head
+        assert not hub.load(str(model)).config.mlm_head
     folder = pretrain(PretrainConfig(
         **common(toy, tmp_path / "out"), model=str(model), steps=1, learning_rate=1e-4))
-    before, after = convert.load(str(toy / "teacher")), convert.load(str(folder))
+    before, after = hub.load(str(toy / "teacher")), hub.load(str(folder))
     assert after.config.num_hidden_layers == before.config.num_hidden_layers == 2
     assert "tokenizer" not in files(folder.parent)
 

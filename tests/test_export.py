@@ -10,20 +10,22 @@ from test_held_out import outputs
 
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.export.huggingface import export
-from distilbert_jax.models import convert
+from distilbert_jax.models import bert, hub
 from distilbert_jax.models.encoder import graphdef
+from distilbert_jax.models.families import FAMILIES
 from distilbert_jax.models.student import student_config, student_params
 
 TEXTS = ["ba be bu da", "fa fe", "unheard words, ba"]
 
 
-@pytest.fixture(scope="module", params=convert.FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def exported(request, toy, tmp_path_factory):
     """Folder, config, params, family and tokenizer of the toy teacher or a student of it."""
-    teacher, family = convert.load(str(toy / "teacher")), convert.FAMILIES[request.param]
+    teacher, family = hub.load(str(toy / "teacher")), FAMILIES[request.param]
     config, params = teacher.config, teacher.params
     if request.param == "distilbert":
-        config, params = student_config(config, 1, dropout=0.25), student_params(params, [1])
+        _, config = student_config(bert.FAMILY, config, 1, dropout=0.25)
+        params = student_params(params, [1])
     tokenizer = load_tokenizer(str(toy / "teacher"), config.vocab_size)
     folder = tmp_path_factory.mktemp("exported") / "model"
     for card in ("old", "new"):
@@ -46,9 +48,9 @@ def test_transformers_gives_our_logits(exported):
     import transformers
 
     folder, config, params, family, tokenizer = exported
-    model_class = getattr(transformers, family.ARCHITECTURE)
+    model_class = getattr(transformers, family.architecture)
     assert json.loads((folder / "config.json").read_text())["architectures"] == [
-        family.ARCHITECTURE]
+        family.architecture]
     model, info = model_class.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), info
     assert model.dtype == torch.float32
@@ -70,7 +72,7 @@ def test_transformers_gives_our_logits(exported):
 
 def test_we_read_what_we_wrote(exported):
     folder, config, params, family, tokenizer = exported
-    back = convert.load(str(folder))
+    back = hub.load(str(folder))
     assert (back.family, back.config) == (family, config)
     jax.tree.map(np.testing.assert_array_equal, back.params, params)
     load_tokenizer(str(folder), config.vocab_size)
@@ -84,7 +86,7 @@ def test_an_older_folder_stays_when_the_new_one_fails(exported, tmp_path):
         export(folder, params | {"mlm_head": params["mlm_head"] | {"bias": np.array(["x"])}},
                config, family, tokenizer, "new")
     assert (folder / "README.md").read_text() == "old"
-    assert convert.load(str(folder)).config == config
+    assert hub.load(str(folder)).config == config
     export(folder, params, dataclasses.replace(config, pad_token_id=1), family, tokenizer, "new")
-    assert convert.load(str(folder)).config.pad_token_id == 1
+    assert hub.load(str(folder)).config.pad_token_id == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

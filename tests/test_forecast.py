@@ -106,13 +106,15 @@ def test_kernels_and_branches_are_counted():
 ])
 def test_what_cannot_be_compiled(settings, line):
     with pytest.raises(UserError, match=line.replace("?", r"\?")):
-        tpu.compile_only(DistilConfig(**{"compile_only": "v5e:2x4"} | settings), bert.BASE)
+        tpu.compile_only(DistilConfig(**{"compile_only": "v5e:2x4"} | settings), bert.FAMILY,
+                         bert.BASE)
 
 
 @pytest.mark.skipif(bool(find_spec("libtpu")), reason="the TPU compiler is here")
 def test_without_the_compiler():
     with pytest.raises(UserError, match=r'pip install "jax\[tpu\]"'):
-        tpu.compile_only(DistilConfig(compile_only="v5e:2x4"), bert.BASE)
+        tpu.compile_only(DistilConfig(compile_only="v5e:2x4"), bert.FAMILY,
+                         bert.BASE)
 
 
 # Runs without the flags and devices that the tests' own JAX is given.
@@ -126,7 +128,7 @@ from distilbert_jax.machine.sharding import make_mesh
 import jax
 topology, mesh, batch_size = sys.argv[1:]
 config = DistilConfig(compile_only=topology, mesh=mesh, batch_size=int(batch_size), accumulate=2)
-step = tpu._Step(config, dataclasses.replace(bert.BASE, num_hidden_layers=2),
+step = tpu._Step(config, bert.FAMILY, dataclasses.replace(bert.BASE, num_hidden_layers=2),
                  *tpu._topology(topology))
 done = step.compile(step.rows)
 program = hlo.read(done.program.as_text())
@@ -175,7 +177,7 @@ class TestTPU:
     @pytest.fixture
     def command(self, tmp_path):
         """Of BERT-base, but for its layers; nothing but its config.json is there."""
-        shape = bert.to_hf(dataclasses.replace(bert.BASE, num_hidden_layers=2))
+        shape = bert.FAMILY.to_hf(dataclasses.replace(bert.BASE, num_hidden_layers=2))
         (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "bert"}))
         return "experiments/run.py", "--compile-only", "v5e:2x4", "--mesh", "8x1", "--teacher", \
             tmp_path

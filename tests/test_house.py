@@ -61,7 +61,7 @@ def test_torch_is_imported_only_where_a_bin_file_is_read_and_to_compare_with():
 
     functions = [(name, node.name) for name, tree in FILES.items() for node in ast.walk(tree)
                  if isinstance(node, ast.FunctionDef) and of_torch(node)]
-    assert functions == [("models/convert.py", "_read_torch")]
+    assert functions == [("models/hub.py", "_read_torch")]
     tops = [name for name, tree in FILES.items()
             if any(isinstance(node, ast.Import | ast.ImportFrom) and of_torch(node)
                    for node in tree.body)]

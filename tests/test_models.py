@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 
 from distilbert_jax.kernels import dropout
-from distilbert_jax.models import convert, encoder
+from distilbert_jax.models import convert, encoder, hub
 from distilbert_jax.models.encoder import ACTIVATIONS, graphdef
+from distilbert_jax.models.families import FAMILIES
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-9}
 LENGTHS = [13, 7, 1, 10]
@@ -31,7 +32,7 @@ def forward(config, dtype, params, ids, segments, positions, types=None, key=Non
 def padded(random, vocab, lengths, width):
     """ids, segment ids, positions and token types of one document per row."""
     real = (np.arange(width) < np.array(lengths)[:, None]).astype(np.int32)
-    ids = random.integers(0, vocab, real.shape, dtype=np.int32) * real
+    ids = random.integers(2, vocab, real.shape, dtype=np.int32) * real  # no family's padding
     types = random.integers(0, 2, real.shape, dtype=np.int32) * real
     return ids, real, np.broadcast_to(np.arange(width, dtype=np.int32), real.shape), types
 
@@ -39,6 +40,8 @@ def padded(random, vocab, lengths, width):
 def torch_forward(model, ids, real, types):
     import torch
 
+    # RoBERTa counts positions by the ids that are not padding.
+    ids = np.where(real, ids, model.config.pad_token_id)
     given = {"input_ids": torch.tensor(ids).long(), "attention_mask": torch.tensor(real).long()}
     if model.config.model_type == "bert":
         given["token_type_ids"] = torch.tensor(types).long()
@@ -63,11 +66,41 @@ def assert_same(model, config, params, dtype, lengths=LENGTHS):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertModel", "DistilBertForMaskedLM"])
+@pytest.mark.parametrize("name", [*(f.architecture for f in FAMILIES.values()), "BertModel"])
 def test_equals_torch(name, dtype, torch_model, from_torch):
     model = torch_model(name)
     with jax.enable_x64(dtype == "float64"):
         assert_same(model, *from_torch(model), dtype)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_equal_torch(name, torch_model, from_torch, x64):
+    """Of the sum of squares of all logits, in every parameter, the pad row of words included."""
+    torch = pytest.importorskip("torch", reason="PyTorch is the reference here")
+    family = FAMILIES[name]
+    model = torch_model(family.architecture).double()
+    config, params = from_torch(model)
+    ids, real, positions, _ = padded(np.random.default_rng(1), 72, LENGTHS, max(LENGTHS))
+    ids = np.where(real, ids, config.pad_token_id).astype(np.int32)
+
+    def loss(params, ids, real, positions):
+        ours = nnx.merge(graphdef(config, "float64", "float64"), params)
+        logits = ours.mlm_logits(ours(ids, real, positions).last)
+        return ((logits * real[..., None]) ** 2).sum()
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(params, ids, real, positions)
+    real = torch.tensor(real).long()
+    logits = model(torch.tensor(ids).long(), attention_mask=real).logits
+    theirs = ((logits * real[..., None]) ** 2).sum()
+    theirs.backward()
+    np.testing.assert_allclose(value, theirs.item(), rtol=1e-12)
+    found = convert.to_hf(jax.device_get(gradients), family)
+    expected = {key: p.grad.numpy() for key, p in model.named_parameters()}
+    assert set(found) == set(expected)
+    largest = max(abs(gradient).max() for gradient in expected.values())
+    for key, gradient in expected.items():
+        np.testing.assert_allclose(
+            found[key], gradient, rtol=0, atol=1e-9 * largest, err_msg=key)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -75,7 +108,7 @@ def test_a_real_bert_equals_torch(dtype, shared):
     pytest.importorskip("torch", reason="PyTorch is the reference here")
     transformers = pytest.importorskip("transformers")
     model = transformers.BertForMaskedLM.from_pretrained(shared / "rxn-bert").eval()
-    ours = convert.load(str(shared / "rxn-bert"))
+    ours = hub.load(str(shared / "rxn-bert"))
     with jax.enable_x64(dtype == "float64"):
         assert_same(model, ours.config, ours.params, dtype, [60, 33])
 
@@ -85,7 +118,7 @@ def test_a_real_sentence_encoder_equals_torch(dtype, shared):
     pytest.importorskip("torch", reason="PyTorch is the reference here")
     transformers = pytest.importorskip("transformers")
     model = transformers.BertModel.from_pretrained(shared / "minilm-l6").eval()
-    ours = convert.load(str(shared / "minilm-l6"))
+    ours = hub.load(str(shared / "minilm-l6"))
     assert ours.config.pooler and not ours.config.mlm_head
     with jax.enable_x64(dtype == "float64"):
         assert_same(model, ours.config, ours.params, dtype, [32, 20])
@@ -113,8 +146,9 @@ def test_gelu_in_bfloat16_is_rounded_once():
         np.testing.assert_array_equal(function(x), exact.astype("bfloat16"))
 
 
-def test_packed_rows_equal_rows_of_one_document(x64, tiny_model, batch_of):
-    config, params = tiny_model(type_vocab_size=0)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packed_rows_equal_rows_of_one_document(name, x64, tiny_model, batch_of):
+    config, params = tiny_model(**FAMILIES[name].fixed)
     lengths = [[5, 6, 3], [8, 4], [14]]
     packed = batch_of(lengths, 16)
     hidden = forward(config, "float64", params, packed["input_ids"], packed["segment_ids"],
@@ -259,6 +293,10 @@ def test_only_bert_drops_after_the_attention_output(tiny_model):
     np.testing.assert_array_equal(outputs[True, True], outputs[False, True])
 
 
-def test_the_families_say_where_dropout_lies():
-    assert convert.FAMILIES["bert"].from_hf({}).attention_output_dropout
-    assert not convert.FAMILIES["distilbert"].from_hf({}).attention_output_dropout
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_config_leaves_out_is_what_transformers_takes(name):
+    transformers = pytest.importorskip("transformers")
+    family = FAMILIES[name]
+    assert family.from_hf({}) == family.from_hf(
+        transformers.AutoConfig.for_model(name).to_dict())
+    assert family.from_hf({}).attention_output_dropout == (name != "distilbert")

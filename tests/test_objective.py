@@ -13,6 +13,7 @@ from test_sharding import mesh_of
 from distilbert_jax.config import DistilConfig
 from distilbert_jax.errors import UserError
 from distilbert_jax.machine.sharding import by_rows, shardings
+from distilbert_jax.models import bert, distilbert
 from distilbert_jax.models.student import student_config
 from distilbert_jax.training.assemble import assemble
 from distilbert_jax.training.checkpoint import Checkpoints, abstract
@@ -51,7 +52,7 @@ def wide(tiny_model, batch_of):
     """A teacher of 3 layers and width 24, a student of 2 layers and width 16, and batches."""
     teacher, teacher_params = tiny_model(seed=1, num_hidden_layers=3, hidden_size=24)
     shape, params = tiny_model(seed=2, num_hidden_layers=2, type_vocab_size=0)
-    student = student_config(shape, 2, dropout=0.1)
+    _, student = student_config(bert.FAMILY, shape, 2, dropout=0.1)
     rows = [[9, 7], [16], [5, 5, 6], [11], [3, 12], [16], [8], [2, 14]]
     return (student, teacher), params, teacher_params, [batch_of(rows, 16, n) for n in range(2)]
 
@@ -70,7 +71,7 @@ def run(wide, vocabulary, shape):
     """Two updates on a mesh: the states before and after, and metrics."""
     shapes, params, teacher_params, batches = wide
     mesh = mesh_of(shape)
-    assembly = assemble(config_of(), *shapes, mesh, 4)
+    assembly = assemble(config_of(), distilbert.FAMILY, *shapes, mesh, 4)
     state = assembly.init(jax.tree.map(jnp.asarray, params))
     teachers = assembly.place(assembly.teachers(teacher_params))
     step, before = assembly.jitted(state, teachers), jax.device_get(state.params)
@@ -107,7 +108,7 @@ def test_projections_are_trained_alike_on_every_mesh(wide, vocabulary, x64, tmp_
 
 def test_the_loss_of_projected_states_by_its_definition(wide, vocabulary, x64):
     (student, teacher), params, teacher_params, batches = wide
-    assembly = assemble(config_of(dropout=0.0), dataclasses.replace(
+    assembly = assemble(config_of(dropout=0.0), distilbert.FAMILY, dataclasses.replace(
         student, hidden_dropout=0.0, attention_dropout=0.0), teacher, mesh_of("1x1"), 4)
     state = assembly.init(jax.tree.map(jnp.asarray, params))
     batch = jax.tree.map(jnp.asarray, batches[0])

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from distilbert_jax.config import Masking, PrepareConfig
 from distilbert_jax.data import batches, blocks, prepare, sources, tokenize
 from distilbert_jax.errors import UserError
-from distilbert_jax.models.convert import FAMILIES, from_hf, to_hf
+from distilbert_jax.models.convert import from_hf
 from distilbert_jax.models.encoder import EncoderConfig, abstract_params
+from distilbert_jax.models.families import FAMILIES, to_hf
 from distilbert_jax.training import labels as masking
 
 pytest.importorskip("transformers")

@@ -21,6 +21,7 @@ from distilbert_jax.data.prepare import prepare
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
 from distilbert_jax.machine import store
+from distilbert_jax.models import hub
 from distilbert_jax.training.checkpoint import Checkpoints, refuse_other_run
 
 pytest.importorskip("gcsfs", reason="speaks to the bucket (pip install gcsfs)")
@@ -299,7 +300,6 @@ def test_a_model_trained_in_the_bucket_is_a_teacher_there(toy, bucket, run, tmp_
     """The second machine takes the tokenizer that the first one learnt, and finds nothing to do."""
     from distilbert_jax.config import PretrainConfig
     from distilbert_jax.jobs import distil as jobs
-    from distilbert_jax.models import convert
 
     config = PretrainConfig(
         corpus=(str(toy / "corpus.txt"),), valid_share=0.1, sequence_length=16, batch_size=16,
@@ -313,5 +313,5 @@ def test_a_model_trained_in_the_bucket_is_a_teacher_there(toy, bucket, run, tmp_
     for name in ("tokenizer/tokenizer.json", "model/model.safetensors", "losses.png"):
         assert name in before and name in after
     assert after["model/model.safetensors"] == before["model/model.safetensors"]
-    model = convert.load(f"{run}/model")
+    model = hub.load(f"{run}/model")
     assert model.config.vocab_size == len(load_tokenizer(f"{run}/model", model.config.vocab_size))

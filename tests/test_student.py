@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from distilbert_jax.errors import UserError
+from distilbert_jax.models import bert
 from distilbert_jax.models.encoder import abstract_params, graphdef
 from distilbert_jax.models.student import choose_layers, student_config, student_params
 
@@ -64,7 +65,7 @@ def test_the_student_shares_the_teachers_values(teacher):
             (student["embeddings"]["position"], params["embeddings"]["position"])]:
         assert all(a is b for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs),
                                           strict=True))
-    shape = student_config(config, 2, dropout=0.2)
+    _, shape = student_config(bert.FAMILY, config, 2, dropout=0.2)
     assert jax.tree.map(np.shape, student) == jax.tree.map(
         lambda leaf: leaf.shape, abstract_params(shape))
     assert shape.hidden_dropout == shape.attention_dropout == 0.2
@@ -81,7 +82,7 @@ def test_folding_starts_with_the_teachers_embeddings(teacher, x64, batch_of):
         return model.embeddings(batch["input_ids"], batch["position_ids"], None, None)
 
     expected = embedded(config, params)
-    shape = student_config(config, 2, 0.0)
+    _, shape = student_config(bert.FAMILY, config, 2, 0.0)
     folded, dropped = (embedded(shape, student_params(params, [0, 2], fold))
                        for fold in (True, False))
     np.testing.assert_allclose(folded, expected, rtol=0, atol=1e-13)

@@ -19,6 +19,7 @@ from distilbert_jax.config import DistilConfig
 from distilbert_jax.data.batches import row_indices
 from distilbert_jax.data.pack import PackedRows
 from distilbert_jax.errors import UserError
+from distilbert_jax.models import bert, distilbert
 from distilbert_jax.models.student import student_config, student_params
 from distilbert_jax.training import train as loop
 from distilbert_jax.training.assemble import assemble
@@ -57,7 +58,7 @@ def log_often(monkeypatch):
 def job(tiny_model, batch_of, vocabulary):
     """A distillation with dropout, 8 rows an update of 11 there are, so that epochs are mixed."""
     teacher, teacher_params = tiny_model(seed=1, num_hidden_layers=2)
-    student = student_config(teacher, 1, dropout=0.2)
+    _, student = student_config(bert.FAMILY, teacher, 1, dropout=0.2)
     lengths = np.random.default_rng(0).integers(3, 9, (11, 2))
     ids = batch_of(lengths, 16)["input_ids"]
     rows = PackedRows(ids.astype(np.uint8), lengths.astype(np.uint16),
@@ -67,7 +68,7 @@ def job(tiny_model, batch_of, vocabulary):
     run = loop.Run(
         config=config, steps=STEPS, settings={"--seed": 56}, output=Path(), rows=rows,
         vocabulary=vocabulary, label="test",
-        assembly=assemble(config, student, teacher, mesh_of("8x1"), STEPS),
+        assembly=assemble(config, distilbert.FAMILY, student, teacher, mesh_of("8x1"), STEPS),
         evaluate=lambda params: {"mlm_loss": float(abs(params["mlm_head"]["bias"]).sum())})
     params, teacher_params = jax.tree.map(
         aligned, (student_params(teacher_params, [1]), teacher_params))
@@ -270,7 +271,7 @@ def test_a_continuation_on_another_mesh(job, straight, tmp_path):
     shutil.rmtree(output / "checkpoints" / str(STEPS))
     elsewhere = dataclasses.replace(job, teachers=place(job.teachers, "4x2"))
     state = elsewhere.train(output, assembly=assemble(
-        job.run.config, *job.shapes, mesh_of("4x2"), STEPS))
+        job.run.config, distilbert.FAMILY, *job.shapes, mesh_of("4x2"), STEPS))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4),
                  numbers(state).params, numbers(expected).params)
     for ours, theirs in zip(metrics(output), metrics(expected_output), strict=True):

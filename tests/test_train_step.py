@@ -15,8 +15,9 @@ from test_sharding import mesh_of
 
 from distilbert_jax.config import EVALUATION_MASKING, Masking, TrainConfig
 from distilbert_jax.machine.sharding import by_rows, replicated, shardings
-from distilbert_jax.models import convert, distilbert
+from distilbert_jax.models import bert, convert, distilbert
 from distilbert_jax.models.encoder import graphdef
+from distilbert_jax.models.families import FAMILIES
 from distilbert_jax.models.student import student_config, student_params
 from distilbert_jax.training import losses
 from distilbert_jax.training.labels import mask_tokens, row_keys
@@ -118,7 +119,7 @@ def assert_gradients(teacher, student, batch, objective, dtype, expected):
         cast = jax.tree.map(lambda x: jnp.asarray(x, dtype), (params, teacher_params))
         values, gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(*cast, batch)
     np.testing.assert_allclose(values, expected_loss, rtol=TOLERANCE[dtype])
-    ours = convert.to_hf(gradients, convert.FAMILIES["distilbert"])
+    ours = convert.to_hf(gradients, FAMILIES["distilbert"])
     assert set(ours) == set(expected_gradients)
     scale = max(abs(g).max() for g in expected_gradients.values())
     for name, gradient in expected_gradients.items():
@@ -143,11 +144,11 @@ def test_gradients_of_a_real_teacher_equal_torch(name, shared, from_torch, batch
     torch.manual_seed(0)
     teacher = transformers.BertForMaskedLM.from_pretrained(shared / name).double().eval()
     config, params = from_torch(teacher)
-    shape = student_config(config, 2, dropout=0.0)
+    _, shape = student_config(bert.FAMILY, config, 2, dropout=0.0)
     start = student_params(params, [0, config.num_hidden_layers - 1])
     student = transformers.DistilBertForMaskedLM(
-        transformers.DistilBertConfig(**distilbert.to_hf(shape))).double().eval()
-    tensors = convert.to_hf(start, distilbert)
+        transformers.DistilBertConfig(**distilbert.FAMILY.to_hf(shape))).double().eval()
+    tensors = convert.to_hf(start, distilbert.FAMILY)
     missing, unexpected = student.load_state_dict(
         {key: torch.tensor(x) for key, x in tensors.items()}, strict=False)
     assert missing == ["vocab_projector.weight"] and not unexpected  # tied
@@ -210,7 +211,7 @@ def test_six_updates_equal_torch(x64, models, from_torch, batch_of, vocabulary):
         for name, value in expected.items():
             np.testing.assert_allclose(metrics[name], value, rtol=1e-9, err_msg=name)
     assert any(clipped) and not all(clipped)
-    ours = convert.to_hf(jax.device_get(state.params["student"]), convert.FAMILIES["distilbert"])
+    ours = convert.to_hf(jax.device_get(state.params["student"]), FAMILIES["distilbert"])
     for name, p in student.named_parameters():
         p = p.detach().numpy()
         np.testing.assert_allclose(ours[name], p, rtol=0, atol=1e-9 * abs(p).max(), err_msg=name)

@@ -45,12 +45,14 @@ def test_both_sides_train_the_same(padded, tiny):
         lengths = np.array([14, 3, 9, 14, 5, 11, 7, 2])
         rows = [training._rows(batch["input_ids"], lengths) for batch in rows]
     problem = dataclasses.replace(
-        problem, student=student_config(TINY, 1, dropout=0.0), ours=3 * rows, theirs=3 * rows)
+        problem, student=student_config(bert.FAMILY, TINY, 1, dropout=0.0)[1], ours=3 * rows,
+        theirs=3 * rows)
     ours = training.Ours(problem)
-    theirs = TorchLoop(problem.teacher, problem.student, training.OBJECTIVE, problem.config,
+    theirs = TorchLoop(problem.teacher, problem.student, problem.config,
                        ours.masked(problem.theirs))
     for module, params, family in (
-            (theirs.teacher, ours.teacher, bert), (theirs.student, ours.start, distilbert)):
+            (theirs.teacher, ours.teachers["teacher"], bert.FAMILY),
+            (theirs.student, ours.start, distilbert.FAMILY)):
         tensors = convert.to_hf(params, family)
         module.load_state_dict({k: torch.tensor(x) for k, x in tensors.items()}, strict=False)
     for number in range(6):
@@ -64,7 +66,7 @@ def test_operations_are_counted(tiny):
     config = dataclasses.replace(TINY, num_hidden_layers=2)
     row = {"segment_ids": np.array([[1, 1, 1, 2, 2, 0]])}  # documents of 3 and 2 tokens
     problem = dataclasses.replace(
-        training.problem_of(tiny), student=student_config(config, 1, 0.0))
+        training.problem_of(tiny), student=student_config(bert.FAMILY, config, 1, 0.0)[1])
     d, f, v = 16, 24, 72
 
     def forward(layers, n):

@@ -33,7 +33,7 @@ from distilbert_jax.machine.sharding import (
     rows_each,
     shardings,
 )
-from distilbert_jax.models import bert
+from distilbert_jax.models import bert, distilbert
 from distilbert_jax.models.encoder import EncoderConfig
 from distilbert_jax.models.start import init_params
 from distilbert_jax.models.student import (
@@ -42,7 +42,7 @@ from distilbert_jax.models.student import (
     student_params,
 )
 from distilbert_jax.training.assemble import assemble
-from distilbert_jax.training.labels import mask_tokens, row_keys, vocabulary
+from distilbert_jax.training.labels import Vocabulary, mask_tokens, row_keys, vocabulary
 
 SHAPES = {  # of the teacher; the student has half its layers
     "small": EncoderConfig(
@@ -115,7 +115,8 @@ class Ours:
         mesh = make_mesh("")
         rows_each(config, mesh)  # or an error
         self.devices, self.platform = mesh.size, jax.default_backend()
-        assembly = assemble(config, problem.student, problem.teacher, mesh, config.steps)
+        assembly = assemble(
+            config, distilbert.FAMILY, problem.student, problem.teacher, mesh, config.steps)
         teacher = jax.device_get(init_params(problem.teacher, config.seed))
         self.start = student_params(teacher, choose_layers(
             str(problem.student.num_hidden_layers), problem.teacher.num_hidden_layers))
@@ -137,11 +138,11 @@ class Ours:
 
     def masked(self, theirs: list[Batch]) -> list[Batch]:
         """Mask the batches of the other sides as ours are masked in the step."""
-        def mask(batch: Batch) -> Batch:
+        def mask(batch: dict[str, jax.Array], words: Vocabulary) -> dict[str, jax.Array]:
             keys = jax.vmap(jax.random.split)(row_keys(self._key, batch))[:, 0]
-            return mask_tokens(keys, batch, self._words, Masking())
+            return mask_tokens(keys, batch, words, Masking())
 
-        return [jax.device_get(jax.jit(mask)(batch)) for batch in theirs]
+        return [jax.device_get(jax.jit(mask)(batch, self._words)) for batch in theirs]
 
     def update(self, number: int) -> dict[str, Any]:
         """One update on the batch of this number; the losses, which may not be there yet."""
@@ -343,7 +344,8 @@ def problem_of(config: TrainBenchmark) -> Problem:
     else:
         ours = theirs = full_rows(config, teacher.vocab_size)
         counts, special, mask = np.ones(teacher.vocab_size, np.int64), [0, 1, 2, 3, 4], 4
-    student = student_config(teacher, teacher.num_hidden_layers // 2, train.dropout)
+    _, student = student_config(
+        bert.FAMILY, teacher, teacher.num_hidden_layers // 2, train.dropout)
     return Problem(teacher, student, train, counts, special, mask, ours, theirs)
 
 

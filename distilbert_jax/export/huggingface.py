@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,11 @@ from safetensors.numpy import save_file
 from distilbert_jax.machine import store
 from distilbert_jax.models.convert import to_hf
 from distilbert_jax.models.encoder import EncoderConfig
+from distilbert_jax.models.family import Family
 
 
 def export(
-    folder: Path, params: dict[str, Any], config: EncoderConfig, family: ModuleType,
+    folder: Path, params: dict[str, Any], config: EncoderConfig, family: Family,
     tokenizer: Any, card: str,
 ) -> None:
     """Write a model as a Hugging Face folder, whole or not at all; an older one is replaced.
@@ -29,9 +29,9 @@ def export(
     """
     tensors = {name: array.astype(np.float32) for name, array in to_hf(params, family).items()}
     description = {
-        "architectures": [family.ARCHITECTURE], "model_type": family.MODEL_TYPE,
+        "architectures": [family.architecture], "model_type": family.model_type,
         "dtype": "float32", "tie_word_embeddings": True, **family.to_hf(config)}
-    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.model_max_length = config.positions
     with store.whole_folder(folder) as new:
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         (new / "config.json").write_text(json.dumps(description, indent=2) + "\n")

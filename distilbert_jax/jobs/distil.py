@@ -23,7 +23,7 @@ from distilbert_jax.jobs.setup import Setup, check_job, read_data
 from distilbert_jax.machine import store
 from distilbert_jax.machine.seal import fingerprint
 from distilbert_jax.machine.sharding import first_process_first, to_host
-from distilbert_jax.models import convert, distilbert, student
+from distilbert_jax.models import hub, student
 from distilbert_jax.models.start import init_params
 from distilbert_jax.training.assemble import Assembly, assemble, jitted_eval_step
 from distilbert_jax.training.metrics_log import read_metrics
@@ -42,19 +42,21 @@ def distil(config: DistilConfig) -> Path:
     if not config.teacher:
         raise UserError("--teacher is missing: give a Hugging Face BERT folder (or start without "
                         "any flag for the quickstart)")
-    teacher = convert.load(config.teacher)
+    teacher = hub.load(config.teacher)
     if not teacher.config.mlm_head:
         raise UserError(f"{config.teacher} has no masked-language-model head to distil from; "
                         f"train one: python experiments/pretrain.py --model {config.teacher} ...")
     settings = config.meaning() | {"--teacher": fingerprint(teacher.params)}
-    mesh = check_job(config, teacher.config, settings)
+    mesh = check_job(config, teacher.family, teacher.config, settings)
     setup = read_data(config, mesh, load_tokenizer(config.teacher, teacher.config.vocab_size),
                       settings)
     layers = student.choose_layers(config.student_layers, teacher.config.num_hidden_layers)
-    shape = student.student_config(teacher.config, len(layers), config.dropout)
-    assembly = assemble(config, shape, teacher.config, mesh, setup.steps)
+    family, shape = student.student_config(
+        teacher.family, teacher.config, len(layers), config.dropout)
+    assembly = assemble(config, family, shape, teacher.config, mesh, setup.steps)
 
-    start = student.student_params(teacher.params, layers, config.fold_token_type)
+    start = student.student_params(
+        teacher.params, layers, config.fold_token_type, shape.type_vocab_size > 0)
     if config.init == "random":
         start = init_params(shape, config.seed, assembly.param_dtype)
     start = assembly.cast(start)
@@ -68,7 +70,7 @@ def distil(config: DistilConfig) -> Path:
     trained = to_host(trained)
     with first_process_first():
         if jax.process_index() == 0:
-            export(folder, trained, shape, distilbert, setup.tokenizer,
+            export(folder, trained, shape, family, setup.tokenizer,
                    _card(config, layers, figures["student"], trained))
             _write_report(setup, assembly, (trained, start, teacher.params), figures)
             store.upload(config.output, "student", "report.md", "losses.png")
@@ -81,7 +83,7 @@ def _card(config: DistilConfig, layers: list[int], figures: dict[str, float],
     weights = ", ".join(f"{name} {weight}" for name, weight in config.alphas.items() if weight)
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: fill-mask\n---\n\n"
-        f"# A {len(layers)}-layer DistilBERT\n\n"
+        f"# A student of {len(layers)} layers\n\n"
         f"Distilled by distilbert_jax from `{Path(config.teacher).name}`, whose layers "
         f"{', '.join(map(str, layers))} it started from "
         f"({'initialised at random' if config.init == 'random' else 'weights copied'}).\n\n"

@@ -23,6 +23,7 @@ from distilbert_jax.errors import UserError, choose, first_line
 from distilbert_jax.machine.progress import say
 from distilbert_jax.machine.sharding import make_mesh, rows_each, shardings
 from distilbert_jax.models.encoder import EncoderConfig, abstract_params
+from distilbert_jax.models.family import Family
 from distilbert_jax.models.student import choose_layers, student_config
 from distilbert_jax.training.assemble import Assembly, assemble
 from distilbert_jax.training.labels import vocabulary
@@ -61,12 +62,12 @@ class Compiled:
     program: Any  # None if it does not fit
 
 
-def compile_only(config: DistilConfig, teacher: EncoderConfig) -> str:
+def compile_only(config: DistilConfig, family: Family, teacher: EncoderConfig) -> str:
     """Compile the update that `config` asks for, for the chips of `config.compile_only`.
 
     Args:
         config: as for distil; corpus and teacher need not be there.
-        teacher: its shape.
+        family, teacher: of the teacher; its shape is enough.
 
     Returns:
         Markdown: memory of a chip, operations, traffic and exchanges with their times, and the
@@ -76,10 +77,10 @@ def compile_only(config: DistilConfig, teacher: EncoderConfig) -> str:
         UserError: it does not fit, with the micro-batch that does; or settings, teacher and
             topology do not go together; or jax[tpu] is not installed.
     """
-    check(config, "sequence_length", config.sequence_length <= teacher.max_position_embeddings,
-          f"is beyond the model's {teacher.max_position_embeddings} positions")
+    check(config, "sequence_length", config.sequence_length <= teacher.positions,
+          f"is beyond the model's {teacher.positions} positions")
     check(config, "dtype", config.dtype != "float64", "is nothing that a TPU computes in")
-    step = _Step(config, teacher, *_topology(config.compile_only))
+    step = _Step(config, family, teacher, *_topology(config.compile_only))
     asked = step.compile(step.rows)
     best = step.largest(asked)
     if asked.program is None:
@@ -95,10 +96,11 @@ def compile_only(config: DistilConfig, teacher: EncoderConfig) -> str:
 class _Step:
     """The update that is asked for, on a mesh of chips."""
 
-    def __init__(self, config: DistilConfig, teacher: EncoderConfig, chip: Chip, topology: Any):
+    def __init__(self, config: DistilConfig, family: Family, teacher: EncoderConfig, chip: Chip,
+                 topology: Any):
         self.config, self.teacher, self.chip = config, teacher, chip
         layers = choose_layers(config.student_layers, teacher.num_hidden_layers)
-        self.student = student_config(teacher, len(layers), config.dropout)
+        self.family, self.student = student_config(family, teacher, len(layers), config.dropout)
         self.mesh = make_mesh(config.mesh, topology)
         self.rows = rows_each(config, self.mesh)
         self.steps = _steps(config)
@@ -109,7 +111,8 @@ class _Step:
         self.fixed = self.bytes_each(self.state) + self.bytes_each(self.teachers)
 
     def _assemble(self, config: DistilConfig) -> Assembly:
-        return assemble(config, self.student, self.teacher, self.mesh, self.steps or 1)
+        return assemble(
+            config, self.family, self.student, self.teacher, self.mesh, self.steps or 1)
 
     def compile(self, rows: int) -> Compiled:
         """Compile for micro-batches of `rows` on each device, of a larger batch if need be."""

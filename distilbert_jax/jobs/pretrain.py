@@ -18,7 +18,7 @@ from distilbert_jax.jobs.setup import check_job, read_data
 from distilbert_jax.machine import store
 from distilbert_jax.machine.seal import fingerprint
 from distilbert_jax.machine.sharding import first_process_first, to_host
-from distilbert_jax.models import bert, convert
+from distilbert_jax.models import bert, hub
 from distilbert_jax.models.encoder import EncoderConfig
 from distilbert_jax.models.start import init_params, init_to_pretrain
 from distilbert_jax.training.assemble import assemble
@@ -37,12 +37,13 @@ def pretrain(config: PretrainConfig) -> Path:
     Raises:
         UserError, Interrupted: as for distil.
     """
-    source = convert.load(config.model) if config.model else None
-    shape, family = (source.config, source.family) if source else (scratch_shape(config), bert)
+    source = hub.load(config.model) if config.model else None
+    shape, family = (source.config, source.family) if source else (
+        scratch_shape(config), bert.FAMILY)
     settings = config.meaning()
     if source:
         settings["--model"] = fingerprint(source.params)
-    mesh = check_job(config, shape, settings)
+    mesh = check_job(config, family, shape, settings)
     own = store.join(config.output, "tokenizer")
     learnt = store.exists(store.join(own, "tokenizer_config.json"))
     if source or learnt:
@@ -58,7 +59,7 @@ def pretrain(config: PretrainConfig) -> Path:
             tokenizer.save_pretrained(new)
         store.upload(own)
 
-    assembly = assemble(config, shape, None, mesh, setup.steps)
+    assembly = assemble(config, family, shape, None, mesh, setup.steps)
     init = init_params if source else init_to_pretrain
     start = init(shape, config.seed, assembly.param_dtype)
     if source:  # else its head, if it has none
@@ -68,9 +69,10 @@ def pretrain(config: PretrainConfig) -> Path:
     output = store.local(config.output)
     figures = setup.evaluator(assembly.eval_step, {})(trained)
     trained = to_host(trained)
-    card = (f"# {shape.num_hidden_layers}-layer BERT\n\nTrained by distilbert_jax with the "
-            f"masked-language-model loss; held-out top-1 {figures['top1']:.2%}, perplexity "
-            f"{figures['perplexity']:.3f}.\n\n{report.versions()}\n")
+    card = (f"# {family.architecture}, {shape.num_hidden_layers} layers\n\nTrained by "
+            "distilbert_jax with the masked-language-model loss; held-out top-1 "
+            f"{figures['top1']:.2%}, perplexity {figures['perplexity']:.3f}.\n\n"
+            f"{report.versions()}\n")
     with first_process_first():
         if jax.process_index() == 0:
             export(output / "model", trained, shape, family, setup.tokenizer, card)

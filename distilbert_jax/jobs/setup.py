@@ -29,9 +29,11 @@ from distilbert_jax.machine.seal import fingerprint
 from distilbert_jax.machine.sharding import first_process_first, make_mesh, replicated, rows_each
 from distilbert_jax.models import student
 from distilbert_jax.models.encoder import EncoderConfig
+from distilbert_jax.models.family import Family
 from distilbert_jax.training.assemble import Assembly
 from distilbert_jax.training.checkpoint import refuse_other_run
 from distilbert_jax.training.labels import Vocabulary, vocabulary
+from distilbert_jax.training.objective import Objective
 from distilbert_jax.training.train import Run, train
 
 if TYPE_CHECKING:
@@ -83,24 +85,27 @@ class Setup:
 
 
 def check_job(
-    config: TrainConfig, shape: EncoderConfig, settings: dict[str, Any] | None = None
+    config: TrainConfig, family: Family, shape: EncoderConfig,
+    settings: dict[str, Any] | None = None,
 ) -> Mesh:
     """Check all that can be known before tokenizer and corpus are read.
 
     Args:
         config: of the job.
-        shape: of the teacher or, without one, of the trained model.
+        family, shape: of the teacher or, without one, of the trained model.
         settings: what a continuation must share, as far as it is known; default: of `config`.
 
     Raises:
         UserError: about layers, positions, corpus, an earlier run, or devices.
     """
     if isinstance(config, DistilConfig):
-        student.choose_layers(config.student_layers, shape.num_hidden_layers)
+        layers = student.choose_layers(config.student_layers, shape.num_hidden_layers)
+        Objective.of(
+            config, student.student_config(family, shape, len(layers), config.dropout)[1], shape)
     if not config.corpus:
         raise UserError("--corpus is missing: give text or JSON-lines files, a datasets name ...")
-    check(config, "sequence_length", config.sequence_length <= shape.max_position_embeddings,
-          f"is beyond the model's {shape.max_position_embeddings} positions")
+    check(config, "sequence_length", config.sequence_length <= shape.positions,
+          f"is beyond the model's {shape.positions} positions")
     sources.check([*config.corpus, *config.valid])
     is_prepared(config.corpus)
     store.check_writable(config.output)

@@ -1,111 +1,35 @@
-"""Hugging Face folders ↔ parameters, through one name table both ways.
+"""Tensors as a Hugging Face file names them ↔ parameters, through the family's table both ways.
 
-A folder (config.json and tensors) comes in; an EncoderConfig and a nested dict of float32 arrays
-go out, or one line that lists everything that does not fit. Nothing is guessed or left random.
+Tensors come in, a nested dict of arrays goes out, or one line that lists everything that does not
+fit. Nothing is left random.
 """
 
 import dataclasses
-import json
 import re
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import load_file
 
-from distilbert_jax.errors import UserError, choose, first_line
-from distilbert_jax.machine import store
+from distilbert_jax.errors import UserError
 from distilbert_jax.machine.trees import path_name
-from distilbert_jax.models import bert, distilbert
-from distilbert_jax.models.encoder import ACTIVATIONS, EncoderConfig, abstract_params
-
-FAMILIES: dict[str, ModuleType] = {family.MODEL_TYPE: family for family in (bert, distilbert)}
+from distilbert_jax.models.encoder import EncoderConfig, abstract_params
+from distilbert_jax.models.family import Family
 
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
-
-@dataclasses.dataclass(frozen=True)
-class Pretrained:
-    """A model read from a Hugging Face folder."""
-
-    folder: Path
-    family: ModuleType
-    config: EncoderConfig
-    params: dict[str, Any]  # nested dict of float32 NumPy arrays
-
-
-def load(name: str) -> Pretrained:
-    """Read a folder, or a hub repository where there is a network.
-
-    Accepts `gamma`/`beta`, a missing `bert.` prefix, position_ids, a pooler, a next-sentence head,
-    a decoder that repeats the word embedding, and half precision. Never runs code from a file.
-
-    Raises:
-        UserError: absent, truncated or of another family, or tensors that do not fit; every
-            unknown, missing, duplicated, untied or misshapen tensor is in the message.
-    """
-    folder = _resolve(name)
-    family, config = _read_shape(folder)
-    tensors = _read_tensors(folder)
-    try:
-        return Pretrained(folder, family, *from_hf(tensors, family, config))
-    except (UserError, TypeError, ValueError) as error:
-        raise _named(folder, error) from error
-
-
-def load_shape(name: str) -> EncoderConfig:
-    """The shape of a model, for which its config.json is enough.
-
-    Raises:
-        UserError: as for load.
-    """
-    return _read_shape(_resolve(name))[1]
-
-
-def _read_shape(folder: Path) -> tuple[ModuleType, EncoderConfig]:
-    raw = _read_config(folder)
-    kind = str(raw.get("model_type"))
-    if kind not in FAMILIES:
-        raise UserError(f"{folder}: model_type {kind!r} is not supported (known: "
-                        f"{', '.join(sorted(FAMILIES))})")
-    family = FAMILIES[kind]
-    if raw.get("tie_word_embeddings", True) is False:
-        raise UserError(f"{folder}: tie_word_embeddings is false; only a tied decoder is supported")
-    if raw.get("position_embedding_type", "absolute") != "absolute" or raw.get("is_decoder", False):
-        raise UserError(f"{folder}: only encoders with absolute positions are supported")
-    try:
-        config = family.from_hf(raw)
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                     "intermediate_size", "max_position_embeddings"):
-            if not isinstance(size := getattr(config, name), int) or size < 1:
-                raise UserError(f"config.json: {name} {size!r} is not a positive whole number")
-        choose(config.hidden_act, ACTIVATIONS, f"activation in {folder}/config.json")
-        if config.hidden_size % config.num_attention_heads:
-            raise UserError(f"config.json: {config.num_attention_heads} attention heads do not "
-                            f"divide hidden size {config.hidden_size}")
-    except (UserError, TypeError, ValueError) as error:
-        raise _named(folder, error) from error
-    return family, config
-
-
-def _named(folder: Path, error: Exception) -> UserError:
-    """The error with its folder in front."""
-    text = str(error)
-    return UserError(text if text.startswith(str(folder)) else f"{folder}: {text}")
+Leaf = tuple[tuple[Any, ...], Any]  # its path and its array, or its shape
 
 
 def from_hf(
-    tensors: dict[str, np.ndarray], family: ModuleType, config: EncoderConfig
+    tensors: dict[str, np.ndarray], family: Family, config: EncoderConfig
 ) -> tuple[EncoderConfig, dict[str, Any]]:
     """Turn Hugging Face tensors into parameters.
 
     Args:
-        tensors: name → array, as in the file; weights of linear layers are [out, in].
-        family: a module of FAMILIES.
-        config: its shape; `pooler` and `mlm_head` are set here, by what the tensors hold.
+        tensors: name → array, as in the file.
+        family: a row of FAMILIES.
+        config: the shape; `pooler` and `mlm_head` are set here, by what the tensors hold.
 
     Returns:
         The completed config, and the nested dict with kernels as [in, out], float32 (float64
@@ -116,51 +40,76 @@ def from_hf(
     """
     tensors, problems = _canonical(tensors, family)
     modules = {_module(name) for name in tensors}
-    present = {ours.split("/")[0] for theirs, ours in family.MODULES.items() if theirs in modules}
+    present = {ours.split("/")[0] for theirs, ours in family.tensors.items()
+               if theirs in modules and isinstance(ours, str)}
     config = dataclasses.replace(
         config, pooler="pooler" in present, mlm_head="mlm_head" in present)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract_params(config))
-    table = {hf_name(path, family): (path, leaf) for path, leaf in leaves}
+    table = _by_tensor(leaves, family)
     _check_tied(tensors, family, table, problems)
     problems += [f"unknown {n} {list(tensors[n].shape)}" for n in tensors if n not in table]
-    arrays = []
-    for name, (path, leaf) in table.items():
+    found: dict[str, np.ndarray] = {}  # by path
+    for name, parts in table.items():
+        expected = list(_joined([np.broadcast_to(np.float32(0), leaf.shape) for _, leaf in parts],
+                                parts[0][0], family).shape)
         if name not in tensors:
-            problems.append(f"missing {name} {_hf_shape(path, leaf.shape)}")
+            problems.append(f"missing {name} {expected}")
             continue
         array = tensors[name]
-        if list(array.shape) != _hf_shape(path, leaf.shape):
-            problems.append(
-                f"{name} is {list(array.shape)}, config.json says {_hf_shape(path, leaf.shape)}")
-        arrays.append(_turn(path, array if array.dtype == np.float64 else array.astype(np.float32)))
+        if list(array.shape) != expected:
+            problems.append(f"{name} is {list(array.shape)}, config.json says {expected}")
+            continue
+        array = array if array.dtype == np.float64 else array.astype(np.float32)
+        found |= _divided(array, parts, family)
     if problems:
         raise UserError(f"{len(problems)} tensors do not fit: {'; '.join(problems)}")
-    return config, jax.tree_util.tree_unflatten(treedef, arrays)
+    return config, jax.tree_util.tree_unflatten(
+        treedef, [found[path_name(path)] for path, _ in leaves])
 
 
-def to_hf(params: dict[str, Any], family: ModuleType) -> dict[str, np.ndarray]:
+def to_hf(params: dict[str, Any], family: Family) -> dict[str, np.ndarray]:
     """Turn parameters into Hugging Face tensors, contiguous; tied tensors appear once."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {hf_name(path, family): np.ascontiguousarray(_turn(path, np.asarray(leaf)))
-            for path, leaf in leaves}
+    return {name: np.ascontiguousarray(_joined(
+        [np.asarray(leaf) for _, leaf in parts], parts[0][0], family))
+        for name, parts in _by_tensor(leaves, family).items()}
 
 
-def hf_name(path: tuple[Any, ...], family: ModuleType) -> str:
-    """The Hugging Face name of one parameter."""
-    *module, leaf = path_name(path).split("/")
-    layer = module[1] if module[0] == "layers" else ""
-    ours = "/".join(["layers", "{i}", *module[2:]] if layer else module)
-    theirs = {v: k for k, v in family.MODULES.items()}[ours]
-    return f"{theirs.replace('{i}', layer)}.{LEAF_NAMES[leaf]}"
+def _by_tensor(leaves: list[Leaf], family: Family) -> dict[str, list[Leaf]]:
+    """Each tensor of the file → the leaves that it holds, as they lie side by side in it."""
+    names = {}  # our module → its module in the file, and which part of it
+    for theirs, ours in family.tensors.items():
+        for part, module in enumerate([ours] if isinstance(ours, str) else ours):
+            names[module] = theirs, part
+    table: dict[str, dict[int, Leaf]] = {}
+    for path, leaf in leaves:
+        *module, kind = path_name(path).split("/")
+        layer = module[1] if module[0] == "layers" else ""
+        theirs, part = names["/".join(["layers", "{i}", *module[2:]] if layer else module)]
+        name = f"{theirs.replace('{i}', layer)}.{LEAF_NAMES[kind]}"
+        table.setdefault(name, {})[part] = path, leaf
+    return {name: [parts[part] for part in sorted(parts)] for name, parts in table.items()}
 
 
-def _turn(path: tuple[Any, ...], array: np.ndarray) -> np.ndarray:
-    """Between torch's [out, in] weight and our [in, out] kernel; other leaves are the same."""
-    return array.T if path[-1].key == "kernel" else array
+def _joined(arrays: list[np.ndarray], path: tuple[Any, ...], family: Family) -> np.ndarray:
+    """Leaves of one kind as one tensor of the file."""
+    whole = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=-1)
+    return whole.T if _turns(path, family) else whole
 
 
-def _hf_shape(path: tuple[Any, ...], shape: tuple[int, ...]) -> list[int]:
-    return list(shape[::-1] if path[-1].key == "kernel" else shape)
+def _divided(array: np.ndarray, parts: list[Leaf], family: Family) -> dict[str, np.ndarray]:
+    """A tensor of the file as our leaves, by path: the inverse of `_joined`."""
+    whole = array.T if _turns(parts[0][0], family) else array
+    if len(parts) == 1:
+        return {path_name(parts[0][0]): whole}
+    ends = np.cumsum([leaf.shape[-1] for _, leaf in parts])[:-1]
+    return {path_name(path): piece for (path, _), piece in zip(
+        parts, np.split(whole, ends, axis=-1), strict=True)}
+
+
+def _turns(path: tuple[Any, ...], family: Family) -> bool:
+    """Whether the file has a kernel [in, out] as torch's [out, in]."""
+    return path_name(path).endswith("kernel") and not family.as_stored
 
 
 def _module(name: str) -> str:
@@ -168,104 +117,34 @@ def _module(name: str) -> str:
 
 
 def _canonical(
-    tensors: dict[str, np.ndarray], family: ModuleType
+    tensors: dict[str, np.ndarray], family: Family
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Names as transformers writes them today, without the ignored ones; duplicates are listed."""
+    def known(name: str) -> bool:
+        return (re.sub(r"\.\d+\.", ".{i}.", _module(name)) in family.tensors
+                or name in family.ignored)
+
     out: dict[str, np.ndarray] = {}
     duplicates = []
     for name, array in tensors.items():
         full = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
-        if re.match(r"(embeddings|encoder|transformer|pooler)\.", full):
-            full = family.PREFIX + full
+        if not known(full) and known(family.prefix + full):
+            full = family.prefix + full
         if full in out:
             duplicates.append(f"duplicated {full} (as {name})")
-        if full not in family.IGNORED:
+        if full not in family.ignored:
             out[full] = array
     return out, duplicates
 
 
 def _check_tied(
-    tensors: dict[str, np.ndarray], family: ModuleType, table: dict[str, Any], problems: list[str]
+    tensors: dict[str, np.ndarray], family: Family, table: dict[str, list[Leaf]],
+    problems: list[str],
 ) -> None:
     """Take the tied tensors out, each equal to what it repeats; a lone one stands for it."""
-    for name, original in family.TIED.items():
+    for name, original in family.tied.items():
         if name not in tensors or original not in table:
             continue
         tied = tensors.pop(name)
         if not np.array_equal(tied, tensors.setdefault(original, tied)):
             problems.append(f"untied {name} differs from {original}")
-
-
-def _resolve(name: str) -> Path:
-    folder = store.fetch(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{name} is a file; give the folder that holds config.json and the weights")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise UserError(f"model folder {name} does not exist")
-    from huggingface_hub import snapshot_download
-
-    patterns = ["*.json", "*.txt", "*.safetensors"]
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=patterns))
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(name, allow_patterns=["pytorch_model*.bin"])
-    except Exception as error:  # the hub client has a dozen kinds; each means "not to be had"
-        raise UserError(
-            f"no folder {name}, and the hub did not give it: {first_line(error)}") from error
-    return folder
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; give a Hugging Face folder") from error
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return raw
-
-
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of a folder: safetensors before torch files, one file or several."""
-    readers = {"model.safetensors": load_file, "pytorch_model.bin": _read_torch}
-    for stem, read in readers.items():
-        if (folder / stem).exists():
-            return _checked(read, folder / stem)
-        index = folder / f"{stem}.index.json"
-        if index.exists():
-            names = _checked(lambda path: dict(json.loads(path.read_text())["weight_map"]), index)
-            tensors: dict[str, np.ndarray] = {}
-            for part in sorted(set(names.values())):
-                more = _checked(read, folder / part)
-                if twice := sorted(tensors.keys() & more.keys()):
-                    raise UserError(f"{folder / part} repeats {', '.join(twice)} of another part")
-                tensors |= more
-            if missing := sorted(set(names) - set(tensors)):
-                raise UserError(f"{index} names tensors that no part holds: {', '.join(missing)}")
-            return tensors
-    raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
-
-
-def _checked(read: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any]:
-    try:
-        return read(path)
-    except UserError:
-        raise
-    except Exception as error:  # each library has its own; the file is what the user can mend
-        raise UserError(f"{path} is damaged or incomplete: {first_line(error)}") from error
-
-
-def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(f"{path} needs PyTorch to be read: pip install torch, or convert the "
-                        "folder to safetensors") from error
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
-    return {name: (t.float() if t.is_floating_point() and t.itemsize < 4 else t).numpy()
-            for name, t in tensors.items()}

@@ -73,6 +73,8 @@ class EncoderConfig:
     max_position_embeddings: int
     type_vocab_size: int  # 0: no token-type embeddings (DistilBERT)
     hidden_act: str = "gelu"
+    head_act: str | None = None  # of the language-modelling head; None: as hidden_act
+    offset_positions: bool = False  # position 0 is row pad_token_id + 1 of the table (RoBERTa)
     layer_norm_eps: float = 1e-12
     hidden_dropout: float = 0.1
     attention_dropout: float = 0.1
@@ -81,6 +83,16 @@ class EncoderConfig:
     mlm_head: bool = True
     initializer_range: float = 0.02
     pad_token_id: int = 0
+
+    @property
+    def position_offset(self) -> int:
+        """Row of the position table that belongs to position 0."""
+        return self.pad_token_id + 1 if self.offset_positions else 0
+
+    @property
+    def positions(self) -> int:
+        """Tokens of the longest row."""
+        return self.max_position_embeddings - self.position_offset
 
 
 class Seen(NamedTuple):
@@ -175,6 +187,7 @@ class Embeddings(nnx.Module):
         self.token_type = embed(config.type_vocab_size) if config.type_vocab_size else None
         self.norm = _layer_norm(config, dtypes, rngs)
         self.dropout = config.hidden_dropout
+        self.position_offset = config.position_offset
 
     def __call__(
         self,
@@ -183,7 +196,7 @@ class Embeddings(nnx.Module):
         token_type_ids: Int[Array, "B T"] | None,
         keys: RowKeys,
     ) -> Float[Array, "B T D"]:
-        x = self.word(input_ids) + self.position(position_ids)
+        x = self.word(input_ids) + self.position(position_ids + self.position_offset)
         if self.token_type is not None:
             types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             x = x + self.token_type(types)
@@ -197,7 +210,7 @@ class MLMHead(nnx.Module):
         self.transform = _linear(config.hidden_size, config.hidden_size, config, dtypes, rngs)
         self.norm = _layer_norm(config, dtypes, rngs)
         self.bias = nnx.Param(jnp.zeros(config.vocab_size, dtypes["param_dtype"]))
-        self.activation = ACTIVATIONS[config.hidden_act]
+        self.activation = ACTIVATIONS[config.head_act or config.hidden_act]
 
     def __call__(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         return self.norm(self.activation(self.transform(hidden)))

@@ -7,6 +7,7 @@ import numpy as np
 
 from distilbert_jax.errors import UserError
 from distilbert_jax.models.encoder import EncoderConfig
+from distilbert_jax.models.family import Family
 
 
 def choose_layers(wish: str, teacher_layers: int) -> list[int]:
@@ -42,19 +43,22 @@ def choose_layers(wish: str, teacher_layers: int) -> list[int]:
     return sorted(int(n) for n in layers)
 
 
-def student_config(teacher: EncoderConfig, num_layers: int, dropout: float) -> EncoderConfig:
-    """DistilBERT's shape for this teacher: no token types, no pooler, `num_layers` layers.
+def student_config(
+    family: Family, teacher: EncoderConfig, num_layers: int, dropout: float
+) -> tuple[Family, EncoderConfig]:
+    """Family and shape of a student of `num_layers` layers, with a head and without a pooler.
 
-    The LayerNorm epsilon is 1e-12, because transformers' DistilBERT knows no other.
+    BERT's is a DistilBERT; every other family's is of the family itself.
     """
-    return dataclasses.replace(
-        teacher, num_hidden_layers=num_layers, type_vocab_size=0, pooler=False, mlm_head=True,
-        layer_norm_eps=1e-12, hidden_dropout=dropout, attention_dropout=dropout,
-        attention_output_dropout=False)
+    family, shape = family.student(teacher)
+    return family, dataclasses.replace(
+        shape, num_hidden_layers=num_layers, pooler=False, mlm_head=True, hidden_dropout=dropout,
+        attention_dropout=dropout)
 
 
 def student_params(
-    teacher: dict[str, Any], layers: list[int], fold_token_type: bool = True
+    teacher: dict[str, Any], layers: list[int], fold_token_type: bool = True,
+    token_types: bool = False,
 ) -> dict[str, Any]:
     """Copy the student's start out of the teacher (Sanh et al. 2019, section 3).
 
@@ -65,13 +69,15 @@ def student_params(
             positions, so that the embeddings equal the teacher's; False drops it, as the
             reference does. The MLM head's transform is copied, which the reference does only on
             request.
+        token_types: whether the student has token types, so that the teacher's are copied.
 
     Returns:
         A nested dict of the student's shapes, sharing arrays with the teacher.
     """
-    embeddings = {k: v for k, v in teacher["embeddings"].items() if k != "token_type"}
-    if fold_token_type and "token_type" in teacher["embeddings"]:
-        type_0 = teacher["embeddings"]["token_type"]["embedding"][0]
+    embeddings = dict(teacher["embeddings"])
+    types = None if token_types else embeddings.pop("token_type", None)
+    if fold_token_type and types:
+        type_0 = types["embedding"][0]
         embeddings["position"] = {"embedding": embeddings["position"]["embedding"] + type_0}
     return {
         "embeddings": embeddings,

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from distilbert_jax.config import DistilConfig, TrainConfig, compute_dtype
 from distilbert_jax.machine.sharding import by_rows, replicated, shardings
 from distilbert_jax.models.encoder import EncoderConfig, graphdef
+from distilbert_jax.models.family import Family
 from distilbert_jax.training.labels import LABELS
 from distilbert_jax.training.objective import Objective, Projections
 from distilbert_jax.training.optimizer import make_optimizer
@@ -73,15 +74,15 @@ class Assembly:
 
 
 def assemble(
-    config: TrainConfig, student: EncoderConfig, teacher: EncoderConfig | None, mesh: Mesh,
-    steps: int,
+    config: TrainConfig, family: Family, student: EncoderConfig, teacher: EncoderConfig | None,
+    mesh: Mesh, steps: int,
 ) -> Assembly:
     """Put the update of a job together.
 
     Args:
         config: of the job; a DistilConfig says which losses there are, any other has the
             masked-language-model loss alone.
-        student: shape of the trained model.
+        family, student: of the trained model; the family says what is predicted.
         teacher: shape of the frozen one; None for no teacher.
         mesh: of devices that are here, or of absent ones to compile for.
         steps: updates of the whole run, over which the learning rate falls.
@@ -94,13 +95,12 @@ def assemble(
     graph = graphdef(student, dtype, param_dtype, config.remat)
     teacher_graph = graphdef(teacher, dtype, param_dtype) if teacher else None
     tx = make_optimizer(config, steps, frozen)
+    labels = functools.partial(LABELS[family.predicts], masking=config.MASKING)
     return Assembly(
         config=config, mesh=mesh, dtype=dtype, param_dtype=param_dtype, graph=graph,
         teacher_graph=teacher_graph, projections=projections, tx=tx,
         train_step=make_train_step(
-            graph, teacher_graph, tx, objective,
-            functools.partial(LABELS["mlm"], masking=config.MASKING), config.accumulate, mesh,
-            frozen),
+            graph, teacher_graph, tx, objective, labels, config.accumulate, mesh, frozen),
         eval_step=jitted_eval_step(graph, teacher_graph, mesh))
 
 

@@ -1,0 +1,166 @@
+"""A Hugging Face folder → tensors, shape and family; or one line that says what is wrong with it.
+
+Nothing is guessed, and no code from a file is run.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from distilbert_jax.errors import UserError, choose, first_line
+from distilbert_jax.machine import store
+from distilbert_jax.models.convert import from_hf
+from distilbert_jax.models.encoder import ACTIVATIONS, EncoderConfig
+from distilbert_jax.models.families import FAMILIES
+from distilbert_jax.models.family import Family
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A model read from a Hugging Face folder."""
+
+    folder: Path
+    family: Family
+    config: EncoderConfig
+    params: dict[str, Any]  # nested dict of float32 NumPy arrays
+
+
+def load(name: str) -> Pretrained:
+    """Read a folder, or a hub repository where there is a network.
+
+    Accepts `gamma`/`beta`, a missing `bert.` prefix, position_ids, a pooler, a next-sentence head,
+    a decoder that repeats the word embedding, and half precision. Never runs code from a file.
+
+    Raises:
+        UserError: absent, truncated or of another family, or tensors that do not fit; every
+            unknown, missing, duplicated, untied or misshapen tensor is in the message.
+    """
+    folder = _resolve(name)
+    family, config = _read_shape(folder)
+    tensors = _read_tensors(folder)
+    try:
+        return Pretrained(folder, family, *from_hf(tensors, family, config))
+    except (UserError, TypeError, ValueError) as error:
+        raise _named(folder, error) from error
+
+
+def load_shape(name: str) -> tuple[Family, EncoderConfig]:
+    """Family and shape of a model, for which its config.json is enough.
+
+    Raises:
+        UserError: as for load.
+    """
+    return _read_shape(_resolve(name))
+
+
+def _read_shape(folder: Path) -> tuple[Family, EncoderConfig]:
+    raw = _read_config(folder)
+    kind = str(raw.get("model_type"))
+    if kind not in FAMILIES:
+        raise UserError(f"{folder}: model_type {kind!r} is not supported (known: "
+                        f"{', '.join(sorted(FAMILIES))})")
+    family = FAMILIES[kind]
+    if raw.get("tie_word_embeddings", True) is False:
+        raise UserError(f"{folder}: tie_word_embeddings is false; only a tied decoder is supported")
+    if raw.get("position_embedding_type", "absolute") != "absolute" or raw.get("is_decoder", False):
+        raise UserError(f"{folder}: only encoders with absolute positions are supported")
+    try:
+        config = family.from_hf(raw)
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                     "intermediate_size", "max_position_embeddings"):
+            if not isinstance(size := getattr(config, name), int) or size < 1:
+                raise UserError(f"config.json: {name} {size!r} is not a positive whole number")
+        choose(config.hidden_act, ACTIVATIONS, f"activation in {folder}/config.json")
+        if config.hidden_size % config.num_attention_heads:
+            raise UserError(f"config.json: {config.num_attention_heads} attention heads do not "
+                            f"divide hidden size {config.hidden_size}")
+    except (UserError, TypeError, ValueError) as error:
+        raise _named(folder, error) from error
+    return family, config
+
+
+def _named(folder: Path, error: Exception) -> UserError:
+    """The error with its folder in front."""
+    text = str(error)
+    return UserError(text if text.startswith(str(folder)) else f"{folder}: {text}")
+
+
+def _resolve(name: str) -> Path:
+    folder = store.fetch(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{name} is a file; give the folder that holds config.json and the weights")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise UserError(f"model folder {name} does not exist")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.txt", "*.safetensors"]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(name, allow_patterns=["pytorch_model*.bin"])
+    except Exception as error:  # the hub client has a dozen kinds; each means "not to be had"
+        raise UserError(
+            f"no folder {name}, and the hub did not give it: {first_line(error)}") from error
+    return folder
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; give a Hugging Face folder") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return raw
+
+
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of a folder: safetensors before torch files, one file or several."""
+    readers = {"model.safetensors": load_file, "pytorch_model.bin": _read_torch}
+    for stem, read in readers.items():
+        if (folder / stem).exists():
+            return _checked(read, folder / stem)
+        index = folder / f"{stem}.index.json"
+        if index.exists():
+            names = _checked(lambda path: dict(json.loads(path.read_text())["weight_map"]), index)
+            tensors: dict[str, np.ndarray] = {}
+            for part in sorted(set(names.values())):
+                more = _checked(read, folder / part)
+                if twice := sorted(tensors.keys() & more.keys()):
+                    raise UserError(f"{folder / part} repeats {', '.join(twice)} of another part")
+                tensors |= more
+            if missing := sorted(set(names) - set(tensors)):
+                raise UserError(f"{index} names tensors that no part holds: {', '.join(missing)}")
+            return tensors
+    raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
+
+
+def _checked(read: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any]:
+    try:
+        return read(path)
+    except UserError:
+        raise
+    except Exception as error:  # each library has its own; the file is what the user can mend
+        raise UserError(f"{path} is damaged or incomplete: {first_line(error)}") from error
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{path} needs PyTorch to be read: pip install torch, or convert the "
+                        "folder to safetensors") from error
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    return {name: (t.float() if t.is_floating_point() and t.itemsize < 4 else t).numpy()
+            for name, t in tensors.items()}
