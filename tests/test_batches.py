@@ -45,7 +45,9 @@ def test_read_restores_every_piece_once(lengths, random):
     packed = pack.PackedRows(shard["row"], shard["segments"], np.zeros(100, np.int64), {})
 
     batch = batches.read(packed, np.arange(len(packed)))
-    assert {(v.dtype, v.shape) for v in batch.values()} == {(np.dtype(np.int32), (len(shard), 8))}
+    assert {v.dtype for v in batch.values()} == {np.dtype(np.int32)}
+    assert batch.pop("row").tolist() == list(range(len(shard))) and not batch.pop("epoch").any()
+    assert {v.shape for v in batch.values()} == {(len(shard), 8)}
     padding = batch["segment_ids"] == 0
     assert (~padding).sum() == sum(lengths)
     assert not batch["input_ids"][padding].any() and not batch["position_ids"][padding].any()
@@ -63,6 +65,15 @@ def test_read_gathers_in_the_order_asked():
     packed = pack.PackedRows(rows, np.full((3, 1), 4, np.uint16), np.zeros(12, np.int64), {})
     batch = batches.read(packed, np.array([2, 0, 2]))
     np.testing.assert_array_equal(batch["input_ids"], rows[[2, 0, 2]])
+    assert batch["row"].tolist() == [2, 0, 2]
+
+
+def test_a_row_is_drawn_once_an_epoch():
+    """So its number and its epoch, from which its random draws are made, never come twice."""
+    drawn = [(row, epoch) for step in range(12) for row, epoch in zip(
+        batches.row_indices(3, step, 5, 12), batches.row_epochs(step, 5, 12), strict=True)]
+    assert len(set(drawn)) == len(drawn) == 60
+    assert {epoch for _, epoch in drawn} == {0, 1, 2, 3, 4}
 
 
 def test_prefetch_is_ahead_by_two_and_in_order():

@@ -43,7 +43,7 @@ def torch_forward(model, ids, real, types):
     # RoBERTa counts positions by the ids that are not padding.
     ids = np.where(real, ids, model.config.pad_token_id)
     given = {"input_ids": torch.tensor(ids).long(), "attention_mask": torch.tensor(real).long()}
-    if model.config.model_type == "bert":
+    if getattr(model.config, "type_vocab_size", 0):
         given["token_type_ids"] = torch.tensor(types).long()
     with torch.no_grad():
         out = model(**given, output_hidden_states=True)
@@ -95,7 +95,7 @@ def test_gradients_equal_torch(name, torch_model, from_torch, x64):
     theirs.backward()
     np.testing.assert_allclose(value, theirs.item(), rtol=1e-12)
     found = convert.to_hf(jax.device_get(gradients), family)
-    expected = {key: p.grad.numpy() for key, p in model.named_parameters()}
+    expected = {family.tied.get(key, key): p.grad.numpy() for key, p in model.named_parameters()}
     assert set(found) == set(expected)
     largest = max(abs(gradient).max() for gradient in expected.values())
     for key, gradient in expected.items():

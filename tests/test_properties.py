@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from distilbert_jax.config import Masking, PrepareConfig
 from distilbert_jax.data import batches, blocks, prepare, sources, tokenize
 from distilbert_jax.errors import UserError
-from distilbert_jax.models.convert import from_hf
+from distilbert_jax.models.convert import from_hf, to_hf
 from distilbert_jax.models.encoder import EncoderConfig, abstract_params
-from distilbert_jax.models.families import FAMILIES, to_hf
+from distilbert_jax.models.families import FAMILIES
 from distilbert_jax.training import labels as masking
 
 pytest.importorskip("transformers")
@@ -115,7 +115,8 @@ def test_masking_any_rows(data, rate):
     ids = np.where(real, ids, 0).astype(np.int32)
     masked = _mask(rate)(jax.random.key(data.draw(st.integers(0, 99))),
                          {"input_ids": ids, "segment_ids": real.astype(np.int32),
-                          "position_ids": np.zeros_like(ids)},
+                          "position_ids": np.zeros_like(ids), "row": np.arange(rows),
+                          "epoch": np.zeros(rows, int)},
                          masking.vocabulary(counts, special, 4))
     masked = jax.tree.map(np.asarray, masked)
     weights, positions = masked["label_weights"] > 0, masked["masked_positions"]
@@ -134,7 +135,8 @@ def test_masking_any_rows(data, rate):
 @functools.cache
 def _mask(rate):
     return jax.jit(lambda key, batch, vocabulary: masking.mask_tokens(
-        key, jax.tree.map(jnp.asarray, batch), vocabulary, Masking(rate=rate)))
+        masking.row_keys(key, batch), jax.tree.map(jnp.asarray, batch), vocabulary,
+        Masking(rate=rate)))
 
 
 SHAPES = st.builds(
@@ -171,7 +173,7 @@ def test_every_tensor_that_does_not_fit_is_listed(data, shape, name):
     family = FAMILIES[name]
     shape = family.from_hf(family.to_hf(shape))
     tensors = to_hf(noise(shape), family)
-    body = sorted(name for name in tensors if name.startswith(family.PREFIX))
+    body = sorted(name for name in tensors if name.startswith(family.prefix))
     problems = 0
     for name in data.draw(st.lists(st.sampled_from(body), min_size=1, max_size=5, unique=True)):
         fault = data.draw(st.sampled_from(["missing", "renamed", "shape"]))

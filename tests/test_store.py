@@ -299,7 +299,7 @@ def test_two_hosts_without_a_common_disk(toy, alone, bucket, run, tmp_path):  # 
 def test_a_model_trained_in_the_bucket_is_a_teacher_there(toy, bucket, run, tmp_path, monkeypatch):
     """The second machine takes the tokenizer that the first one learnt, and finds nothing to do."""
     from distilbert_jax.config import PretrainConfig
-    from distilbert_jax.jobs import distil as jobs
+    from distilbert_jax.jobs import pretrain as jobs
 
     config = PretrainConfig(
         corpus=(str(toy / "corpus.txt"),), valid_share=0.1, sequence_length=16, batch_size=16,
