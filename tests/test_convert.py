@@ -207,8 +207,8 @@ def test_all_mismatches_in_one_error(originals, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"model_type": "roberta"}, "'roberta'.*known: bert, distilbert"),
-    ({"model_type": None}, "known: bert, distilbert"),
+    ({"model_type": "robrta"}, "'robrta'.*known: bert, camembert, distilbert, roberta, xlm-rob"),
+    ({"model_type": None}, "known: bert, camembert, distilbert"),
     ({"tie_word_embeddings": False}, "tie_word_embeddings is false"),
     ({"position_embedding_type": "relative_key"}, "absolute positions"),
     ({"is_decoder": True}, "only encoders"),
