@@ -204,6 +204,8 @@ def toy(tmp_path_factory, tiny_model):
     texts = [" ".join([word] * n) for word in words for n in range(4, 14)]
     (folder / "corpus.txt").write_text("\n".join(texts) + "\n")
     tokenizer = train_wordpiece(texts, 100)
-    config, params = tiny_model(num_hidden_layers=2, vocab_size=len(tokenizer))
+    # An epsilon that shows, and that a DistilBERT must not take over.
+    config, params = tiny_model(
+        num_hidden_layers=2, vocab_size=len(tokenizer), layer_norm_eps=1e-3)
     export(folder / "teacher", params, config, bert.FAMILY, tokenizer, "A toy.\n")
     return folder

@@ -3,8 +3,11 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from test_sharding import mesh_of
 
 from distilbert_jax.benchmark import latency
 from distilbert_jax.config import DistilConfig, PrepareConfig, PretrainConfig
@@ -12,10 +15,13 @@ from distilbert_jax.data.prepare import prepare
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import held_out, report
+from distilbert_jax.export.huggingface import export
 from distilbert_jax.jobs import distil
 from distilbert_jax.jobs.pretrain import pretrain
-from distilbert_jax.jobs.setup import check_job
+from distilbert_jax.jobs.setup import check_job, read_data
 from distilbert_jax.models import hub
+from distilbert_jax.models.encoder import graphdef
+from distilbert_jax.models.families import FAMILIES
 from distilbert_jax.training import assemble
 from distilbert_jax.training.losses import LOSSES
 from distilbert_jax.training.metrics_log import read_metrics
@@ -71,7 +77,7 @@ def test_a_teacher_from_scratch_learns(learnt):
     assert top1[0] < 0.2 and top1[-1] > 0.5
     model = hub.load(str(folder))
     assert (model.config.hidden_size, model.config.num_hidden_layers) == (32, 2)
-    assert (folder / "README.md").read_text().startswith("# 2-layer BERT")
+    assert (folder / "README.md").read_text().startswith("# 2-layer BertForMaskedLM")
 
 
 def test_a_distillation_leaves_its_student_and_its_figures(distilled, learnt):
@@ -139,9 +145,10 @@ def test_more_steps_on_another_mesh_are_the_same_run(distilled, learnt):
     config, _ = distilled
     shape = hub.load(str(learnt[1])).config
     changed = dict(vars(config), mesh="4x2", steps=50, save_every=5, eval_every=7, recipe="x")
-    check_job(DistilConfig(**changed), shape)
+    check_job(DistilConfig(**changed), FAMILIES["bert"], shape)
     with pytest.raises(UserError, match="another run .--seed was 56, is 3; --temperature was 2.0"):
-        check_job(DistilConfig(**changed | {"seed": 3, "temperature": 3.0}), shape)
+        check_job(DistilConfig(**changed | {"seed": 3, "temperature": 3.0}), FAMILIES["bert"],
+                  shape)
 
 
 def positions(params):
@@ -205,6 +212,78 @@ def test_adapting_a_model(headless, toy, tmp_path, monkeypatch):
 
     assert 0 < moved("layers") < 1e-3
     assert (moved("mlm_head") < 1e-3) != headless
+
+
+def byte_level(texts):
+    """A byte-level BPE tokenizer with RoBERTa's special tokens and ids, learnt from these texts."""
+    import tokenizers
+    import transformers
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    learnt = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    learnt.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learnt.decoder = tokenizers.decoders.ByteLevel()
+    learnt.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=90, special_tokens=special, show_progress=False))
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=learnt, bos_token="<s>", cls_token="<s>", sep_token="</s>",
+        eos_token="</s>", pad_token="<pad>", unk_token="<unk>", mask_token="<mask>")
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "bert"])
+def test_every_family_is_a_teacher(name, toy, tiny_model, tmp_path, monkeypatch):
+    """Its student is of the same family, and transformers finds all of it and the same logits."""
+    torch = pytest.importorskip("torch", reason="PyTorch is the reference here")
+    import transformers
+
+    monkeypatch.setattr(distil, "_write_report", lambda *_: None)
+    family = FAMILIES[name]
+    tokenizer = load_tokenizer(str(toy / "teacher"), None) if name == "distilbert" else (
+        byte_level((toy / "corpus.txt").read_text().splitlines()))
+    shape = dict(num_hidden_layers=2, vocab_size=len(tokenizer), layer_norm_eps=1e-5,
+                 pad_token_id=tokenizer.pad_token_id)
+    config, params = tiny_model(**shape | dict(family.fixed))
+    export(tmp_path / "teacher", params, config, family, tokenizer, "A toy.\n")
+    folder = distil.distil(DistilConfig(**common(toy, tmp_path / "out") | {
+        "teacher": str(tmp_path / "teacher"), "steps": 2, "sequence_length": 16}))
+
+    student = hub.load(str(folder))
+    assert (student.family, student.config) == (
+        family, dataclasses.replace(config, num_hidden_layers=1, hidden_dropout=0.0,
+                                    attention_dropout=0.0))
+    model, info = getattr(transformers, family.architecture).from_pretrained(
+        folder, output_loading_info=True)
+    assert not any(info.values()), info
+    read = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = np.array([[read.cls_token_id, *read("ba be bu")["input_ids"][:8], read.sep_token_id]])
+    ours = nnx.merge(graphdef(student.config, "float32"), jax.tree.map(
+        jnp.asarray, student.params))
+    logits = ours.mlm_logits(ours(jnp.asarray(ids), jnp.ones_like(ids), jnp.arange(
+        ids.shape[1])[None]).last)
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            logits, model.eval()(torch.tensor(ids)).logits, rtol=0, atol=2e-5)
+
+
+def test_the_vocabulary_of_the_step_is_the_tokenizer_s(toy, tmp_path):
+    config = DistilConfig(**common(toy, tmp_path / "out"), teacher=str(toy / "teacher"))
+    tokenizer = load_tokenizer(config.teacher, None)
+    words = read_data(config, mesh_of("1x1"), tokenizer, {}).vocabulary
+    assert words.mask_id == tokenizer.mask_token_id
+    special = np.flatnonzero(np.asarray(words.counts) == 0)
+    assert special.tolist() == sorted(tokenizer.all_special_ids)
+    assert not np.isin(words.ordinary_ids, special).any()
+
+
+@pytest.mark.parametrize("name, longest", [("bert", 24), ("roberta", 22)])
+def test_the_longest_row(name, longest, toy, tiny_model):
+    """RoBERTa's table has two rows that no position is at."""
+    family = FAMILIES[name]
+    shape, _ = tiny_model(pad_token_id=1, **family.fixed)
+    settings = common(toy, "nowhere") | {"sequence_length": longest}
+    check_job(DistilConfig(**settings), family, shape)
+    with pytest.raises(UserError, match=f"{longest + 1} is beyond the model's {longest} positions"):
+        check_job(DistilConfig(**settings | {"sequence_length": longest + 1}), family, shape)
 
 
 def write_without(source, target, prefix):

@@ -69,7 +69,7 @@ def pretrain(config: PretrainConfig) -> Path:
     output = store.local(config.output)
     figures = setup.evaluator(assembly.eval_step, {})(trained)
     trained = to_host(trained)
-    card = (f"# {family.architecture}, {shape.num_hidden_layers} layers\n\nTrained by "
+    card = (f"# {shape.num_hidden_layers}-layer {family.architecture}\n\nTrained by "
             "distilbert_jax with the masked-language-model loss; held-out top-1 "
             f"{figures['top1']:.2%}, perplexity {figures['perplexity']:.3f}.\n\n"
             f"{report.versions()}\n")
