@@ -203,6 +203,9 @@ class DistilConfig(TrainConfig):
         "", "models", "how many teacher layers to keep (evenly chosen), or which: 0,2,4,7,9,11; "
         "default: half of them")
     init: str = _option("teacher", "models", "start of the student: teacher or random")
+    student: str = _option(
+        "", "models", "Hugging Face folder that is the student's start instead: of any depth and "
+        "width, with the teacher's tokenizer", **BY_CONTENT)
     fold_token_type: bool = _option(
         True, "models", "add the teacher's token-type-0 embedding to the student's positions, so "
         "that embeddings start equal; the original drops it")
@@ -225,6 +228,9 @@ class DistilConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         choose(self.init, ("teacher", "random"), "--init")
+        if self.student and (self.student_layers or self.init == "random"):
+            raise UserError(f"--student {self.student} is a start of its own: leave out "
+                            "--student-layers and --init")
         check(self, "temperature", 0 < self.temperature < float("inf"), "must be positive, finite")
         for name, weight in self.alphas.items():
             if not 0 <= weight < float("inf"):

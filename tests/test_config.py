@@ -118,10 +118,17 @@ def test_what_a_continuation_may_change():
     free = {f.name for f in dataclasses.fields(DistilConfig) if "continued" in f.metadata}
     assert free == {
         "steps", "mesh", "remat", "output", "save_every", "eval_every", "keep", "on_save_error",
-        "max_skipped", "recipe", "workers", "compile_only", "corpus", "valid", "teacher"}
+        "max_skipped", "recipe", "workers", "compile_only", "corpus", "valid", "teacher",
+        "student"}
     meaning = DistilConfig().meaning()
     assert not {flag(name) for name in free} & set(meaning)
     assert meaning["--temperature"] == 2.0 and meaning["--alpha-ce"] == 5.0
+
+
+def test_a_student_of_its_own_is_no_part_of_the_teacher():
+    for other in (dict(student_layers="2"), dict(init="random")):
+        with pytest.raises(UserError, match="--student small is a start of its own: leave out"):
+            DistilConfig(student="small", **other)
 
 
 def test_all_losses_off():

@@ -1,6 +1,7 @@
 """The two jobs from end to end on a toy language: what they leave behind, and that they learn."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -263,6 +264,46 @@ def test_every_family_is_a_teacher(name, toy, tiny_model, tmp_path, monkeypatch)
     with torch.no_grad():
         np.testing.assert_allclose(
             logits, model.eval()(torch.tensor(ids)).logits, rtol=0, atol=2e-5)
+
+
+def test_a_narrower_student_of_its_own(toy, tiny_model, tmp_path, monkeypatch, capsys):
+    """Hidden states meet through projections, which are trained, kept, and not exported."""
+    tokenizer = load_tokenizer(str(toy / "teacher"), None)
+    family = FAMILIES["distilbert"]
+    shape = dict(vocab_size=len(tokenizer), hidden_size=8) | dict(family.fixed)
+    config, params = tiny_model(**shape)
+    small = tmp_path / "small"
+    export(small, params, config, family, tokenizer, "A toy.\n")
+    given = DistilConfig(**common(toy, tmp_path / "out") | {
+        "teacher": str(toy / "teacher"), "student": str(small), "steps": 2, "save_every": 1,
+        "alphas": {"ce": 5.0, "mlm": 2.0, "hidden": 1.0}})
+    folder = distil.distil(given)
+    student = hub.load(str(folder))
+    assert student.config.hidden_size == 8
+    assert jax.tree.map(np.shape, student.params) == jax.tree.map(np.shape, params)
+    moved = max(np.abs(a - b).max() for a, b in zip(*map(
+        jax.tree.leaves, (student.params, params)), strict=True))
+    assert 0 < moved < 0.01
+    last = [m for m in read_metrics(tmp_path / "out") if "retention" in m][-1]
+    assert "cosine" not in last and "train_hidden" in [
+        m for m in read_metrics(tmp_path / "out") if "train_loss" in m][-1]
+    assert "cosine" not in (folder.parent / "report.md").read_text()
+    assert "started as `small`" in (folder / "README.md").read_text()
+
+    # Killed after the first update it ends with the same bytes: the projections were kept too.
+    expected = (folder / "model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "2")
+    monkeypatch.setattr(distil, "_write_report", lambda *_: None)
+    distil.distil(given)
+    assert (folder / "model.safetensors").read_bytes() == expected
+
+    other = dataclasses.replace(given, output=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="--alpha-cos compares states of equal width"):
+        distil.distil(dataclasses.replace(other, alphas={"cos": 1.0}))
+    config, params = tiny_model(**shape | {"vocab_size": 50})
+    export(small, params, config, family, tokenizer, "A toy.\n")
+    with pytest.raises(UserError, match=f"knows 50 tokens, the teacher {len(tokenizer)}: both"):
+        distil.distil(other)
 
 
 def test_the_vocabulary_of_the_step_is_the_tokenizer_s(toy, tmp_path):

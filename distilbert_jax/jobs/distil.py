@@ -19,7 +19,7 @@ from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import report
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.export.predict import fill_mask
-from distilbert_jax.jobs.setup import Setup, check_job, read_data
+from distilbert_jax.jobs.setup import Setup, check_job, read_data, student_shape
 from distilbert_jax.machine import store
 from distilbert_jax.machine.seal import fingerprint
 from distilbert_jax.machine.sharding import first_process_first, to_host
@@ -47,15 +47,17 @@ def distil(config: DistilConfig) -> Path:
         raise UserError(f"{config.teacher} has no masked-language-model head to distil from; "
                         f"train one: python experiments/pretrain.py --model {config.teacher} ...")
     settings = config.meaning() | {"--teacher": fingerprint(teacher.params)}
+    own = _own_start(config)
+    if own:
+        settings["--student"] = fingerprint(own)
     mesh = check_job(config, teacher.family, teacher.config, settings)
     setup = read_data(config, mesh, load_tokenizer(config.teacher, teacher.config.vocab_size),
                       settings)
-    layers = student.choose_layers(config.student_layers, teacher.config.num_hidden_layers)
-    family, shape = student.student_config(
-        teacher.family, teacher.config, len(layers), config.dropout)
+    family, shape = student_shape(config, teacher.family, teacher.config)
     assembly = assemble(config, family, shape, teacher.config, mesh, setup.steps)
 
-    start = student.student_params(
+    layers = student.choose_layers(config.student_layers, teacher.config.num_hidden_layers)
+    start = own or student.student_params(
         teacher.params, layers, config.fold_token_type, shape.type_vocab_size > 0)
     if config.init == "random":
         start = init_params(shape, config.seed, assembly.param_dtype)
@@ -71,22 +73,40 @@ def distil(config: DistilConfig) -> Path:
     with first_process_first():
         if jax.process_index() == 0:
             export(folder, trained, shape, family, setup.tokenizer,
-                   _card(config, layers, figures["student"], trained))
+                   _card(config, _origin(config, layers), figures["student"], trained))
             _write_report(setup, assembly, (trained, start, teacher.params), figures)
             store.upload(config.output, "student", "report.md", "losses.png")
     return folder
 
 
-def _card(config: DistilConfig, layers: list[int], figures: dict[str, float],
+def _own_start(config: DistilConfig) -> dict[str, Any]:
+    """The parameters of the folder that --student names; {} without one."""
+    if not config.student:
+        return {}
+    found = hub.load(config.student)
+    if not found.config.mlm_head:
+        raise UserError(f"--student {config.student} has no masked-language-model head; train one: "
+                        f"python experiments/pretrain.py --model {config.student} ...")
+    return {name: part for name, part in found.params.items() if name != "pooler"}
+
+
+def _origin(config: DistilConfig, layers: list[int]) -> str:
+    """Where the student began, for its card."""
+    if config.student:
+        return f"It started as `{Path(config.student).name}`."
+    if config.init == "random":
+        return "It started at random."
+    return f"It started as the teacher's layers {', '.join(map(str, layers))}."
+
+
+def _card(config: DistilConfig, origin: str, figures: dict[str, float],
           params: dict[str, Any]) -> str:
     """The model card of the student."""
     weights = ", ".join(f"{name} {weight}" for name, weight in config.alphas.items() if weight)
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: fill-mask\n---\n\n"
-        f"# A student of {len(layers)} layers\n\n"
-        f"Distilled by distilbert_jax from `{Path(config.teacher).name}`, whose layers "
-        f"{', '.join(map(str, layers))} it started from "
-        f"({'initialised at random' if config.init == 'random' else 'weights copied'}).\n\n"
+        f"# A student of {len(params['layers'])} layers\n\n"
+        f"Distilled by distilbert_jax from `{Path(config.teacher).name}`. {origin}\n\n"
         f"- parameters: {report.count_parameters(params):,}\n"
         f"- held-out masked-token top-1: {figures['top1']:.2%}, teacher "
         f"{figures['teacher_top1']:.2%}; retention {figures['retention']:.2%}\n"

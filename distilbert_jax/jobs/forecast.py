@@ -20,11 +20,11 @@ from distilbert_jax.benchmark import hlo
 from distilbert_jax.config import DistilConfig, check
 from distilbert_jax.data import pack, prepare
 from distilbert_jax.errors import UserError, choose, first_line
+from distilbert_jax.jobs.setup import student_shape
 from distilbert_jax.machine.progress import say
 from distilbert_jax.machine.sharding import make_mesh, rows_each, shardings
 from distilbert_jax.models.encoder import EncoderConfig, abstract_params
 from distilbert_jax.models.family import Family
-from distilbert_jax.models.student import choose_layers, student_config
 from distilbert_jax.training.assemble import Assembly, assemble
 from distilbert_jax.training.labels import vocabulary
 
@@ -99,8 +99,7 @@ class _Step:
     def __init__(self, config: DistilConfig, family: Family, teacher: EncoderConfig, chip: Chip,
                  topology: Any):
         self.config, self.teacher, self.chip = config, teacher, chip
-        layers = choose_layers(config.student_layers, teacher.num_hidden_layers)
-        self.family, self.student = student_config(family, teacher, len(layers), config.dropout)
+        self.family, self.student = student_shape(config, family, teacher)
         self.mesh = make_mesh(config.mesh, topology)
         self.rows = rows_each(config, self.mesh)
         self.steps = _steps(config)

@@ -27,7 +27,7 @@ from distilbert_jax.evaluation.held_out import held_out
 from distilbert_jax.machine import store
 from distilbert_jax.machine.seal import fingerprint
 from distilbert_jax.machine.sharding import first_process_first, make_mesh, replicated, rows_each
-from distilbert_jax.models import student
+from distilbert_jax.models import hub, student
 from distilbert_jax.models.encoder import EncoderConfig
 from distilbert_jax.models.family import Family
 from distilbert_jax.training.assemble import Assembly
@@ -98,14 +98,15 @@ def check_job(
     Raises:
         UserError: about layers, positions, corpus, an earlier run, or devices.
     """
+    shapes = [shape]
     if isinstance(config, DistilConfig):
-        layers = student.choose_layers(config.student_layers, shape.num_hidden_layers)
-        Objective.of(
-            config, student.student_config(family, shape, len(layers), config.dropout)[1], shape)
+        shapes.append(student_shape(config, family, shape)[1])
+        Objective.of(config, student=shapes[1], teacher=shape)
     if not config.corpus:
         raise UserError("--corpus is missing: give text or JSON-lines files, a datasets name ...")
-    check(config, "sequence_length", config.sequence_length <= shape.positions,
-          f"is beyond the model's {shape.positions} positions")
+    positions = min(each.positions for each in shapes)
+    check(config, "sequence_length", config.sequence_length <= positions,
+          f"is beyond the model's {positions} positions")
     sources.check([*config.corpus, *config.valid])
     is_prepared(config.corpus)
     store.check_writable(config.output)
@@ -116,6 +117,26 @@ def check_job(
     mesh = make_mesh(config.mesh)
     rows_each(config, mesh)
     return mesh
+
+
+def student_shape(
+    config: DistilConfig, family: Family, teacher: EncoderConfig
+) -> tuple[Family, EncoderConfig]:
+    """Family and shape of the student: some layers of the teacher, or the folder that is given.
+
+    Raises:
+        UserError: the layers are not there, or the folder's vocabulary is not the teacher's.
+    """
+    if not config.student:
+        layers = student.choose_layers(config.student_layers, teacher.num_hidden_layers)
+        return student.student_config(family, teacher, len(layers), config.dropout)
+    family, shape = hub.load_shape(config.student)
+    if shape.vocab_size != teacher.vocab_size:
+        raise UserError(f"--student {config.student} knows {shape.vocab_size} tokens, the teacher "
+                        f"{teacher.vocab_size}: both must have one tokenizer")
+    return family, dataclasses.replace(
+        shape, pooler=False, mlm_head=True, hidden_dropout=config.dropout,
+        attention_dropout=config.dropout)
 
 
 def read_data(
