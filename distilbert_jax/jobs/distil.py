@@ -40,7 +40,7 @@ def distil(config: DistilConfig) -> Path:
         Interrupted: stopped by a signal, state saved.
     """
     if not config.teacher:
-        raise UserError("--teacher is missing: give a Hugging Face BERT folder (or start without "
+        raise UserError("--teacher is missing: give a Hugging Face folder (or start without "
                         "any flag for the quickstart)")
     teacher = hub.load(config.teacher)
     if not teacher.config.mlm_head:

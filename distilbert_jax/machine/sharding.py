@@ -1,4 +1,8 @@
-"""Names of devices → where every array lies: "8x1" → mesh, rows of a table → NamedSharding."""
+"""A mesh, and how every array is laid out on it: "8x1" → Mesh, the table of specs → NamedSharding.
+
+Names and shapes come in, meshes and shardings go out; SHARDING_ROWS is the only place where an axis
+of the mesh is given to a parameter.
+"""
 
 import contextlib
 import functools
@@ -25,8 +29,8 @@ from distilbert_jax.config import TrainConfig
 from distilbert_jax.errors import UserError
 from distilbert_jax.machine.trees import path_name
 
-# Rows of (end of the parameter's path, how it lies on the mesh). Columns of the first product
-# and rows of the second lie on the model axis, so that a block needs one sum at its end.
+# Rows of (end of the parameter's path, its PartitionSpec). Columns of the first product and rows
+# of the second are divided over the model axis, so that a block needs one sum at its end.
 SHARDING_ROWS: tuple[tuple[str, PartitionSpec], ...] = (
     (r"embeddings/word/embedding", PartitionSpec("model", None)),
     (r"attention/(query|key|value)/kernel", PartitionSpec(None, "model")),
@@ -92,7 +96,7 @@ def by_rows(mesh: Mesh) -> NamedSharding:
 
 
 def on_mesh(step: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """`step`, to be jitted, with `mesh` in context, for those parts that divide their own work."""
+    """Put `mesh` into the context of `step`, for the kernels in it that divide their own work."""
     if mesh is None:
         return step
 
@@ -107,10 +111,14 @@ def on_mesh(step: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
 def sum_over_rows(
     function: Callable[[Any, Any], Any], mesh: Mesh | None
 ) -> Callable[[Any, Any], Any]:
-    """`function` (what all rows share, rows) → sums over rows, added up over the data axis once.
+    """Make `function`, which sums over rows, sum over the rows of all devices, once.
 
-    Left to the compiler, gradients would be added up in every micro-batch. Here each device keeps
-    the sums of its own rows until the end; the model axis stays the compiler's.
+    Left to the compiler, gradients would be summed over devices in every micro-batch. Here each
+    device keeps the sums of its own rows until the end; the model axis is left to the compiler.
+
+    Args:
+        function: (what all rows share, rows) → sums over rows.
+        mesh: whose data axis the rows are divided over; None for one device.
     """
     if mesh is None or mesh.shape["data"] == 1:
         return function
@@ -126,10 +134,10 @@ def sum_over_rows(
 def head_specs(
     mesh: AbstractMesh, rows: int, words: int
 ) -> tuple[PartitionSpec, PartitionSpec]:
-    """How the projection onto the vocabulary is divided: axes that count rows, that count words.
+    """Which axes of the mesh divide the rows, and which the words, of the vocabulary projection.
 
-    Words lie on the model axis, as in SHARDING_ROWS; where it does not divide them it takes its
-    part of the rows instead, if it divides those. Axes already divided by hand are left out.
+    Words are divided over the model axis, as in SHARDING_ROWS; where it does not divide them, it
+    divides the rows instead, if it can. Axes that a shard_map has taken already are left out.
     """
     free = [axis for axis in mesh.axis_names
             if axis not in mesh.manual_axes and mesh.shape[axis] > 1]
@@ -141,7 +149,7 @@ def head_specs(
 
 
 def local_rows(mesh: Mesh, count: int) -> np.ndarray:
-    """Which of the `count` rows of a batch lie on a device of this process: [rows], ascending."""
+    """The rows, of `count` in a batch, that devices of this process hold: [rows], ascending."""
     mine = np.zeros(count, bool)
     for (rows,) in by_rows(mesh).addressable_devices_indices_map((count,)).values():
         mine[rows] = True
@@ -155,19 +163,24 @@ def place_rows(local: dict[str, np.ndarray], mesh: Mesh, count: int) -> dict[str
 
 
 def one_each(mesh: Mesh) -> NamedSharding:
-    """A number on every device of its own."""
+    """An array with one element, or one row, on each device."""
     return NamedSharding(mesh, PartitionSpec(("data", "model")))
 
 
-def place(tree: Any, places: Any) -> Any:
-    """Lay a tree that every process holds on the mesh; device_put, but for keys too."""
+def place(tree: Any, layout: Any) -> Any:
+    """Put a tree that every process holds on the mesh: jax.device_put, which keys need help with.
+
+    Args:
+        tree: of arrays and keys.
+        layout: a NamedSharding for each leaf.
+    """
     def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
         if sharding.is_fully_addressable or not jax.dtypes.issubdtype(
                 leaf.dtype, jax.dtypes.prng_key):
             return jax.device_put(leaf, sharding)
         return jax.jit(lambda key: key, out_shardings=sharding)(leaf)
 
-    return jax.tree.map(put, tree, places)
+    return jax.tree.map(put, tree, layout)
 
 
 def to_host(tree: Any) -> Any:
@@ -179,10 +192,10 @@ def to_host(tree: Any) -> Any:
 
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
-    """What is in the block happens in the first process, then in all others at once.
+    """Run the block in the first process, then in all others at once.
 
-    They wait for as long as it takes: not on their devices, whose collectives give up after half
-    a minute on CPU. If the first one fails they go on, and meet what it met.
+    The others wait for as long as it takes, and not on their devices, whose collectives give up
+    after half a minute on CPU. If the first process fails, they go on and fail in the same way.
     """
     wait = functools.partial(ocp.multihost.get_barrier_sync_fn(),
                              key=f"first_process_first {next(_turns)}", timeout_ms=WEEK)
@@ -196,13 +209,13 @@ def first_process_first() -> Iterator[None]:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """A NamedSharding per leaf, by the path's end: for parameters, and optimizer state like them.
+    """A NamedSharding for each leaf, by the end of its path, so that moments follow parameters.
 
     A leaf without a row in SHARDING_ROWS, or whose axis the mesh does not divide (30,522 words
     over 4), is replicated.
     """
 
-    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         for pattern, spec in SHARDING_ROWS:
             if re.search(pattern + "$", path_name(path)) and len(leaf.shape) == len(spec):
                 divides = all(axis is None or size % mesh.shape[axis] == 0
@@ -210,4 +223,4 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
                 return NamedSharding(mesh, spec) if divides else replicated(mesh)
         return replicated(mesh)
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(sharding, tree)

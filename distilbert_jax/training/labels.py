@@ -21,7 +21,7 @@ from distilbert_jax.config import Masking
 class Vocabulary:
     """What masking needs to know of the tokenizer; an argument of the step."""
 
-    counts: Any  # [V] float32, occurrences in the training rows; 0: special; or its shape, place
+    counts: Any  # [V] float32, occurrences in the training rows; 0: special; or its sharding
     ordinary_ids: Any  # [O] int32, ids that may replace a token: all but special
     mask_id: Any  # [] int32
 
@@ -53,7 +53,7 @@ def row_keys(key: Key[Array, ""], batch: dict[str, Array]) -> Key[Array, " B"]:
         batch: `row` and `epoch` [B] count among others.
 
     Returns:
-        [B]; the place of a row in its batch, or the batch's number, is not in it.
+        [B]; neither the row's index in its batch nor the batch's number is in it.
     """
     def fold(row: Array, epoch: Array) -> Key[Array, ""]:
         return jax.random.fold_in(jax.random.fold_in(key, row), epoch)
