@@ -20,7 +20,7 @@ FREE = {"continued": "free"}  # may differ between a run and its continuation
 BY_CONTENT = {"continued": "by content"}  # a continuation compares what was read, not its name
 
 
-def _option(default: Any, group: str, text: str, **extra: Any) -> Any:
+def option(default: Any, group: str, text: str, **extra: Any) -> Any:
     """A dataclass field that is also a command-line flag of the same name.
 
     A field belongs to the meaning of a run, unless `extra` holds FREE or BY_CONTENT.
@@ -54,21 +54,21 @@ EVALUATION_MASKING = Masking(mask=1.0, keep=0.0, smoothing=0.0)
 class DataConfig:
     """Which documents there are, and how they are brought into rows."""
 
-    corpus: tuple[str, ...] = _option(
+    corpus: tuple[str, ...] = option(
         (), "data", "text, JSON-lines or parquet files (globs; .gz, .zst), a saved datasets "
         "folder, hf:NAME[:CONFIG], tfds:NAME, python-docs, or one folder that prepare.py made; "
         "files and folders may lie under gs://; one line of text is one document", nargs="+",
         **BY_CONTENT)
-    mix: tuple[float, ...] = _option(
+    mix: tuple[float, ...] = option(
         (), "data", "a weight for each word of --corpus: documents are drawn in this ratio until "
         "one is used up; default: one corpus after the other", nargs="+", type=float)
-    valid: tuple[str, ...] = _option(
+    valid: tuple[str, ...] = option(
         (), "data", "held-out corpus, named like --corpus; default: a part of the corpus, chosen "
         "by the hash of each document", nargs="+", **BY_CONTENT)
-    valid_share: float = _option(
+    valid_share: float = option(
         0.02, "data", "share of the documents held out when --valid is not given")
-    sequence_length: int = _option(128, "data", "tokens in a packed row")
-    workers: int = _option(
+    sequence_length: int = option(128, "data", "tokens in a packed row")
+    workers: int = option(
         0, "data", "processes that prepare the corpus; the result is the same; default: one for "
         "each core", **FREE)
 
@@ -91,12 +91,12 @@ class DataConfig:
 class PrepareConfig(DataConfig):
     """The preparation of a corpus on its own, for any number of runs."""
 
-    tokenizer: str = _option(
+    tokenizer: str = option(
         "", "models", "Hugging Face folder whose tokenizer is used, as a rule the teacher's")
-    shard: str = _option(
+    shard: str = option(
         "0/1", "data", "i/n: prepare the i-th of n parts, counted from 0, on this machine; all n "
         "write into the same folder, and the last to end completes it")
-    output: str = _option(
+    output: str = option(
         "prepared", "output", "folder for the prepared corpus; may be gs://BUCKET/NAME")
 
     def __post_init__(self) -> None:
@@ -118,37 +118,37 @@ class PrepareConfig(DataConfig):
 class TrainConfig(DataConfig):
     """What distillation and masked-language-model training have in common."""
 
-    steps: int | None = _option(
+    steps: int | None = option(
         None, "training", "updates; default: three passes over the corpus", **FREE)
-    batch_size: int = _option(128, "training", "rows per update, over all devices")
-    accumulate: int = _option(
+    batch_size: int = option(128, "training", "rows per update, over all devices")
+    accumulate: int = option(
         1, "training", "micro-batches an update is cut into, to save memory; same result")
-    remat: bool = _option(
+    remat: bool = option(
         False, "training", "compute each layer again for its gradient, to save memory; same result",
         **FREE)
-    learning_rate: float = _option(5e-4, "training", "peak of the learning rate")
-    warmup: float = _option(
+    learning_rate: float = option(5e-4, "training", "peak of the learning rate")
+    warmup: float = option(
         0.05, "training", "share of the updates over which the rate rises, before it falls to 0")
-    weight_decay: float = _option(0.0, "training", "decoupled decay of the matrices (AdamW)")
-    clip: float = _option(5.0, "training", "largest global norm of the gradient")
-    dropout: float = _option(0.1, "training", "dropout rate in the trained model, all kinds")
-    seed: int = _option(56, "training", "seed of initialisation, data order, masks and dropout")
-    dtype: str = _option(
+    weight_decay: float = option(0.0, "training", "decoupled decay of the matrices (AdamW)")
+    clip: float = option(5.0, "training", "largest global norm of the gradient")
+    dropout: float = option(0.1, "training", "dropout rate in the trained model, all kinds")
+    seed: int = option(56, "training", "seed of initialisation, data order, masks and dropout")
+    dtype: str = option(
         "auto", "devices", "float32, bfloat16 or float64 matrix products (float64: everything); "
         "auto is bfloat16 on TPU, GPU and CPUs with AMX, float32 on others")
-    mesh: str = _option(
+    mesh: str = option(
         "", "devices", "DATAxMODEL, e.g. 8x1 or 4x2; default: all devices on data", **FREE)
-    output: str = _option(
+    output: str = option(
         "output", "output", "folder for checkpoints, figures and the model; may be gs://BUCKET/NAME",
         **FREE)
-    save_every: int = _option(500, "output", "updates between checkpoints", **FREE)
-    eval_every: int = _option(250, "output", "updates between held-out evaluations", **FREE)
-    keep: int = _option(
+    save_every: int = option(500, "output", "updates between checkpoints", **FREE)
+    eval_every: int = option(250, "output", "updates between held-out evaluations", **FREE)
+    keep: int = option(
         2, "output", "newest checkpoints to keep; the best by held-out loss is kept too", **FREE)
-    on_save_error: str = _option(
+    on_save_error: str = option(
         "stop", "output", "stop or continue when a checkpoint cannot be written (disk full)",
         **FREE)
-    max_skipped: int = _option(
+    max_skipped: int = option(
         10, "training", "updates in a row without a finite loss and gradient, each of which is "
         "skipped, before the run stops", **FREE)
 
@@ -196,33 +196,33 @@ class TrainConfig(DataConfig):
 class DistilConfig(TrainConfig):
     """A distillation: a teacher, which student, and the weights of the losses."""
 
-    teacher: str = _option(
+    teacher: str = option(
         "", "models", "Hugging Face BERT folder, or hub name where there is a network",
         **BY_CONTENT)
-    student_layers: str = _option(
+    student_layers: str = option(
         "", "models", "how many teacher layers to keep (evenly chosen), or which: 0,2,4,7,9,11; "
         "default: half of them")
-    init: str = _option("teacher", "models", "start of the student: teacher or random")
-    student: str = _option(
+    init: str = option("teacher", "models", "start of the student: teacher or random")
+    student: str = option(
         "", "models", "Hugging Face folder that is the student's start instead: of any depth and "
         "width, with the teacher's tokenizer", **BY_CONTENT)
-    fold_token_type: bool = _option(
+    fold_token_type: bool = option(
         True, "models", "add the teacher's token-type-0 embedding to the student's positions, so "
         "that embeddings start equal; the original drops it")
-    freeze_position_embeddings: bool = _option(
+    freeze_position_embeddings: bool = option(
         False, "models", "leave the student's position embeddings as they start")
-    temperature: float = _option(2.0, "losses", "temperature of the soft targets")
-    alphas: Mapping[str, float] = _option(
+    temperature: float = option(2.0, "losses", "temperature of the soft targets")
+    alphas: Mapping[str, float] = option(
         {"ce": 5.0, "mlm": 2.0, "cos": 1.0}, "losses", "weight of the", each="alpha")
-    hidden_map: str = _option(
+    hidden_map: str = option(
         "", "losses", "which layers are compared, student:teacher, counted from 1: 1:4,2:8; "
         "default: every layer of the student, evenly")
-    restrict_ce_to_mask: bool = _option(
+    restrict_ce_to_mask: bool = option(
         False, "losses", "KL and squared error on masked positions only, not on all real tokens")
-    compile_only: str = _option(
+    compile_only: str = option(
         "", "devices", "a TPU topology, e.g. v5e:2x4: compile the update for it, on this machine, "
         "and end: does it fit, and what would the run take", **FREE)
-    recipe: str = _option(
+    recipe: str = option(
         "", "output", "a file of experiments/recipes that sets other defaults", **FREE)
 
     def __post_init__(self) -> None:
@@ -248,13 +248,13 @@ class DistilConfig(TrainConfig):
 class PretrainConfig(TrainConfig):
     """Masked-language-model training of a BERT, from scratch or from a folder (adaptation)."""
 
-    model: str = _option(
+    model: str = option(
         "", "models", "BERT folder to start from, with its tokenizer; default: from scratch",
         **BY_CONTENT)
-    vocab_size: int = _option(8192, "models", "WordPiece vocabulary to learn, from scratch only")
-    hidden_size: int = _option(256, "models", "width of the model, from scratch only")
-    num_hidden_layers: int = _option(4, "models", "layers, from scratch only")
-    num_attention_heads: int = _option(4, "models", "attention heads, from scratch only")
+    vocab_size: int = option(8192, "models", "WordPiece vocabulary to learn, from scratch only")
+    hidden_size: int = option(256, "models", "width of the model, from scratch only")
+    num_hidden_layers: int = option(4, "models", "layers, from scratch only")
+    num_attention_heads: int = option(4, "models", "attention heads, from scratch only")
 
     MASKING = Masking(smoothing=0.0)  # as BERT was trained; rare words first would be slow
 
@@ -265,61 +265,6 @@ class PretrainConfig(TrainConfig):
             check(self, name, getattr(self, name) >= least, f"must be at least {least}")
         check(self, "num_attention_heads", self.hidden_size % self.num_attention_heads == 0,
               f"must divide --hidden-size {self.hidden_size}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HeadBenchmark:
-    """The vocabulary head on its own."""
-
-    shape: str = _option(
-        "small", "models", "small (4 layers of 256) or bert-base (12 of 768), both with 30,522 "
-        "words")
-    batch_size: int = _option(32, "training", "rows of an update")
-    sequence_length: int = _option(128, "data", "tokens in a row")
-    rounds: int = _option(
-        5, "output", "how often each side is timed, in turn; the median counts")
-
-    LEAST_ROUNDS = 0  # compiles only
-
-    def __post_init__(self) -> None:
-        choose(self.shape, ("small", "bert-base"), "--shape")
-        for name, least in (("batch_size", 1), ("sequence_length", 8),
-                            ("rounds", self.LEAST_ROUNDS)):
-            check(self, name, getattr(self, name) >= least, f"must be at least {least}")
-        check(self, "sequence_length", self.sequence_length <= 512, "must be at most 512")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainBenchmark(HeadBenchmark):
-    """Our update beside PyTorch's."""
-
-    corpus: tuple[str, ...] = _option(
-        (), "data", "documents as for run.py: ours packed, PyTorch's padded in groups of about "
-        "one length; default: full rows, the same on both sides", nargs="+")
-    tokenizer: str = _option("", "models", "Hugging Face folder, for --corpus")
-    updates: int = _option(4, "training", "of ours in a round")
-    dtype: str = _option(
-        "auto", "devices", "float32 or bfloat16; auto: as for run.py")
-    sides: tuple[str, ...] = _option(
-        ("ours", "torch"), "devices", "of ours, torch (eager) and torch.compile; ours first "
-        "(default: ours torch)", nargs="+")
-    sweep: bool = _option(
-        False, "output", "plot tokens per second over batch, row length, layers and devices")
-    output: str = _option("benchmark", "output", "folder for figures and plots")
-
-    LEAST_ROUNDS = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self, "updates", self.updates >= 1, "must be at least 1")
-        choose(self.dtype, ("auto", "float32", "bfloat16"), "--dtype")
-        for name in self.sides:
-            choose(name, ("ours", "torch", "torch.compile"), "--sides")
-        if self.sides[0] != "ours":
-            raise UserError(f"--sides {' '.join(self.sides)} must begin with ours, which masks "
-                            "for the others")
-        if bool(self.corpus) != bool(self.tokenizer):
-            raise UserError("--corpus and --tokenizer belong together: give both, or neither")
 
 
 def compute_dtype(name: str, platform: str) -> str:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from launch import launch
 
-from distilbert_jax.benchmark import head, preparation, training, training_report
+from distilbert_jax.benchmark import head, preparation, problem, training_report
+from distilbert_jax.benchmark.settings import HeadBenchmark, TrainBenchmark
 from distilbert_jax.cli import parse
-from distilbert_jax.config import HeadBenchmark, PrepareConfig, TrainBenchmark
+from distilbert_jax.config import PrepareConfig
 from distilbert_jax.errors import UserError, choose
 from distilbert_jax.evaluation.report import versions
 
@@ -37,7 +38,7 @@ def train(argv: list[str]) -> None:
 def fused_head(argv: list[str]) -> None:
     """Memory and time of the fused vocabulary head beside the dense one."""
     config = parse(HeadBenchmark, fused_head.__doc__, argv, {})
-    width = training.SHAPES[config.shape].hidden_size
+    width = problem.SHAPES[config.shape].hidden_size
     print(head.table(config.batch_size, config.sequence_length, width, config.rounds))
     print(versions())
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distilbert_jax.benchmark import hlo, training
+from distilbert_jax.benchmark import hlo
+from distilbert_jax.benchmark import problem as sides
 from distilbert_jax.config import DistilConfig
 from distilbert_jax.errors import UserError
 from distilbert_jax.jobs import forecast as tpu
@@ -83,9 +84,9 @@ def test_products_are_counted(accumulate, mesh, problem, vocabulary, x64):
     traced = jax.jit(problem.step(accumulate, mesh)).trace(
         problem.state(), problem.teachers, vocabulary, batch)
     full = dict(batch, segment_ids=np.ones((rows, 16), np.int32))  # a product knows no segments
-    one = training.Problem(
+    one = sides.Problem(
         problem.teacher, problem.student, DistilConfig(), np.ones(72), [], 4, [], [])
-    assert hlo.product_flops(traced.jaxpr) == pytest.approx(training.flops(one, [full]), rel=0.02)
+    assert hlo.product_flops(traced.jaxpr) == pytest.approx(sides.flops(one, [full]), rel=0.02)
 
 
 def test_kernels_and_branches_are_counted():

@@ -73,6 +73,11 @@ def test_equals_torch(name, dtype, torch_model, from_torch):
         assert_same(model, *from_torch(model), dtype)
 
 
+def test_roberta_s_head_has_the_exact_gelu_whatever_its_layers_have(torch_model, from_torch, x64):
+    model = torch_model("RobertaForMaskedLM", hidden_act="relu")
+    assert_same(model, *from_torch(model), "float64")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_equal_torch(name, torch_model, from_torch, x64):
     """Of the sum of squares of all logits, in every parameter, the pad row of words included."""

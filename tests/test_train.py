@@ -116,6 +116,13 @@ def test_one_compilation_and_a_start_that_stays(job, tmp_path, caplog):
     jax.tree.map(np.testing.assert_array_equal, job.params, before)  # not donated
 
 
+def test_a_batch_says_which_rows_of_which_epoch_it_has(job):
+    """11 rows, 8 an update: the second batch spans two epochs."""
+    batch = loop._reader(job.run)(1)
+    assert batch["row"].tolist() == row_indices(56, 1, 8, 11).tolist()
+    assert batch["epoch"].tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+
+
 def test_what_a_run_writes(job, straight):
     output, state = straight
     assert state.step == STEPS

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distilbert_jax.benchmark import problem as given
 from distilbert_jax.benchmark import training, training_report
-from distilbert_jax.config import TrainBenchmark
+from distilbert_jax.benchmark.settings import TrainBenchmark
 from distilbert_jax.data import tokenize
 from distilbert_jax.errors import UserError
 from distilbert_jax.models import bert, convert, distilbert
@@ -21,7 +22,7 @@ from distilbert_jax.models.student import student_config
 
 ROOT = Path(__file__).parents[1]
 TINY = dataclasses.replace(
-    training.SHAPES["small"], vocab_size=72, hidden_size=16, num_hidden_layers=2,
+    given.SHAPES["small"], vocab_size=72, hidden_size=16, num_hidden_layers=2,
     intermediate_size=24, max_position_embeddings=24, hidden_dropout=0.0, attention_dropout=0.0,
     initializer_range=0.3)
 
@@ -29,7 +30,7 @@ TINY = dataclasses.replace(
 @pytest.fixture
 def tiny(monkeypatch):
     """The settings of a benchmark of tiny models."""
-    monkeypatch.setitem(training.SHAPES, "small", TINY)
+    monkeypatch.setitem(given.SHAPES, "small", TINY)
     return TrainBenchmark(batch_size=8, sequence_length=16, updates=2, rounds=2, dtype="float32")
 
 
@@ -39,11 +40,11 @@ def test_both_sides_train_the_same(padded, tiny):
     torch = pytest.importorskip("torch")
     from distilbert_jax.benchmark.torch_loop import TorchLoop
 
-    problem = training.problem_of(tiny)
+    problem = given.problem_of(tiny)
     rows = problem.theirs
     if padded:
         lengths = np.array([14, 3, 9, 14, 5, 11, 7, 2])
-        rows = [training._rows(batch["input_ids"], lengths) for batch in rows]
+        rows = [given.rows_of(batch["input_ids"], lengths) for batch in rows]
     problem = dataclasses.replace(
         problem, student=student_config(bert.FAMILY, TINY, 1, dropout=0.0)[1], ours=3 * rows,
         theirs=3 * rows)
@@ -66,7 +67,7 @@ def test_operations_are_counted(tiny):
     config = dataclasses.replace(TINY, num_hidden_layers=2)
     row = {"segment_ids": np.array([[1, 1, 1, 2, 2, 0]])}  # documents of 3 and 2 tokens
     problem = dataclasses.replace(
-        training.problem_of(tiny), student=student_config(bert.FAMILY, config, 1, 0.0)[1])
+        given.problem_of(tiny), student=student_config(bert.FAMILY, config, 1, 0.0)[1])
     d, f, v = 16, 24, 72
 
     def forward(layers, n):
@@ -74,7 +75,7 @@ def test_operations_are_counted(tiny):
         return sum(2 * m * k * o for m, k, o in [*products, (n, d, d), (n, d, v)])
 
     expected = sum(forward(2, n) + 3 * forward(1, n) for n in (3, 2))
-    assert training.flops(problem, [row]) == expected
+    assert given.flops(problem, [row]) == expected
 
 
 def test_documents_are_the_same_on_both_sides(tiny, toy):
@@ -83,8 +84,8 @@ def test_documents_are_the_same_on_both_sides(tiny, toy):
     spec = tokenize.spec(tokenizer)
     config = dataclasses.replace(
         tiny, corpus=(str(toy / "corpus.txt"),), tokenizer=str(toy / "teacher"), batch_size=4)
-    ours, theirs, counts = training.documents(config, spec)
-    assert len(ours) == 2 and len(theirs) == training.LENGTHS
+    ours, theirs, counts = given.documents(config, spec)
+    assert len(ours) == 2 and len(theirs) == given.LENGTHS
     known = {line for line in (toy / "corpus.txt").read_text().splitlines()}
     for batch in [*ours, *theirs]:
         for ids, segments in zip(batch["input_ids"], batch["segment_ids"], strict=True):
@@ -92,9 +93,9 @@ def test_documents_are_the_same_on_both_sides(tiny, toy):
                 words = tokenizer.decode(ids[segments == number], skip_special_tokens=True)
                 assert any(words in text for text in known)
     lengths = [batch["segment_ids"].sum(1) for batch in theirs]
-    bins = [x.max() // training.BIN for x in lengths]
+    bins = [x.max() // given.BIN for x in lengths]
     assert bins == sorted(bins) and bins[0] < bins[-1]
-    assert all(np.ptp(x) < training.BIN + 2 for x in lengths[:-1])  # a bin, or two neighbours
+    assert all(np.ptp(x) < given.BIN + 2 for x in lengths[:-1])  # a bin, or two neighbours
     per_update = np.mean([np.sum(batch["segment_ids"] > 0) for batch in ours])
     assert np.sum(lengths) / len(theirs) == pytest.approx(per_update, rel=0.15)
     assert counts.sum() > 0 and not counts[tokenizer.mask_token_id]
@@ -102,7 +103,7 @@ def test_documents_are_the_same_on_both_sides(tiny, toy):
 
 def test_measured_figures(tiny, tmp_path):
     """Ours alone, in a process of its own."""
-    problem = dataclasses.replace(training.problem_of(tiny), devices=1)
+    problem = dataclasses.replace(given.problem_of(tiny), devices=1)
     measured = training.measure(problem, ("ours",), rounds=2)
     ours = measured.sides["ours"]
     assert ours.devices == 1 and ours.padding == 0 and len(ours.rounds) == 2
@@ -146,7 +147,7 @@ def test_ctrl_c_ends_all_sides(tmp_path):
 
 def test_rows_that_devices_do_not_divide_are_one_line(tiny):
     with pytest.raises(UserError, match="--batch-size 8 .* 8 rows, which 3 devices"):
-        training.measure(dataclasses.replace(training.problem_of(tiny), devices=3), ("ours",), 1)
+        training.measure(dataclasses.replace(given.problem_of(tiny), devices=3), ("ours",), 1)
 
 
 def test_ratio_is_of_rounds_side_by_side():

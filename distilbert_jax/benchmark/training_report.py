@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from distilbert_jax.benchmark.training import Measured, measure, problem_of
-from distilbert_jax.config import TrainBenchmark
+from distilbert_jax.benchmark.problem import problem_of
+from distilbert_jax.benchmark.settings import TrainBenchmark
+from distilbert_jax.benchmark.training import Measured, measure
 
 # Panel of the sweep → a field, its values, and what it does to the settings.
 BATCHES, LENGTHS, LAYERS = (4, 8, 16, 32), (32, 64, 128, 256), (2, 4, 8)

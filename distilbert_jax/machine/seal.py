@@ -1,8 +1,8 @@
 """Sealed folders: their last file holds size and SHA-256 of every other, so damage is found.
 
-A folder without its seal was not completed, and one of which a bit has changed is told apart from
-a sound one. On a disk a folder is renamed before it is deleted, under gs:// its seal is deleted
-first, so that what a removal leaves behind when it is cut short is not taken for a sealed folder.
+A folder without its seal was not completed, and a single changed bit is found. On a disk a folder
+is renamed before it is deleted, under gs:// its seal is deleted first, so that what a removal
+leaves behind when it is cut short is not taken for a sealed folder.
 """
 
 import hashlib

@@ -1,5 +1,7 @@
-"""BERT (Devlin et al. 2019), the family that the others are told apart from; its student is a
-DistilBERT, which has no token types and one LayerNorm epsilon."""
+"""BERT (Devlin et al. 2019), which the other families are variations of.
+
+Its student is a DistilBERT, which has no token types and one LayerNorm epsilon.
+"""
 
 import dataclasses
 

@@ -1,0 +1,61 @@
+"""The settings of the benchmarks, as the command line gives them."""
+
+import dataclasses
+
+from distilbert_jax.config import check, option
+from distilbert_jax.errors import UserError, choose
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadBenchmark:
+    """The vocabulary head on its own."""
+
+    shape: str = option(
+        "small", "models", "small (4 layers of 256) or bert-base (12 of 768), both with 30,522 "
+        "words")
+    batch_size: int = option(32, "training", "rows of an update")
+    sequence_length: int = option(128, "data", "tokens in a row")
+    rounds: int = option(
+        5, "output", "how often each side is timed, in turn; the median counts")
+
+    LEAST_ROUNDS = 0  # compiles only
+
+    def __post_init__(self) -> None:
+        choose(self.shape, ("small", "bert-base"), "--shape")
+        for name, least in (("batch_size", 1), ("sequence_length", 8),
+                            ("rounds", self.LEAST_ROUNDS)):
+            check(self, name, getattr(self, name) >= least, f"must be at least {least}")
+        check(self, "sequence_length", self.sequence_length <= 512, "must be at most 512")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainBenchmark(HeadBenchmark):
+    """Our update beside PyTorch's."""
+
+    corpus: tuple[str, ...] = option(
+        (), "data", "documents as for run.py: ours packed, PyTorch's padded in groups of about "
+        "one length; default: full rows, the same on both sides", nargs="+")
+    tokenizer: str = option("", "models", "Hugging Face folder, for --corpus")
+    updates: int = option(4, "training", "of ours in a round")
+    dtype: str = option(
+        "auto", "devices", "float32 or bfloat16; auto: as for run.py")
+    sides: tuple[str, ...] = option(
+        ("ours", "torch"), "devices", "of ours, torch (eager) and torch.compile; ours first "
+        "(default: ours torch)", nargs="+")
+    sweep: bool = option(
+        False, "output", "plot tokens per second over batch, row length, layers and devices")
+    output: str = option("benchmark", "output", "folder for figures and plots")
+
+    LEAST_ROUNDS = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "updates", self.updates >= 1, "must be at least 1")
+        choose(self.dtype, ("auto", "float32", "bfloat16"), "--dtype")
+        for name in self.sides:
+            choose(name, ("ours", "torch", "torch.compile"), "--sides")
+        if self.sides[0] != "ours":
+            raise UserError(f"--sides {' '.join(self.sides)} must begin with ours, which masks "
+                            "for the others")
+        if bool(self.corpus) != bool(self.tokenizer):
+            raise UserError("--corpus and --tokenizer belong together: give both, or neither")
