@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -244,3 +245,32 @@ def test_describe_knows_a_file_by_its_content(tmp_path):
     ends = [sources.describe([write(tmp_path / "a.txt", content)])
             for content in (long, long[:-1] + b"y", b"y" + long[1:])]
     assert ends[0] not in ends[1:] and ends[1] != ends[2]
+
+
+@pytest.mark.parametrize("kind", sources.SOURCES)
+def test_a_row_of_the_table_reads_or_refuses_in_one_line(kind, tmp_path):
+    """What is no document of its kind at all; python-docs is always there."""
+    row = sources.SOURCES[kind]
+    place = str(tmp_path / f"broken{(row.endings or ('',))[0]}")
+    if row.endings:
+        Path(place).write_bytes(b"\xff\xfe\x00")
+    elif row.written.startswith(f"{kind}:"):
+        place = f"{kind}:nobody_has_this"
+    elif row.written == kind:
+        assert len(next(iter(sources.Documents([kind])))) > 40
+        return
+    else:
+        Path(place).mkdir()
+    with pytest.raises(UserError) as error:
+        list(sources.Documents([place]))
+    assert "\n" not in str(error.value) and Path(place).name in str(error.value)
+
+
+def test_a_new_source_is_a_function_and_a_row(tmp_path, monkeypatch):
+    monkeypatch.setitem(sources.SOURCES, "shouted", sources.Source(
+        "FILE.loud", lambda path: iter(Path(path).read_text().lower().split("!")), (".loud",)))
+    (tmp_path / "a.loud").write_text("ONE!TWO")
+    assert list(sources.Documents([str(tmp_path / "a.loud")])) == ["one", "two"]
+    assert sources.describe([str(tmp_path / "a.loud")])[0][1] == 7
+    with pytest.raises(UserError, match="FILE.loud"):
+        sources.check(["nowhere"])

@@ -6,6 +6,7 @@ The first step of the walk. A word is a path, a glob, `hf:NAME[:CONFIG]`, `tfds:
 
 import codecs
 import contextlib
+import dataclasses
 import functools
 import gzip
 import hashlib
@@ -80,7 +81,7 @@ def _texts(found: Sequence[tuple[str, str]]) -> Iterator[str]:
     """The documents of some sources, one after the other, stripped, empty ones skipped."""
     for kind, where in found:
         with store.errors_about(where):
-            yield from filter(None, map(str.strip, SOURCES[kind](where)))
+            yield from filter(None, map(str.strip, SOURCES[kind].read(where)))
 
 
 def check(names: Sequence[str]) -> None:
@@ -100,7 +101,7 @@ def describe(names: Sequence[str]) -> list[list[str | int]]:
     """
     described: list[list[str | int]] = []
     for kind, where in (found for name in names for found in _resolve(name)):
-        if kind in FILES:
+        if SOURCES[kind].endings:
             described.append(_describe_file(where, pathlib.Path(where).name))
         elif kind == "folder":
             path = store.fetch(where)
@@ -135,24 +136,24 @@ def is_held_out(document: str, share: float) -> bool:
 
 def _resolve(name: str) -> list[tuple[str, str]]:
     """Split a word of --corpus into sources, each a key of SOURCES and its function's argument."""
-    if name == "python-docs":
-        return [("python-docs", "")]
+    if name in SOURCES and SOURCES[name].written == name:
+        return [(name, "")]
     paths = [name] if store.exists(name) else store.glob(name)
     if paths:
         return [(_file_kind(path), path) for path in paths]
     prefix, colon, rest = name.partition(":")
     if colon and rest and "/" not in prefix and not store.is_remote(name):
-        return [(choose(prefix, ("hf", "tfds"), "kind of corpus"), rest)]
-    raise UserError(f"corpus {name!r}: no such file or folder (known: FILE.txt, FILE.jsonl, "
-                    "FILE.parquet, a saved datasets folder, hf:NAME[:CONFIG], tfds:NAME, "
-                    "python-docs)")
+        known = [kind for kind, source in SOURCES.items() if source.written.startswith(f"{kind}:")]
+        return [(choose(prefix, known, "kind of corpus"), rest)]
+    known = ", ".join(source.written for source in SOURCES.values())
+    raise UserError(f"corpus {name!r}: no such file or folder (known: {known})")
 
 
 def _file_kind(path: str) -> str:
     if store.is_folder(path):
         return "folder"
-    kind = pathlib.Path(path.removesuffix(".gz").removesuffix(".zst")).suffix
-    return {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(kind, "text")
+    ending = pathlib.Path(path.removesuffix(".gz").removesuffix(".zst")).suffix
+    return next((kind for kind, source in SOURCES.items() if ending in source.endings), "text")
 
 
 def _text_file(path: str) -> Iterator[str]:
@@ -303,13 +304,27 @@ def _python_docs() -> tuple[str, ...]:
 
 OPENERS: dict[str, tuple[str, Callable[..., Any]]] = {
     ".gz": ("gzip", gzip.open), ".zst": ("zstd", _open_zst)}
-FILES = ("text", "json", "parquet")
-SOURCES: dict[str, Callable[[str], Iterator[str]]] = {
-    "text": _text_file,
-    "json": _json_lines,
-    "parquet": _parquet,
-    "folder": _saved_folder,
-    "hf": _hub,
-    "tfds": _tfds,
-    "python-docs": lambda _: iter(_python_docs()),
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A row of SOURCES: how --corpus names it, and what reads it.
+
+    `written` is either a kind of file or folder, or begins with the row's name and a colon, what
+    follows being the place, or is the row's name itself.
+    """
+
+    written: str
+    read: Callable[[str], Iterator[str]]  # place → documents
+    endings: tuple[str, ...] = ()  # of the names of files; all others are text
+
+
+SOURCES = {
+    "text": Source("FILE.txt", _text_file, (".txt",)),
+    "json": Source("FILE.jsonl", _json_lines, (".jsonl", ".json")),
+    "parquet": Source("FILE.parquet", _parquet, (".parquet",)),
+    "folder": Source("a saved datasets folder", _saved_folder),
+    "hf": Source("hf:NAME[:CONFIG]", _hub),
+    "tfds": Source("tfds:NAME", _tfds),
+    "python-docs": Source("python-docs", lambda _: iter(_python_docs())),
 }
