@@ -55,13 +55,17 @@ class DataConfig:
     """Which documents there are, and how they are brought into rows."""
 
     corpus: tuple[str, ...] = option(
-        (), "data", "text, JSON-lines or parquet files (globs; .gz, .zst), a saved datasets "
-        "folder, hf:NAME[:CONFIG], tfds:NAME, python-docs, or one folder that prepare.py made; "
-        "files and folders may lie under gs://; one line of text is one document", nargs="+",
+        (), "data", "text, JSON-lines or parquet files (globs; .gz, .zst, .bz2, .xz), folders of "
+        "them or saved by datasets, paragraphs:FILE (empty lines between documents), "
+        "hf:NAME[:CONFIG], tfds:NAME, python-docs, or one folder that prepare.py made; files and "
+        "folders may lie under gs://; one line of text is one document", nargs="+",
         **BY_CONTENT)
     mix: tuple[float, ...] = option(
         (), "data", "a weight for each word of --corpus: documents are drawn in this ratio until "
         "one is used up; default: one corpus after the other", nargs="+", type=float)
+    text_field: str = option(
+        "", "data", "field or column that holds the text of a record; default: text, or the only "
+        "one that holds a string")
     valid: tuple[str, ...] = option(
         (), "data", "held-out corpus, named like --corpus; default: a part of the corpus, chosen "
         "by the hash of each document", nargs="+", **BY_CONTENT)

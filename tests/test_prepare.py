@@ -16,6 +16,7 @@ from distilbert_jax.data import blocks, pack, sources, tokenize
 from distilbert_jax.data.prepare import prepare
 from distilbert_jax.data.workers import Workers
 from distilbert_jax.errors import UserError
+from distilbert_jax.evaluation.report import describe_data
 
 pytest.importorskip("transformers")
 
@@ -292,3 +293,46 @@ def test_real_reactions_pack_tightly(shared, tmp_path):
     assert figures["tokens"] > 0.97 * 256 * figures["rows"]
     assert prepared.valid.rows.dtype == np.uint16
     assert json.loads((tmp_path / "data" / "manifest.json").read_text())["valid"] == figures
+
+
+def test_held_out_documents_are_not_trained_on(tmp_path, config, tokenizer):
+    (tmp_path / "v.txt").write_text("\n".join(TEXTS[:40]))
+    given = config(valid=(str(tmp_path / "v.txt"),))
+    prepared = prepare(given, tokenizer, tmp_path / "out")
+    both = len(set(TEXTS[:40]) & set(TEXTS))
+    assert prepared.train.manifest["documents"] == len(TEXTS) - both == 360
+    assert prepared.valid.manifest["documents"] == 40
+    assert "warning: 40 documents of --corpus are in --valid too, and are left out" in (
+        describe_data(prepared.manifest))
+
+    same = prepare(config(valid=given.corpus), tokenizer, tmp_path / "same")
+    assert same.train.manifest["documents"] == same.valid.manifest["documents"] == len(TEXTS)
+    assert "warning: 400 documents of --corpus are in --valid too, too many to leave out" in (
+        describe_data(same.manifest))
+
+
+def test_records_without_the_field_are_counted(tmp_path, config, tokenizer):
+    (tmp_path / "c.jsonl").write_text("".join(
+        json.dumps({"id": text} if n % 4 == 3 else {"text": text}) + "\n"
+        for n, text in enumerate(TEXTS)))
+    prepared = prepare(config(corpus=(str(tmp_path / "c.jsonl"),)), tokenizer, tmp_path / "out")
+    assert "c.jsonl: 100 records without the field of the text skipped" in describe_data(
+        prepared.manifest)
+    with pytest.raises(UserError, match="prepared with another text field"):
+        prepare(config(corpus=(str(tmp_path / "c.jsonl"),), text_field="id"), tokenizer,
+                tmp_path / "out")
+
+
+def test_unknown_tokens(tmp_path, config, tokenizer):
+    """All of them: refused, with a sample, and nothing left; many: a warning."""
+    for name, text in (("all", "검은 고양이\n"), ("most", "검은 고양이 alpha\n")):
+        (tmp_path / name).write_text(text * 30, "utf-8")
+    (tmp_path / "v").write_text("검은 개 beta\n" * 3, "utf-8")
+    everything = config(corpus=(str(tmp_path / "all"),), valid=(str(tmp_path / "v"),))
+    with pytest.raises(UserError, match="all 60 tokens of the training .* e.g. of '검은 고양이'"):
+        prepare(everything, tokenizer, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+    most = config(corpus=(str(tmp_path / "most"),), valid=(str(tmp_path / "v"),))
+    said = describe_data(prepare(most, tokenizer, tmp_path / "out").manifest)
+    share = 2 / (2 + len(tokenizer("alpha", add_special_tokens=False)["input_ids"]))
+    assert f"warning: {share:.1%} of its tokens are unknown to the tokenizer, e.g. of '검은" in said

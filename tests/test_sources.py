@@ -1,7 +1,9 @@
 """Sources: every kind gives the same documents, and every fault is one line that names the file."""
 
+import bz2
 import gzip
 import json
+import lzma
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +46,67 @@ def json_lines(texts, key="text"):
 ])
 def test_files(tmp_path, name, content):
     assert list(sources.Documents([write(tmp_path / name, content.encode())])) == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.ndjson", "a.jsonlines", "a.jl.bz2", "A.Json.XZ"])
+def test_json_lines_by_any_name(name, tmp_path):
+    pack = {"bz2": bz2.compress, "xz": lzma.compress}.get(name.lower().split(".")[-1], bytes)
+    (tmp_path / name).write_bytes(pack(json_lines(TEXTS)))
+    assert list(sources.Documents([str(tmp_path / name)])) == TEXTS
+
+
+def test_the_field_is_decided_once(tmp_path):
+    """Records without it are counted; nothing else that a record holds is taken for its text."""
+    path = write(tmp_path / "a.jsonl", b'{"id": "1", "text": "one"}\n{"id": "2"}\n{"text": null}\n')
+    documents = sources.Documents([path])
+    assert (list(documents), documents.taken, documents.skipped) == (["one"], [1], [1])
+    named = sources.Documents([path], field="id")
+    assert (list(named), named.skipped) == (["1", "2"], [1])
+    with pytest.raises(UserError, match="no record has the field 'body' of --text-field"):
+        list(sources.Documents([path], field="body"))
+    other = write(tmp_path / "b.jsonl", b'{"id": "q7"}\n{"id": "q8", "text": "x"}\n{"text": "y"}\n')
+    with pytest.raises(UserError, match="b.jsonl:3 has a field 'text', and the first record only"):
+        list(sources.Documents([other]))
+
+
+def test_a_folder_stands_for_the_files_in_it(tmp_path):
+    (tmp_path / "[x]" / "deep").mkdir(parents=True)
+    write(tmp_path / "[x]" / "deep" / "b.jsonl", json_lines(TEXTS[1:]))
+    write(tmp_path / "[x]" / "a.txt", TEXTS[0].encode())
+    write(tmp_path / "[x]" / ".hidden", b"nothing")
+    for name in ("[x]", "[[]x]", "[x]/**/*.*"):
+        assert list(sources.Documents([str(tmp_path / name)])) == TEXTS
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="the folder holds no files"):
+        sources.check([str(tmp_path / "empty")])
+
+
+def test_paragraphs(tmp_path):
+    path = write(tmp_path / "book.txt", b"A sentence.\nAnother one.\n\n\nA second document.\n")
+    word = f"paragraphs:{path}"
+    assert list(sources.Documents([word])) == ["A sentence. Another one.", "A second document."]
+    assert sources.describe([word]) == sources.describe([path])
+    with pytest.raises(UserError, match="no such file"):
+        sources.check(["paragraphs:absent/*.txt"])
+
+
+def test_parquet_strings_in_other_clothes(tmp_path):
+    texts = pyarrow.array([*TEXTS, None])
+    for column in (texts.dictionary_encode(), texts.cast(pyarrow.string_view())):
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+        assert list(sources.Documents([str(tmp_path / "a.parquet")])) == TEXTS
+    with pytest.raises(UserError, match="no column 'body' of --text-field .columns: text"):
+        list(sources.Documents([str(tmp_path / "a.parquet")], field="body"))
+
+
+@pytest.mark.parametrize("name, message", [
+    ("a.csv", "a table; save its column of text as JSON lines"), ("a.TSV.gz", "a table"),
+    ("a.zip", "no text; unpack or convert it (known: FILE.txt"), ("a.pdf", "no text")])
+def test_files_of_other_kinds_are_refused(name, message, tmp_path):
+    path = write(tmp_path / name, b"id,text\n1,hello\n")
+    with pytest.raises(UserError) as caught:
+        sources.check([path])
+    assert message in str(caught.value) and name in str(caught.value)
 
 
 def test_parquet(tmp_path):
@@ -93,6 +156,11 @@ def test_glob_is_sorted_and_order_of_words_is_kept(tmp_path):
     ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: the text holds half a surrogate pair"),
     ("a.jsonl", b'{"title": "x", "body": "y"}\n', "(columns: title, body)"),
     ("a.jsonl", b'{"text": 0}\n', "a.jsonl:1: no column 'text'"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', "a.jsonl:2: 'text' is int, not text"),
+    ("a.jsonl", b'{"text": ' + b"7" * 5000 + b"}", "a.jsonl:1: JSON that cannot be read: Exceeds"),
+    ("a.jsonl", b"[" * 100_000, "a.jsonl:1: JSON that cannot be read: maximum recursion"),
+    ("a.txt.xz", b"text", "a.txt.xz: damaged xz file"),
+    ("a.txt.bz2", b"text", "a.txt.bz2: damaged bzip2 file"),
     ("a.txt.gz", gzip.compress(b"text " * 1000)[:-12], "a.txt.gz: damaged gzip file"),
     ("a.txt.gz", b"text", "a.txt.gz: damaged gzip file"),
     ("a.txt.zst", zstd(b"text " * 1000)[:-12], "a.txt.zst: damaged zstd file"),
@@ -112,7 +180,7 @@ def test_faults_in_files(tmp_path, name, content, message):
     ("absent.txt", "'absent.txt': no such file or folder (known: FILE.txt"),
     ("absent/*.txt", "'absent/*.txt': no such file"),
     ("python-doc", "python-docs)"),
-    ("hfs:name", "unknown kind of corpus 'hfs'; did you mean hf? (known: hf, tfds)"),
+    ("hfs:name", "unknown kind of corpus 'hfs'; did you mean hf? (known: hf, paragraphs, tfds)"),
 ])
 def test_absent_sources_are_told_at_once(name, message):
     with pytest.raises(UserError) as caught:
@@ -144,7 +212,7 @@ def test_saved_datasets_folder(tmp_path):
     assert list(sources.Documents([str(tmp_path / "one")])) == TEXTS
     assert list(sources.Documents([str(tmp_path / "split")])) == TEXTS
     for folder, message in (("no-train", "known: test"), ("no-text", "columns: label"),
-                            (".", "cannot be read: Directory")):
+                            (".", "a table; save its column")):
         with pytest.raises(UserError, match=message):
             list(sources.Documents([str(tmp_path / folder)]))
 
@@ -267,8 +335,10 @@ def test_a_row_of_the_table_reads_or_refuses_in_one_line(kind, tmp_path):
 
 
 def test_a_new_source_is_a_function_and_a_row(tmp_path, monkeypatch):
-    monkeypatch.setitem(sources.SOURCES, "shouted", sources.Source(
-        "FILE.loud", lambda path: iter(Path(path).read_text().lower().split("!")), (".loud",)))
+    def read(path, field):
+        return iter(Path(path).read_text().lower().split("!"))
+
+    monkeypatch.setitem(sources.SOURCES, "shouted", sources.Source("FILE.loud", read, (".loud",)))
     (tmp_path / "a.loud").write_text("ONE!TWO")
     assert list(sources.Documents([str(tmp_path / "a.loud")])) == ["one", "two"]
     assert sources.describe([str(tmp_path / "a.loud")])[0][1] == 7

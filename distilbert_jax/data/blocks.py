@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from distilbert_jax.data import pack, sources, tokenize
 from distilbert_jax.machine import store
 
 BLOCK_CHARACTERS = 8_000_000  # a block ends with the document that reaches this
+SAMPLE = 60  # characters of a document that is shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,34 @@ class Block:
     number: int
     held_out: float  # share of the documents, chosen by their hash, that belong to "valid"
     documents: list[str]
+
+
+class Apart:
+    """The documents of a corpus, without those that --valid holds too.
+
+    Where they are half of the corpus or more, little would be left: then they come at the end, and
+    are trained on after all. `overlap` counts them, `trained_on` says which it was.
+    """
+
+    def __init__(self, read: Callable[[], Iterable[str]], valid: Iterable[str]) -> None:
+        """`read` gives the documents of the corpus, from the first one at each call."""
+        self._read, self._held_out = read, set(map(sources.digest, valid))
+        self.overlap, self.trained_on = 0, False
+
+    def __iter__(self) -> Iterator[str]:
+        total = 0
+        for document in self._read():
+            total += 1
+            if self._is_held_out(document):
+                self.overlap += 1
+            else:
+                yield document
+        self.trained_on = 0 < total <= 2 * self.overlap
+        if self.trained_on:
+            yield from filter(self._is_held_out, self._read())
+
+    def _is_held_out(self, document: str) -> bool:
+        return bool(self._held_out) and sources.digest(document) in self._held_out
 
 
 def cut(corpus: Iterable[str], valid: Iterable[str], config: DataConfig) -> Iterator[Block]:
@@ -65,7 +94,8 @@ class Shards:
         """Write the shards of a block and then block-N.json, by which it counts as complete.
 
         Returns:
-            The figures in that file, by part: documents, characters, pieces, tokens, rows, shard.
+            The figures in that file, by part: documents, characters, pieces, tokens, rows, shard,
+            and the beginning of a document with an unknown token.
         """
         texts: dict[str, list[str]] = {name: [] for name in pack.PARTS}
         for document in block.documents:
@@ -78,10 +108,15 @@ class Shards:
 
     def _write_part(self, name: str, documents: list[str]) -> dict[str, Any]:
         job = self._job
-        ids, sizes = tokenize.cut(*self._encode(documents), job.length, job.tokenizer)
+        ids, sizes = self._encode(documents)
+        unknown = np.flatnonzero(ids == job.tokenizer.unk_id) if len(ids) else []
+        sample = documents[np.searchsorted(sizes.cumsum(), unknown[0], side="right")][
+            :SAMPLE] if len(unknown) else ""
+        ids, sizes = tokenize.cut(ids, sizes, job.length, job.tokenizer)
         shard = pack.pack(ids, sizes, job.length, job.tokenizer.pad_id)
         figures = {"documents": len(documents), "characters": sum(map(len, documents)),
-                   "pieces": len(sizes), "tokens": len(ids), "rows": len(shard)}
+                   "pieces": len(sizes), "tokens": len(ids), "rows": len(shard),
+                   "sample": sample}
         if not len(shard):
             return figures | {"shard": None}
         write(job.folder / name, shard)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import transformers
 
 REQUEST = "request.json"
+NAMES = {"train": "training", "valid": "held-out"}
 
 Progress = Callable[[int, int], None]
 
@@ -63,6 +64,8 @@ def prepare(config: DataConfig, tokenizer: "transformers.PreTrainedTokenizerFast
         "corpus": sources.describe(config.corpus), "mix": list(config.mix),
         "valid": sources.describe(config.valid) if config.valid else config.valid_share,
         "block_characters": blocks.BLOCK_CHARACTERS}
+    if config.text_field:
+        request["text field"] = config.text_field
     partial = pathlib.Path(os.path.abspath(folder) + ".partial")
     if store.is_remote(name) and part != (0, 1):
         raise UserError(f"--shard needs a disk that the machines share, which {name} is not")
@@ -174,14 +177,20 @@ def _fill(job: blocks.Job, config: DataConfig, progress: Progress | None,
     Returns:
         Whether all are there.
     """
-    corpus = sources.Documents(config.corpus, config.mix)
-    valid = sources.Documents(config.valid)
+    corpora: list[sources.Documents] = []
+
+    def read() -> sources.Documents:
+        corpora.append(sources.Documents(config.corpus, config.mix, config.text_field))
+        return corpora[-1]
+
+    valid = sources.Documents(config.valid, field=config.text_field)
+    apart = blocks.Apart(read, sources.Documents(config.valid, field=config.text_field))
     counted = collections.Counter[str]()
     total = 0
 
     def missing() -> Iterator[blocks.Block]:
         nonlocal total
-        for block in blocks.cut(corpus, valid, config):
+        for block in blocks.cut(apart, valid, config):
             total += 1
             if block.number % part[1] == part[0]:
                 done = blocks.read_figures(job.folder, block.number)
@@ -198,25 +207,29 @@ def _fill(job: blocks.Job, config: DataConfig, progress: Progress | None,
 
     for figures in workers.write_blocks(job, missing(), config.workers):
         count(figures)
-    taken = zip((*config.corpus, *config.valid), corpus.taken + valid.taken, strict=True)
-    return _write_manifest(job, config, total, list(taken))
+    words, corpus = (*config.corpus, *config.valid), corpora[0]
+    return _write_manifest(job, config, total, {
+        "documents": list(zip(words, corpus.taken + valid.taken, strict=True)),
+        "skipped": list(zip(words, corpus.skipped + valid.skipped, strict=True)),
+        "overlap": apart.overlap, "overlap_trained_on": apart.trained_on})
 
 
 def _write_manifest(job: blocks.Job, config: DataConfig, total: int,
-                    taken: list[tuple[str, int]]) -> bool:
+                    read: dict[str, Any]) -> bool:
     """Sum up the figures of all blocks, and write them as manifest.json.
 
     Args:
         job: tokenizer, row length and folder.
         config: the corpus, for messages.
         total: how many blocks there must be.
-        taken: each word of --corpus and --valid, and how many documents came from it.
+        read: for each word of --corpus and --valid its documents, and the records skipped for
+            lack of the field; and how many documents --valid has too, and what became of them.
 
     Returns:
         False, with nothing written, where some blocks are missing.
 
     Raises:
-        UserError: a part is empty.
+        UserError: a part is empty, or holds nothing but unknown tokens.
     """
     found = [blocks.read_figures(job.folder, number) for number in range(total)]
     if None in found:
@@ -230,8 +243,14 @@ def _write_manifest(job: blocks.Job, config: DataConfig, total: int,
     if job.tokenizer.unk_id is not None:
         for part, own in zip(parts.values(), counts, strict=True):
             part["unknown"] = int(own[job.tokenizer.unk_id])
+    for name, part in parts.items():
+        if part["unknown"] and part["unknown"] == part["tokens"] - 2 * part["pieces"]:
+            shutil.rmtree(job.folder)
+            raise UserError(f"all {part['unknown']:,} tokens of the {NAMES[name]} documents are "
+                            f"unknown to the tokenizer, e.g. of {part['sample']!r}: it was made "
+                            "for other text")
     blocks.write(job.folder / "counts.npy", counts)
-    manifest = {"request": json.loads((job.folder / REQUEST).read_bytes()), "documents": taken,
+    manifest = {"request": json.loads((job.folder / REQUEST).read_bytes()), **read,
                 "counts": blocks.describe_file(job.folder / "counts.npy"), **parts}
     blocks.write(job.folder / pack.MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return True
@@ -241,7 +260,9 @@ def _sum(figures: list[dict[str, Any]]) -> dict[str, Any]:
     """Add up the figures of one part over all blocks, and list its shards."""
     total = {key: sum(block[key] for block in figures) for key in (
         "documents", "characters", "pieces", "tokens", "rows")}
-    return total | {"unknown": 0, "shards": [b["shard"] for b in figures if b["shard"]]}
+    samples = list(filter(None, (block.get("sample") for block in figures)))
+    return total | {"unknown": 0, "sample": (samples or [""])[0],
+                    "shards": [b["shard"] for b in figures if b["shard"]]}
 
 
 def _empty(part: str, config: DataConfig) -> str:

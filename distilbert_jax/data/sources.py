@@ -1,63 +1,73 @@
 """Where text comes from: the words of --corpus and --valid → documents, one string each.
 
-The first step of the walk. A word is a path, a glob, `hf:NAME[:CONFIG]`, `tfds:NAME` or
-`python-docs`; SOURCES says how each kind is read. Libraries are imported only where one is used.
+The first step of the walk. A word is a path, a glob, `paragraphs:FILES`, `hf:NAME[:CONFIG]`,
+`tfds:NAME` or `python-docs`; SOURCES says how each kind is read, by a function of readers.py.
 """
 
-import codecs
-import contextlib
 import dataclasses
-import functools
-import gzip
 import hashlib
-import importlib
-import io
 import itertools
-import json
 import os
 import pathlib
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import ModuleType
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterator, Sequence
 
-from distilbert_jax.data.python_docs import python_docs
-from distilbert_jax.errors import UserError, choose, first_line
+from distilbert_jax.data import readers
+from distilbert_jax.errors import UserError, choose
 from distilbert_jax.machine import store
 
 ENDS = 65536  # bytes at either end of a file that identify it, beside its name and size
-PARQUET_ROWS = 1024  # records decoded at once
+# Endings of files that are no text; what to do about each. All others not in SOURCES are text.
+TABLES = (".csv", ".tsv", ".xls", ".xlsx", ".ods", ".arrow", ".feather", ".orc", ".avro", ".sqlite",
+          ".db")
+BINARY = (".zip", ".tar", ".tgz", ".7z", ".rar", ".lz4", ".br", ".pdf", ".doc", ".docx", ".pkl",
+          ".npy", ".npz", ".h5", ".bin", ".safetensors", ".msgpack")
 
 
 class Documents:
     """All documents of a corpus, in order; iterate it once.
 
     They are stripped of surrounding white space, and empty ones are skipped. A text file holds one
-    document a line; a JSON-lines file (.jsonl, .json), a parquet file or a dataset one a record,
-    under the key "text" or its only key whose value is a string. Text and JSON lines whose names
-    end in .gz or .zst are unpacked. Of several corpora one follows the other or, with weights,
-    each document comes from the corpus that is furthest behind its share, until that one is used
-    up.
+    document a line; JSON lines, a parquet file or a dataset one a record, in one field: that of
+    --text-field or else, decided by the first record, "text" or the only one that holds a string.
+    Records without it are counted and skipped. Text and JSON lines whose names end in .gz, .zst,
+    .bz2 or .xz are unpacked, and a folder stands for all files in it. Of several corpora one
+    follows the other or, with weights, each document comes from the corpus that is furthest behind
+    its share, until that one is used up.
     """
 
-    def __init__(self, names: Sequence[str], mix: Sequence[float] = ()) -> None:
+    def __init__(self, names: Sequence[str], mix: Sequence[float] = (), field: str = "") -> None:
         """Look for the sources, without reading them.
 
         Args:
             names: the words of --corpus.
             mix: a weight for each of them, or none.
+            field: that holds the text of a record; "" to go by the first record of each source.
 
         Raises:
             UserError: at once, for a source that does not exist; while iterating, for one that
                 cannot be read: not UTF-8, bad JSON, damaged compression, no text column, a
                 library or a hub missing.
         """
-        self._texts = [_texts(_resolve(name)) for name in names]
+        self._texts = [self._read(number, _resolve(name), field)
+                       for number, name in enumerate(names)]
         self._mix = [weight / sum(mix) for weight in mix]
         self.taken = [0] * len(names)  # documents, of each word so far
+        self.skipped = [0] * len(names)  # records without the field
 
     def __iter__(self) -> Iterator[str]:
         return self._mixed() if self._mix else self._one_by_one()
+
+    def _read(
+        self, number: int, found: Sequence[tuple[str, str]], field: str
+    ) -> Iterator[str]:
+        """The documents of one word, stripped; empty ones and records without text left out."""
+        for kind, where in found:
+            with store.errors_about(where):
+                for text in SOURCES[kind].read(where, field):
+                    if text is None:
+                        self.skipped[number] += 1
+                    elif text := text.strip():
+                        yield text
 
     def _one_by_one(self) -> Iterator[str]:
         for number, texts in enumerate(self._texts):
@@ -77,13 +87,6 @@ class Documents:
             yield text
 
 
-def _texts(found: Sequence[tuple[str, str]]) -> Iterator[str]:
-    """The documents of some sources, one after the other, stripped, empty ones skipped."""
-    for kind, where in found:
-        with store.errors_about(where):
-            yield from filter(None, map(str.strip, SOURCES[kind].read(where)))
-
-
 def check(names: Sequence[str]) -> None:
     """Raise a UserError if a source does not exist."""
     for name in names:
@@ -101,7 +104,7 @@ def describe(names: Sequence[str]) -> list[list[str | int]]:
     """
     described: list[list[str | int]] = []
     for kind, where in (found for name in names for found in _resolve(name)):
-        if SOURCES[kind].endings:
+        if SOURCES[kind].files:
             described.append(_describe_file(where, pathlib.Path(where).name))
         elif kind == "folder":
             path = store.fetch(where)
@@ -130,180 +133,69 @@ def is_held_out(document: str, share: float) -> bool:
 
     It depends on the text alone: neither order, nor repetition, nor workers change it.
     """
-    digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < share * 2**64
+    return digest(document) < share * 2**64
+
+
+def digest(document: str) -> int:
+    """64 bits that tell documents apart."""
+    return int.from_bytes(hashlib.blake2b(document.encode(), digest_size=8).digest(), "big")
 
 
 def _resolve(name: str) -> list[tuple[str, str]]:
     """Split a word of --corpus into sources, each a key of SOURCES and its function's argument."""
     if name in SOURCES and SOURCES[name].written == name:
         return [(name, "")]
-    paths = [name] if store.exists(name) else store.glob(name)
-    if paths:
-        return [(_file_kind(path), path) for path in paths]
+    if paths := _paths(name):
+        return [found for path in paths for found in _in_path(path)]
     prefix, colon, rest = name.partition(":")
     if colon and rest and "/" not in prefix and not store.is_remote(name):
         known = [kind for kind, source in SOURCES.items() if source.written.startswith(f"{kind}:")]
-        return [(choose(prefix, known, "kind of corpus"), rest)]
-    known = ", ".join(source.written for source in SOURCES.values())
-    raise UserError(f"corpus {name!r}: no such file or folder (known: {known})")
+        kind = choose(prefix, known, "kind of corpus")
+        if not SOURCES[kind].files:
+            return [(kind, rest)]
+        if paths := _paths(rest):
+            return [(kind, path) for path in paths]
+    raise UserError(f"corpus {name!r}: no such file or folder (known: {_known()})")
+
+
+def _paths(name: str) -> list[str]:
+    """The file or folder of this name, or those that match it as a glob."""
+    return [name] if store.exists(name) else store.glob(name)
+
+
+def _in_path(path: str) -> list[tuple[str, str]]:
+    """The sources in a file or folder; a folder that `datasets` saved is one."""
+    if not store.is_folder(path):
+        return [(_file_kind(path), path)]
+    inside = store.files(store.path(path))
+    if SAVED.intersection(inside) or store.is_remote(path):
+        return [("folder", path)]
+    found = [store.join(path, name) for name in inside if not any(
+        part.startswith(".") for part in pathlib.Path(name).parts)]
+    if not found:
+        raise UserError(f"corpus {path!r}: the folder holds no files")
+    return [(_file_kind(file), file) for file in found]
 
 
 def _file_kind(path: str) -> str:
-    if store.is_folder(path):
-        return "folder"
-    ending = pathlib.Path(path.removesuffix(".gz").removesuffix(".zst")).suffix
+    """Key of SOURCES of a file, by the ending of its name in any case.
+
+    Raises:
+        UserError: an ending that is known to be neither text nor readable here.
+    """
+    name = pathlib.Path(path.lower())
+    ending = name.with_suffix("").suffix if name.suffix in readers.OPENERS else name.suffix
+    if ending in TABLES:
+        raise UserError(f"{path}: a table; save its column of text as JSON lines (.jsonl) or "
+                        "parquet, or as text (.txt), one document a line")
+    if ending in BINARY:
+        raise UserError(f"{path}: no text; unpack or convert it (known: {_known()}, packed as "
+                        f"{', '.join(readers.OPENERS)})")
     return next((kind for kind, source in SOURCES.items() if ending in source.endings), "text")
 
 
-def _text_file(path: str) -> Iterator[str]:
-    return (line for _, line in _lines(path))
-
-
-def _json_lines(path: str) -> Iterator[str]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON: {error.msg} (column {error.colno})") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: not a JSON object (one on each line is expected)")
-        text = _text(record, where)
-        if not _is_unicode(text):
-            raise UserError(f"{where}: the text holds half a surrogate pair (\\ud800 to \\udfff)")
-        yield text
-
-
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """The lines of a file with their numbers, from 1; unpacked if its name ends in .gz or .zst."""
-    packed = pathlib.Path(path).suffix
-    unpack = OPENERS[packed][1] if packed in OPENERS else lambda raw: raw
-    try:
-        with store.open_binary(path) as raw, unpack(raw) as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                yield number, line.decode()
-    except UnicodeDecodeError as error:
-        byte = f"byte {error.start + 1} of the line is 0x{error.object[error.start]:02x}"
-        raise UserError(f"{path}:{number}: not UTF-8 ({byte}); convert the file") from error
-    except (OSError, EOFError, zlib.error) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise UserError(f"{path}: {os.strerror(error.errno)}") from error
-        if packed not in OPENERS:
-            raise UserError(f"{path}: cannot be read ({error})") from error
-        raise UserError(f"{path}: damaged {OPENERS[packed][0]} file ({error})") from error
-
-
-def _open_zst(raw: BinaryIO) -> io.BufferedReader:
-    import pyarrow
-
-    return io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"))
-
-
-def _parquet(path: str) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    with _errors_about(path), pyarrow.parquet.ParquetFile(
-            store.open_binary(path) if store.is_remote(path) else path) as file:
-        fields = file.schema_arrow
-        strings = [field.name for field in fields if field.type in (
-            pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())]
-        columns = ["text"] if "text" in strings else strings
-        if len(columns) != 1:
-            raise _no_text(path, fields.names)
-        for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
-            for text in batch[columns[0]].to_pylist():
-                yield text or ""
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _text(record: Mapping[str, Any], where: str) -> str:
-    """The value of "text", or of the only key whose value is a string; null counts as empty."""
-    if "text" in record:
-        keys = ["text"]
-    else:
-        keys = [key for key, value in record.items() if isinstance(value, str | bytes)]
-    value = record[keys[0]] if len(keys) == 1 else 0
-    if value is None:
-        return ""
-    if isinstance(value, bytes):
-        return value.decode()
-    if not isinstance(value, str):
-        raise _no_text(where, record)
-    return value
-
-
-def _no_text(where: str, columns: Iterable[str]) -> UserError:
-    return UserError(f"{where}: no column 'text', and not just one that holds a string "
-                     f"(columns: {', '.join(map(str, columns)) or 'none'})")
-
-
-def _saved_folder(path: str) -> Iterator[str]:
-    datasets = _library("datasets", path)
-    with _errors_about(path):
-        saved = datasets.load_from_disk(store.fetch(path))
-        if isinstance(saved, datasets.DatasetDict):
-            saved = saved[choose("train", saved, f"split in {path}:")]
-        for record in saved:
-            yield _text(record, path)
-
-
-def _hub(name: str) -> Iterator[str]:
-    datasets = _library("datasets", f"hf:{name}")
-    repository, _, config = name.partition(":")
-    with _errors_about(f"hf:{name}"):
-        for record in datasets.load_dataset(
-                repository, config or None, split="train", streaming=True):
-            yield _text(record, f"hf:{name}")
-
-
-def _tfds(name: str) -> Iterator[str]:
-    """Read a TensorFlow dataset; one in file_format="array_record" needs no TensorFlow."""
-    tfds = _library("tensorflow_datasets", f"tfds:{name}")
-    with _errors_about(f"tfds:{name}"):
-        for record in tfds.data_source(name, split="train"):
-            yield _text(record, f"tfds:{name}")
-
-
-def _library(module: str, where: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.replace("_", "-")
-        raise UserError(f"{where}: needs {package} ({error}): pip install {package}") from error
-
-
-@contextlib.contextmanager
-def _errors_about(where: str) -> Iterator[None]:
-    """Turn what a data library or the hub raises into a UserError of one line about a source."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{where}: cannot be read: {first_line(error)}") from error
-
-
-@functools.cache
-def _python_docs() -> tuple[str, ...]:
-    """The texts of python_docs, parsed once, because a run may read its corpus several times."""
-    return tuple(python_docs())
-
-
-OPENERS: dict[str, tuple[str, Callable[..., Any]]] = {
-    ".gz": ("gzip", gzip.open), ".zst": ("zstd", _open_zst)}
+def _known() -> str:
+    return ", ".join(source.written for source in SOURCES.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,16 +207,20 @@ class Source:
     """
 
     written: str
-    read: Callable[[str], Iterator[str]]  # place → documents
-    endings: tuple[str, ...] = ()  # of the names of files; all others are text
+    read: Callable[[str, str], readers.Documents]  # (place, field) → documents
+    endings: tuple[str, ...] = ()  # of the names of files
+    files: bool = True  # whether its places are files
 
 
+SAVED = {"dataset_info.json", "state.json", "dataset_dict.json"}  # of a folder saved by datasets
 SOURCES = {
-    "text": Source("FILE.txt", _text_file, (".txt",)),
-    "json": Source("FILE.jsonl", _json_lines, (".jsonl", ".json")),
-    "parquet": Source("FILE.parquet", _parquet, (".parquet",)),
-    "folder": Source("a saved datasets folder", _saved_folder),
-    "hf": Source("hf:NAME[:CONFIG]", _hub),
-    "tfds": Source("tfds:NAME", _tfds),
-    "python-docs": Source("python-docs", lambda _: iter(_python_docs())),
+    "text": Source("FILE.txt", readers.text_file, (".txt",)),
+    "json": Source("FILE.jsonl", readers.json_lines,
+                   (".jsonl", ".json", ".ndjson", ".jsonlines", ".jl")),
+    "parquet": Source("FILE.parquet", readers.parquet, (".parquet", ".pq")),
+    "folder": Source("a folder of these or saved by datasets", readers.saved_folder, files=False),
+    "paragraphs": Source("paragraphs:FILE", readers.paragraphs),
+    "hf": Source("hf:NAME[:CONFIG]", readers.hub, files=False),
+    "tfds": Source("tfds:NAME", readers.tensorflow_dataset, files=False),
+    "python-docs": Source("python-docs", readers.documentation, files=False),
 }

@@ -14,6 +14,7 @@ import numpy as np
 from distilbert_jax.machine.progress import bar
 from distilbert_jax.training.losses import LOSSES
 
+UNKNOWN = 0.03  # share of unknown tokens that is warned of
 COLUMNS = ("model", "layers", "parameters", "size [MB]", "top-1 [%]", "perplexity",
            "retention [%]", "latency [ms]")
 
@@ -100,12 +101,22 @@ def describe_data(manifest: dict[str, Any]) -> str:
     """A line for each part of a prepared corpus, and one for where its documents come from."""
     length = manifest["request"]["sequence_length"]
     lines = [f"{word}: {count:,} documents" for word, count in manifest["documents"]]
+    lines += [f"{word}: {count:,} records without the field of the text skipped"
+              for word, count in manifest.get("skipped", ()) if count]
+    if count := manifest.get("overlap"):
+        lines.append(f"warning: {count:,} documents of --corpus are in --valid too, " + (
+            "too many to leave out: held-out figures are of texts that were learnt"
+            if manifest["overlap_trained_on"] else "and are left out of training"))
     for name, part in (("train", "train"), ("held out", "valid")):
         m = manifest[part]
         lines.append(
             f"{name}: {m['documents']:,} documents, {m['characters']:,} characters → "
             f"{m['pieces']:,} pieces, {m['tokens']:,} tokens ({m['unknown']:,} unknown) → "
             f"{m['rows']:,} rows, {m['tokens'] / (m['rows'] * length):.1%} full")
+        share = m["unknown"] / max(m["tokens"] - 2 * m["pieces"], 1)
+        if share > UNKNOWN:
+            lines.append(f"warning: {share:.1%} of its tokens are unknown to the tokenizer, e.g. "
+                         f"of {m.get('sample', '')!r}")
     return "\n".join(lines)
 
 

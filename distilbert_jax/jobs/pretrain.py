@@ -99,6 +99,6 @@ def _learnt_tokenizer(config: PretrainConfig) -> "transformers.BertTokenizer":
     if is_prepared(config.corpus):
         raise UserError(f"--corpus {config.corpus[0]} is prepared for another tokenizer, and none "
                         "can be learnt from it: give texts, or --model")
-    documents = (d for d in sources.Documents(config.corpus, config.mix)
+    documents = (d for d in sources.Documents(config.corpus, config.mix, config.text_field)
                  if config.valid or not sources.is_held_out(d, config.valid_share))
     return train_wordpiece(documents, config.vocab_size)

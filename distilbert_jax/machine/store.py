@@ -147,7 +147,11 @@ def is_folder(name: str) -> bool:
 def glob(pattern: str) -> list[str]:
     """All names of files and folders that match a pattern, in which ** is any depth; sorted."""
     if not is_remote(pattern):
-        return sorted(disk.glob(pattern, recursive=True))
+        base, parts = Path(), list(Path(pattern).parts)
+        while parts and (base / parts[0]).exists():  # a folder may be called [x]
+            base /= parts.pop(0)
+        return sorted(disk.glob(os.path.join(disk.escape(str(base)), *parts), recursive=True)
+                      if base.parts else disk.glob(pattern, recursive=True))
     with errors_about(pattern):
         return sorted(f"gs://{found}" for found in _bucket().glob(pattern))
 
