@@ -256,6 +256,8 @@ class PretrainConfig(TrainConfig):
         "", "models", "BERT folder to start from, with its tokenizer; default: from scratch",
         **BY_CONTENT)
     vocab_size: int = option(8192, "models", "WordPiece vocabulary to learn, from scratch only")
+    lowercase: bool = option(
+        True, "models", "whether the learnt vocabulary is uncased; accents stay in any case")
     hidden_size: int = option(256, "models", "width of the model, from scratch only")
     num_hidden_layers: int = option(4, "models", "layers, from scratch only")
     num_attention_heads: int = option(4, "models", "attention heads, from scratch only")

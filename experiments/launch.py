@@ -13,7 +13,7 @@ from types import ModuleType
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # so that a clone runs without being installed
 
-from distilbert_jax.errors import UserError  # noqa: E402
+from distilbert_jax.errors import UserError, first_line  # noqa: E402
 from distilbert_jax.machine.processes import GO_ON, connect, find_loss, give_up  # noqa: E402
 from distilbert_jax.machine.progress import say  # noqa: E402
 from distilbert_jax.training.train import Interrupted  # noqa: E402
@@ -50,6 +50,8 @@ def keep_compiled() -> None:
 
 def launch(main: Callable[[list[str]], None]) -> None:
     """Run `main` with the command line; what the user can mend ends in one line and code 2."""
+    for stream in (sys.stdout, sys.stderr):  # which may not take UTF-8
+        stream.reconfigure(errors="replace")
     try:
         connect()
         keep_compiled()
@@ -62,7 +64,22 @@ def launch(main: Callable[[list[str]], None]) -> None:
     except Exception as error:
         if loss := find_loss(error):
             give_up(loss)
-        if not isinstance(error, UserError):
+        line = str(error) if isinstance(error, UserError) else _missing_platform()
+        if not line:
             raise
-        print("error:", *str(error).split("\n"), file=sys.stderr)
+        print("error:", *line.split("\n"), file=sys.stderr)
         sys.exit(2)
+
+
+def _missing_platform() -> str:
+    """A line about JAX_PLATFORMS where no device of it can be used, else ""."""
+    import jax
+
+    platforms = os.environ.get("JAX_PLATFORMS", "")
+    try:
+        jax.devices()
+    except Exception as error:  # a RuntimeError, or an AssertionError where no plug-in is installed
+        reason = f" ({first_line(error)})" if str(error) else ""
+        return (f"JAX_PLATFORMS={platforms} names no platform that can be used here{reason}: "
+                "install jax for it, free the device, or unset JAX_PLATFORMS")
+    return ""

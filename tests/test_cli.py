@@ -150,7 +150,7 @@ FOLDERS = [  # (what is made or broken, further words, parts of the message)
     (with_config(model_type="gpt2"), "", ["'gpt2' is not supported (known: bert, "]),
     (with_config(num_attention_heads=0), "", ["num_attention_heads 0 is not a positive"]),
     (with_config(num_attention_heads=3), "", ["3 attention heads do not divide hidden size 16"]),
-    (with_config(hidden_act="swish"), "", ["'swish'", "(known: gelu, gelu_new, relu)"]),
+    (with_config(hidden_act="mish"), "", ["'mish'", "(known: gelu, gelu_new, relu, silu)"]),
     (with_config(vocab_size=44), "", ["is [43, 16], config.json says [44, 16]"]),
     (truncated, "", ["teacher/model.safetensors is damaged or incomplete"]),
     (without("teacher/model.safetensors"), "", ["neither model.safetensors nor pytorch_model"]),
@@ -169,11 +169,11 @@ FOLDERS = [  # (what is made or broken, further words, parts of the message)
     # the corpus
     (None, "--corpus absent.txt", ["'absent.txt': no such file", "known: FILE.txt"]),
     (None, "--corpus absent/*.txt", ["'absent/*.txt': no such file"]),
-    (None, "--corpus wiki:foo", ["unknown kind of corpus 'wiki'", "known: hf, tfds"]),
+    (None, "--corpus wiki:foo", ["unknown kind of corpus 'wiki'", "known: hf, paragraphs, tfds"]),
     (None, "--corpus corpus.txt absent.txt", ["'absent.txt'"]),
     (None, "--valid absent.txt", ["'absent.txt': no such file"]),
     (None, "--corpus hf:nobody/nothing", ["hf:nobody/nothing: cannot be read"]),
-    (None, "--corpus teacher", ["teacher: cannot be read"]),
+    (None, "--corpus teacher", ["teacher/model.safetensors: no text; unpack or convert"]),
     (with_file("empty.txt", b""), "--corpus empty.txt", ["no text in empty.txt"]),
     (with_file("blank.txt", b" \n\n\t\n"), "--corpus blank.txt", ["no text in blank.txt"]),
     (with_file("blank.txt", b"\n"), "--valid blank.txt", ["no text in blank.txt"]),
@@ -209,7 +209,7 @@ FOLDERS = [  # (what is made or broken, further words, parts of the message)
     (with_file("new", b""), "", ["--output new", "File exists"]),
     (with_file("file", b""), "--output file/new", ["--output file/new", "Not a directory"]),
     (None, f"--output {'x' * 300}", ["--output xxx", "File name too long"]),
-    (None, "--output a/b/c --corpus teacher", ["teacher: cannot be read"]),
+    (None, "--output a/b/c --corpus teacher", ["teacher/model.safetensors: no text"]),
     (with_run(seed=3, temperature=4.0), "",
      ["new holds the checkpoints of another run", "--seed was 3, is 56",
       "--temperature was 4.0, is 2.0", "choose another --output"]),
@@ -277,7 +277,7 @@ FLAGS = [  # (words, parts of the message), with every file as it should be
     ("--output s3://bucket/run", ["--output s3://bucket/run must be a folder of this machine, or"
                                   " look like gs://bucket/name"]),
     ("--output gs://bucket", ["--output gs://bucket must be a folder of this machine, or look"]),
-    ("--corpus s3://bucket/a.txt", ["unknown kind of corpus 's3'", "known: hf, tfds"]),
+    ("--corpus s3://bucket/a.txt", ["unknown kind of corpus 's3'", "known: hf, paragraphs, tfds"]),
     ("--dtype float16", ["unknown --dtype 'float16'", "bfloat16"]),
     ("--init teachr", ["unknown --init 'teachr'; did you mean teacher?"]),
     ("--recipe rxn-bert", ["unknown --recipe 'rxn-bert'; did you mean rxn_bert?", "quickstart"]),
@@ -374,9 +374,9 @@ def test_other_endings(ending, code, said, capfd):
     assert end.value.code == code and capfd.readouterr().err == said
 
 
-def command(script, *words):
+def command(script, *words, **environment):
     return subprocess.run([sys.executable, EXPERIMENTS / script, *words], capture_output=True,
-                          text=True, stdin=subprocess.DEVNULL)
+                          text=True, stdin=subprocess.DEVNULL, env=os.environ | environment)
 
 
 @pytest.mark.parametrize("script, groups", [
@@ -404,3 +404,17 @@ def test_an_error_in_a_process_of_its_own(made, words, message, place):
     done = command("run.py", *TEACHER.split(), *words.split())
     assert done.returncode == 2 and tree(place) == before
     assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+def test_a_platform_that_is_not_there(place):
+    done = command("run.py", *TEACHER.split(), JAX_PLATFORMS="cuda")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: JAX_PLATFORMS=cuda names no platform that can be used")
+
+
+def test_output_that_takes_no_utf_8(place):
+    """Arrows and other scripts are replaced; nothing ends a run because it cannot be printed."""
+    done = command("prepare.py", "--tokenizer", "teacher", "--corpus", "corpus.txt", "--output",
+                   "ready", "--valid-share", "0.3", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.returncode == 0, done.stderr
+    assert "characters ? " in done.stdout and done.stdout.isascii()

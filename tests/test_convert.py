@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from distilbert_jax.errors import UserError
 from distilbert_jax.models import convert, hub
-from distilbert_jax.models.encoder import graphdef
+from distilbert_jax.models.encoder import ACTIVATIONS, graphdef
 from distilbert_jax.models.families import FAMILIES
 
 WORDS = "embeddings.word_embeddings.weight"
@@ -339,3 +339,69 @@ def test_no_name_gets_its_prefix_twice(tiny_model):
     for names in (tensors, bare):
         _, again = convert.from_hf(names, family, config)
         jax.tree.map(np.testing.assert_array_equal, again, jax.tree.map(np.float32, params))
+
+
+@pytest.mark.parametrize("wrap", [
+    lambda n: f"module.{n}", lambda n: f"_orig_mod.{n}", lambda n: f"module._orig_mod.{n}",
+    lambda n: "_fsdp_wrapped_module." + n.replace(
+        ".layer.0.", ".layer.0._checkpoint_wrapped_module.")])
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_names_that_wrappers_left(name, wrap, originals, tmp_path):
+    config, params, raw, tensors = originals[name]
+    wrapped = {wrap(key): array for key, array in tensors.items()}
+    assert_loads(write(tmp_path, raw, wrapped), config, params)
+
+
+def test_heads_of_other_tasks_are_left_out_with_a_line(originals, tmp_path, capsys):
+    config, params, raw, tensors = originals["bert"]
+    heads = {f"cls.species.{n}.weight": np.ones((2, 16), "f") for n in range(11)}
+    assert_loads(write(tmp_path, raw, tensors | heads), config, params)
+    said = capsys.readouterr().err
+    assert "left out, heads of other tasks: cls.species.0.weight, " in said
+    assert said.rstrip().endswith("and 3 more")
+
+
+def test_a_long_list_is_cut(originals, tmp_path):
+    _, _, raw, tensors = originals["bert"]
+    few = {key: x for key, x in tensors.items() if "layer.0" not in key}
+    with pytest.raises(UserError, match="16 tensors do not fit: .*; and 8 more$") as error:
+        hub.load(write(tmp_path, raw, few))
+    assert len(str(error.value)) < 900
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_refused(value, originals, tmp_path):
+    _, _, raw, tensors = originals["bert"]
+    name = "bert.encoder.layer.1.output.dense.weight"
+    spoilt = tensors[name].copy()
+    spoilt[3, 5] = value
+    with pytest.raises(UserError, match=f"1 tensors do not fit: {name} holds NaN or infinity"):
+        hub.load(write(tmp_path, raw, tensors | {name: spoilt}))
+
+
+def test_an_untied_config_with_equal_tensors(originals, tmp_path):
+    config, params, raw, tensors = originals["bert"]
+    raw = raw | {"tie_word_embeddings": False}
+    decoder = {"cls.predictions.decoder.weight": tensors[f"bert.{WORDS}"]}
+    assert_loads(write(tmp_path, raw, tensors | decoder), config, params)
+    decoder["cls.predictions.decoder.weight"] = decoder["cls.predictions.decoder.weight"] + 1
+    with pytest.raises(UserError, match="untied cls.predictions.decoder.weight differs"):
+        hub.load(write(tmp_path, raw, tensors | decoder))
+
+
+@pytest.mark.parametrize("alias, name", hub.SYNONYMS.items())
+def test_activations_by_another_name_compute_the_same(alias, name):
+    torch = pytest.importorskip("torch")
+    from transformers.activations import ACT2FN
+
+    x = np.linspace(-6, 6, 241, dtype=np.float32)
+    ours = ACTIVATIONS[name](jnp.asarray(x))
+    np.testing.assert_allclose(ours, ACT2FN[alias](torch.tensor(x)).numpy(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("file", ["flax_model.msgpack", "tf_model.h5"])
+def test_weights_of_other_frameworks_name_the_way(file, originals, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(originals["bert"][2]))
+    (tmp_path / file).touch()
+    with pytest.raises(UserError, match=f"holds only {file}: convert it"):
+        hub.load(str(tmp_path))

@@ -306,6 +306,28 @@ def test_a_narrower_student_of_its_own(toy, tiny_model, tmp_path, monkeypatch, c
         distil.distil(other)
 
 
+def test_a_report_survives_held_out_documents_of_unknown_tokens(toy, tmp_path, capsys):
+    """The first ones have nothing to hide; the teacher has spare rows beside its tokens."""
+    lines = (toy / "corpus.txt").read_text().splitlines()
+    (tmp_path / "v.txt").write_text("\n".join(["☃ ☃ ☃ ☃"] * 9 + lines[:20]))
+    teacher = hub.load(str(toy / "teacher"))
+    words = teacher.params["embeddings"]["word"]["embedding"]
+    spare = np.full((7, words.shape[1]), 0.1, np.float32)
+    params = teacher.params | {
+        "embeddings": teacher.params["embeddings"] | {
+            "word": {"embedding": np.concatenate([words, spare])}},
+        "mlm_head": teacher.params["mlm_head"] | {
+            "bias": np.pad(teacher.params["mlm_head"]["bias"], (0, 7))}}
+    config = dataclasses.replace(teacher.config, vocab_size=len(words) + 7)
+    tokenizer = load_tokenizer(str(toy / "teacher"), None)
+    export(tmp_path / "teacher", params, config, teacher.family, tokenizer, "A toy.\n")
+    folder = distil.distil(DistilConfig(**common(toy, tmp_path / "out") | {
+        "teacher": str(tmp_path / "teacher"), "valid": (str(tmp_path / "v.txt"),), "steps": 1}))
+    assert "hidden: " in (folder.parent / "report.md").read_text()
+    assert hub.load(str(folder)).config.vocab_size == len(words) + 7
+    assert "tokens are unknown to the tokenizer, e.g. of '☃" in capsys.readouterr().out
+
+
 def test_the_vocabulary_of_the_step_is_the_tokenizer_s(toy, tmp_path):
     config = DistilConfig(**common(toy, tmp_path / "out"), teacher=str(toy / "teacher"))
     tokenizer = load_tokenizer(config.teacher, None)

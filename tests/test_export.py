@@ -72,6 +72,19 @@ def test_transformers_gives_our_logits(exported):
         np.asarray(logits)[real], expected.numpy()[real], rtol=0, atol=2e-5)
 
 
+def test_the_tokenizer_gives_what_the_model_takes(exported):
+    """In transformers 4 the model is handed all of it; and nothing of this machine is in it."""
+    import transformers
+
+    folder, config, *_ = exported
+    raw = json.loads((folder / "tokenizer_config.json").read_text())
+    assert not {"backend", "is_local", "name_or_path", "local_files_only"} & set(raw)
+    assert raw["tokenizer_class"] != "TokenizersBackend"
+    given = set(transformers.AutoTokenizer.from_pretrained(folder)("ba be"))
+    types = {"token_type_ids"} if config.type_vocab_size > 1 else set()
+    assert given == {"input_ids", "attention_mask"} | types
+
+
 def test_we_read_what_we_wrote(exported):
     folder, config, params, family, tokenizer = exported
     back = hub.load(str(folder))

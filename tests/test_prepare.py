@@ -242,7 +242,7 @@ def test_a_prepared_folder_is_a_corpus(tmp_path, config, tokenizer, monkeypatch)
     for changes, asked, message in (
             ({"sequence_length": 24}, tokenizer, r"sequence_length \(16, now 24\): prepare it aga"),
             ({}, other, "tokenizer, masking vocabulary: prepare it again"),
-            ({}, renamed, "another masking vocabulary: prepare it again"),
+            ({}, renamed, "tokenizer, masking vocabulary: prepare it again"),
             ({"valid": (ready,)}, tokenizer, "--valid does not go with --corpus .*ready"),
             ({"mix": (1.0,)}, tokenizer, "--mix does not go with --corpus .*ready"),
             ({"corpus": (*config().corpus, ready)}, tokenizer, "is a prepared folder: give it al")):

@@ -38,8 +38,9 @@ def test_folder_with_vocab_and_config_only(folder):
 
 
 def test_wrong_size_gives_both_numbers(folder):
-    with pytest.raises(UserError, match="has 15 tokens, the model 16"):
-        tokenize.load_tokenizer(str(folder), 16)
+    with pytest.raises(UserError, match="has 15 tokens, the model 14"):
+        tokenize.load_tokenizer(str(folder), 14)
+    assert len(tokenize.load_tokenizer(str(folder), 16)) == 15  # a model may have spare rows
 
 
 def test_folder_without_vocabulary(folder):
@@ -129,7 +130,7 @@ def test_learnt_vocabulary(tmp_path):
     tokenizer = tokenize.train_wordpiece(TEXTS, 90)
     assert tokenizer.convert_ids_to_tokens(range(5)) == list(tokenize.SPECIAL_TOKENS)
     assert len(tokenizer) <= 90
-    assert tokenizer.tokenize("THE  dög") == ["the", "dog"]
+    assert tokenizer.tokenize("THE  dog dög") == ["the", "dog", "[UNK]"]
     tokenizer.model_max_length = 33
     tokenizer.save_pretrained(tmp_path)
     again = tokenize.load_tokenizer(str(tmp_path), len(tokenizer))
@@ -155,3 +156,26 @@ def test_no_words():
     for documents, vocab_size in (([" ", ""], 100), (["abcdef"], 10)):
         with pytest.raises(UserError, match=f"a vocabulary of {vocab_size}: .* no words, or none"):
             tokenize.train_wordpiece(documents, vocab_size)
+
+
+def test_added_special_tokens_in_text_are_found(tmp_path):
+    """As the teacher's own tokenizer finds them; [MASK] and its like stay ordinary text."""
+    tokenizer = tokenize.train_wordpiece(TEXTS, 200)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[E1]", "[/E1]"]})
+    text = "the [E1] dog[/E1] the"
+    (piece,) = pieces(tokenizer, [text], 64)
+    assert piece == tokenizer(text)["input_ids"]
+    (piece,) = pieces(tokenizer, ["[E1] [MASK]"], 64)
+    assert tokenizer.mask_token_id not in piece
+    assert tokenizer.convert_tokens_to_ids("[E1]") in piece
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_a_learnt_vocabulary_keeps_accents_and_syllables(lowercase):
+    text = "서울은 대한민국의 수도이다 möchte mochte naïve"
+    tokenizer = tokenize.train_wordpiece([text] * 30, 300, lowercase)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert len(set(map(tuple, (tokenizer.encode(w) for w in ("möchte", "mochte"))))) == 2
+    upper = tokenize.train_wordpiece(["Ab ab"] * 30, 100, lowercase).tokenize("Ab ab")
+    assert (upper[0] == upper[-1]) == lowercase

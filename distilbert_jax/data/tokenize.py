@@ -34,7 +34,8 @@ def load_tokenizer(
 
     Args:
         folder: holds tokenizer.json, or vocab.txt and config.json.
-        vocab_size: rows of the model's embedding; None skips that check.
+        vocab_size: rows of the model's embedding, of which some may be spare; None skips that
+            check.
 
     Raises:
         UserError: no tokenizer there, not a fast one, a special token missing, an empty
@@ -58,7 +59,7 @@ def load_tokenizer(
     if size <= len(tokenizer.all_special_ids):  # what transformers makes up without a vocab.txt
         raise UserError(f"tokenizer in {folder} knows {size} tokens, all of them special: "
                         "tokenizer.json or vocab.txt is missing")
-    if vocab_size not in (None, size):
+    if vocab_size is not None and size > vocab_size:
         raise UserError(f"tokenizer in {folder} has {size} tokens, the model {vocab_size}")
     if max(tokenizer.get_vocab().values()) >= size:
         raise UserError(f"tokenizer in {folder} has {size} tokens but ids up to "
@@ -68,8 +69,12 @@ def load_tokenizer(
     return tokenizer
 
 
-def train_wordpiece(documents: Iterable[str], vocab_size: int) -> "transformers.BertTokenizer":
-    """Learn an uncased WordPiece vocabulary: the same documents always give the same one.
+def train_wordpiece(
+    documents: Iterable[str], vocab_size: int, lowercase: bool = True
+) -> "transformers.BertTokenizer":
+    """Learn a WordPiece vocabulary: equal documents always give an equal one.
+
+    Accents stay, and so do the syllables of Hangul, which BERT's uncased models take apart.
 
     The library numbers its alphabet in the order of a hash map that differs from run to run, and
     breaks ties by those numbers. So the words are counted and the alphabet sorted here.
@@ -77,6 +82,7 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int) -> "transformers.
     Args:
         documents: read once; the distinct words are held in memory.
         vocab_size: the most tokens wanted; little text gives fewer (see `len(tokenizer)`).
+        lowercase: whether "The" and "the" are one word.
 
     Returns:
         A tokenizer with [PAD], [UNK], [CLS], [SEP], [MASK] as ids 0 to 4, ready to be saved; set
@@ -88,7 +94,8 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int) -> "transformers.
     import tokenizers
     import transformers
 
-    words = _known_words(_count_words(documents), (vocab_size - len(SPECIAL_TOKENS)) // 2)
+    counts = _count_words(documents, lowercase)
+    words = _known_words(counts, (vocab_size - len(SPECIAL_TOKENS)) // 2)
     if not words:
         raise UserError(f"cannot learn a vocabulary of {vocab_size}: the corpus holds no words, or "
                         "none that so few tokens can spell")
@@ -99,14 +106,15 @@ def train_wordpiece(documents: Iterable[str], vocab_size: int) -> "transformers.
         (f"{word} " * count for word, count in words.items()),
         tokenizers.trainers.WordPieceTrainer(
             vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS, *inner], show_progress=False))
-    return transformers.BertTokenizer(vocab=trained.get_vocab())
+    return transformers.BertTokenizer(
+        vocab=trained.get_vocab(), do_lower_case=lowercase, strip_accents=False)
 
 
-def _count_words(documents: Iterable[str]) -> Counter[str]:
+def _count_words(documents: Iterable[str], lowercase: bool) -> Counter[str]:
     """Count the words that BERT's normaliser and pre-tokeniser make of the documents."""
     import tokenizers
 
-    normaliser = tokenizers.normalizers.BertNormalizer()
+    normaliser = tokenizers.normalizers.BertNormalizer(lowercase=lowercase, strip_accents=False)
     splitter = tokenizers.pre_tokenizers.BertPreTokenizer()
     raw: Counter[str] = Counter()
     for document in documents:
@@ -159,10 +167,23 @@ class Spec:
 
 
 def spec(tokenizer: "transformers.PreTrainedTokenizerFast") -> Spec:
-    """Make the Spec of a fast tokenizer with cls, sep, pad and mask tokens."""
+    """Make the Spec of a fast tokenizer with cls, sep, pad and mask tokens.
+
+    Where [MASK] and its like are spelt out in a text, they are ordinary text; special tokens that
+    were added to these are found there, as the tokenizer itself does.
+    """
     backend = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_truncation()
     backend.no_padding()
+    own = {tokenizer.cls_token, tokenizer.sep_token, tokenizer.pad_token, tokenizer.mask_token,
+           tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token}
+    parts = json.loads(backend.to_str())
+    added = [token for token in parts["added_tokens"]
+             if token["special"] and token["content"] not in own]
+    if added:  # what is not special is found in texts even where special tokens are not
+        for token in added:
+            token["special"] = False
+        backend = type(backend).from_str(json.dumps(parts))
     return Spec(backend.to_str(), len(tokenizer), tokenizer.cls_token_id, tokenizer.sep_token_id,
                 tokenizer.pad_token_id, tokenizer.mask_token_id, tokenizer.unk_token_id,
                 tuple(sorted(tokenizer.all_special_ids)))

@@ -36,4 +36,21 @@ def export(
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         (new / "config.json").write_text(json.dumps(description, indent=2) + "\n")
         tokenizer.save_pretrained(new)
+        _generalise(new / "tokenizer_config.json", config)
         (new / "README.md").write_text(card, encoding="utf-8")
+
+
+def _generalise(path: Path, config: EncoderConfig) -> None:
+    """Bring a tokenizer_config.json into the form that every version and reader understands.
+
+    What concerns only this machine or transformers 5 goes. Said is which inputs the model takes,
+    since transformers 4 hands the model all that its tokenizer gives.
+    """
+    types = ["token_type_ids"] if config.type_vocab_size > 1 else []
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("backend", "is_local", "local_files_only", "name_or_path"):
+        raw.pop(name, None)
+    if raw.get("tokenizer_class") == "TokenizersBackend":  # its name in transformers 4 and 5:
+        raw["tokenizer_class"] = "PreTrainedTokenizerFast"
+    raw["model_input_names"] = ["input_ids", *types, "attention_mask"]
+    path.write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from distilbert_jax.benchmark.latency import latencies
 from distilbert_jax.config import DistilConfig
@@ -19,8 +20,9 @@ from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import report
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.export.predict import fill_mask
-from distilbert_jax.jobs.setup import Setup, check_job, read_data, student_shape
+from distilbert_jax.jobs.setup import EVALUATION_ROWS, Setup, check_job, read_data, student_shape
 from distilbert_jax.machine import store
+from distilbert_jax.machine.lock import hold
 from distilbert_jax.machine.seal import fingerprint
 from distilbert_jax.machine.sharding import first_process_first, to_host
 from distilbert_jax.models import hub, student
@@ -51,6 +53,13 @@ def distil(config: DistilConfig) -> Path:
     if own:
         settings["--student"] = fingerprint(own)
     mesh = check_job(config, teacher.family, teacher.config, settings)
+    with hold(config.output):
+        return _distil(config, teacher, own, mesh, settings)
+
+
+def _distil(config: DistilConfig, teacher: hub.Pretrained, own: dict[str, Any], mesh: Mesh,
+            settings: dict[str, Any]) -> Path:
+    """Distil in a folder that is held; `own` is the student's start if it is not the teacher's."""
     setup = read_data(config, mesh, load_tokenizer(config.teacher, teacher.config.vocab_size),
                       settings)
     family, shape = student_shape(config, teacher.family, teacher.config)
@@ -154,10 +163,15 @@ def _write_report(
 
 
 def _example(setup: Setup, models: dict[str, tuple[nnx.GraphDef, dict[str, Any]]]) -> str:
-    """Both models fill one hidden token of the first held-out document."""
+    """Both models fill one hidden token of the first held-out document that has one to hide."""
     tokenizer, valid = setup.tokenizer, setup.data.valid
-    ids = np.array(valid.rows[0][:valid.segments[0][0]], np.int32)
-    ordinary = np.flatnonzero(~np.isin(ids, tokenizer.all_special_ids))
+    for row in range(min(len(valid), EVALUATION_ROWS)):
+        ids = np.array(valid.rows[row][:valid.segments[row][0]], np.int32)
+        ordinary = np.flatnonzero(~np.isin(ids, tokenizer.all_special_ids))
+        if len(ordinary):
+            break
+    else:
+        return "No held-out document begins with a token that could be hidden."
     position = int(ordinary[len(ordinary) // 2])
     truth, ids[position] = tokenizer.decode([int(ids[position])]), tokenizer.mask_token_id
     lines = [f"    {tokenizer.decode(ids[max(1, position - 20):position + 21])}", "",

@@ -3,9 +3,10 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
+from jax.sharding import Mesh
 
 from distilbert_jax.config import PretrainConfig
 from distilbert_jax.data import sources
@@ -16,10 +17,12 @@ from distilbert_jax.evaluation import report
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.jobs.setup import check_job, read_data
 from distilbert_jax.machine import store
+from distilbert_jax.machine.lock import hold
 from distilbert_jax.machine.seal import fingerprint
 from distilbert_jax.machine.sharding import first_process_first, to_host
 from distilbert_jax.models import bert, hub
 from distilbert_jax.models.encoder import EncoderConfig
+from distilbert_jax.models.family import Family
 from distilbert_jax.models.start import init_params, init_to_pretrain
 from distilbert_jax.training.assemble import assemble
 from distilbert_jax.training.metrics_log import read_metrics
@@ -44,15 +47,23 @@ def pretrain(config: PretrainConfig) -> Path:
     if source:
         settings["--model"] = fingerprint(source.params)
     mesh = check_job(config, family, shape, settings)
+    with hold(config.output):
+        return _pretrain(config, source, family, shape, mesh, settings)
+
+
+def _pretrain(config: PretrainConfig, source: hub.Pretrained | None, family: Family,
+              shape: EncoderConfig, mesh: Mesh, settings: dict[str, Any]) -> Path:
+    """Train in a folder that is held."""
     own = store.join(config.output, "tokenizer")
     learnt = store.exists(store.join(own, "tokenizer_config.json"))
     if source or learnt:
         tokenizer = load_tokenizer(config.model or own, shape.vocab_size if source else None)
     else:
         tokenizer = _learnt_tokenizer(config)
+    words = shape.vocab_size if source else len(tokenizer)
     shape = dataclasses.replace(
-        shape, vocab_size=len(tokenizer), mlm_head=True, pooler=False,
-        hidden_dropout=config.dropout, attention_dropout=config.dropout)
+        shape, vocab_size=words, mlm_head=True, pooler=False, hidden_dropout=config.dropout,
+        attention_dropout=config.dropout)
     setup = read_data(config, mesh, tokenizer, settings)
     if not source and not learnt and jax.process_index() == 0:
         with store.whole_folder(store.local(own)) as new:
@@ -101,4 +112,4 @@ def _learnt_tokenizer(config: PretrainConfig) -> "transformers.BertTokenizer":
                         "can be learnt from it: give texts, or --model")
     documents = (d for d in sources.Documents(config.corpus, config.mix, config.text_field)
                  if config.valid or not sources.is_held_out(d, config.valid_share))
-    return train_wordpiece(documents, config.vocab_size)
+    return train_wordpiece(documents, config.vocab_size, config.lowercase)

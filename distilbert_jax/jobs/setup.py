@@ -107,8 +107,7 @@ def check_job(
     positions = min(each.positions for each in shapes)
     check(config, "sequence_length", config.sequence_length <= positions,
           f"is beyond the model's {positions} positions")
-    sources.check([*config.corpus, *config.valid])
-    is_prepared(config.corpus)
+    sources.check([*([] if is_prepared(config.corpus) else config.corpus), *config.valid])
     store.check_writable(config.output)
     with _errors_about_output(config.output):
         refuse_other_run(config.output, settings or config.meaning())

@@ -12,10 +12,15 @@ import jax
 import numpy as np
 
 from distilbert_jax.errors import UserError
+from distilbert_jax.machine.progress import say
 from distilbert_jax.machine.trees import path_name
 from distilbert_jax.models.encoder import EncoderConfig, abstract_params
 from distilbert_jax.models.family import Family
 
+# Names of the attributes in which DataParallel and DistributedDataParallel, torch.compile,
+# DeepSpeed, FSDP and activation checkpointing keep a model, and which end up in its tensors' names.
+WRAPPERS = ("module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module",
+            "_checkpoint_wrapped_module")
 LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
 Leaf = tuple[tuple[Any, ...], Any]  # its path and its array, or its shape
@@ -38,7 +43,7 @@ def from_hf(
     Raises:
         UserError: with the list of all mismatches.
     """
-    tensors, problems = _canonical(tensors, family)
+    tensors, problems = _canonical(_unwrapped(tensors, family), family)
     modules = {_module(name) for name in tensors}
     present = {ours.split("/")[0] for theirs, ours in family.tensors.items()
                if theirs in modules and isinstance(ours, str)}
@@ -47,7 +52,10 @@ def from_hf(
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract_params(config))
     table = _by_tensor(leaves, family)
     _check_tied(tensors, family, table, problems)
-    problems += [f"unknown {n} {list(tensors[n].shape)}" for n in tensors if n not in table]
+    unknown = [name for name in tensors if name not in table]
+    other_heads = [name for name in unknown if not name.startswith(family.prefix)]
+    problems += [f"unknown {name} {list(tensors[name].shape)}" for name in unknown
+                 if name not in other_heads]
     found: dict[str, np.ndarray] = {}  # by path
     for name, parts in table.items():
         expected = list(_joined([np.broadcast_to(np.float32(0), leaf.shape) for _, leaf in parts],
@@ -60,11 +68,22 @@ def from_hf(
             problems.append(f"{name} is {list(array.shape)}, config.json says {expected}")
             continue
         array = array if array.dtype == np.float64 else array.astype(np.float32)
+        if not np.isfinite(array).all():
+            problems.append(f"{name} holds NaN or infinity")
         found |= _divided(array, parts, family)
     if problems:
-        raise UserError(f"{len(problems)} tensors do not fit: {'; '.join(problems)}")
+        problems += [f"unknown {name} {list(tensors[name].shape)}" for name in other_heads]
+        raise UserError(f"{len(problems)} tensors do not fit: {shortened(problems, '; ')}")
+    if other_heads:
+        say(f"left out, heads of other tasks: {shortened(other_heads, ', ')}")
     return config, jax.tree_util.tree_unflatten(
         treedef, [found[path_name(path)] for path, _ in leaves])
+
+
+def shortened(parts: list[str], between: str, most: int = 8) -> str:
+    """The first parts of a list, and how many more there are."""
+    more = [f"and {len(parts) - most} more"] if len(parts) > most else []
+    return between.join(parts[:most] + more)
 
 
 def to_hf(params: dict[str, Any], family: Family) -> dict[str, np.ndarray]:
@@ -114,6 +133,17 @@ def _turns(path: tuple[Any, ...], family: Family) -> bool:
 
 def _module(name: str) -> str:
     return name.rsplit(".", 1)[0]
+
+
+def _unwrapped(tensors: dict[str, np.ndarray], family: Family) -> dict[str, np.ndarray]:
+    """Names without what trainers' wrappers put before or into them, e.g. `module._orig_mod.`.
+
+    Only where the family's own names begin so, they stay.
+    """
+    if any(name.startswith(family.prefix) for name in tensors):
+        return tensors
+    wrapper = re.compile(rf"(^|\.)({'|'.join(WRAPPERS)})(?=\.)")
+    return {wrapper.sub("", name).lstrip("."): array for name, array in tensors.items()}
 
 
 def _canonical(

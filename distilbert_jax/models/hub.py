@@ -20,6 +20,10 @@ from distilbert_jax.models.encoder import ACTIVATIONS, EncoderConfig
 from distilbert_jax.models.families import FAMILIES
 from distilbert_jax.models.family import Family
 
+# Names of activations that compute what another one computes, as transformers has them.
+SYNONYMS = {"gelu_python": "gelu", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new",
+            "swish": "silu"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
@@ -38,12 +42,16 @@ def load(name: str) -> Pretrained:
     a decoder that repeats the word embedding, and half precision. Never runs code from a file.
 
     Raises:
-        UserError: absent, truncated or of another family, or tensors that do not fit; every
-            unknown, missing, duplicated, untied or misshapen tensor is in the message.
+        UserError: absent, truncated or of another family, or tensors that do not fit: the first
+            unknown, missing, duplicated, untied, misshapen or not finite ones are in the message.
     """
     folder = _resolve(name)
     family, config = _read_shape(folder)
     tensors = _read_tensors(folder)
+    untied = _read_config(folder).get("tie_word_embeddings", True) is False
+    if untied and not any(name in tensors for name in family.tied):
+        raise UserError(f"{folder}: tie_word_embeddings is false and the file has no decoder "
+                        f"({next(iter(family.tied))}): only a tied decoder is supported")
     try:
         return Pretrained(folder, family, *from_hf(tensors, family, config))
     except (UserError, TypeError, ValueError) as error:
@@ -61,17 +69,20 @@ def load_shape(name: str) -> tuple[Family, EncoderConfig]:
 
 def _read_shape(folder: Path) -> tuple[Family, EncoderConfig]:
     raw = _read_config(folder)
-    kind = str(raw.get("model_type"))
+    if "model_type" not in raw:
+        raise UserError(f"{folder}/config.json has no model_type: write which it is, e.g. "
+                        f"\"model_type\": \"bert\" (known: {', '.join(sorted(FAMILIES))})")
+    kind = str(raw["model_type"])
     if kind not in FAMILIES:
         raise UserError(f"{folder}: model_type {kind!r} is not supported (known: "
                         f"{', '.join(sorted(FAMILIES))})")
     family = FAMILIES[kind]
-    if raw.get("tie_word_embeddings", True) is False:
-        raise UserError(f"{folder}: tie_word_embeddings is false; only a tied decoder is supported")
     if raw.get("position_embedding_type", "absolute") != "absolute" or raw.get("is_decoder", False):
         raise UserError(f"{folder}: only encoders with absolute positions are supported")
     try:
         config = family.from_hf(raw)
+        config = dataclasses.replace(
+            config, hidden_act=SYNONYMS.get(config.hidden_act, config.hidden_act))
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                      "intermediate_size", "max_position_embeddings"):
             if not isinstance(size := getattr(config, name), int) or size < 1:
@@ -143,6 +154,12 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
             if missing := sorted(set(names) - set(tensors)):
                 raise UserError(f"{index} names tensors that no part holds: {', '.join(missing)}")
             return tensors
+    others = [name for name in ("flax_model.msgpack", "tf_model.h5") if (folder / name).exists()]
+    if others:
+        raise UserError(f"{folder} holds only {others[0]}: convert it, in an environment of "
+                        "transformers 4 with that library, by AutoModelForMaskedLM.from_pretrained("
+                        f"FOLDER, from_{'flax' if 'flax' in others[0] else 'tf'}=True)"
+                        ".save_pretrained(FOLDER)")
     raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
 
