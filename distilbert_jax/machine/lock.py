@@ -60,7 +60,7 @@ def hold(output: str | Path) -> Iterator[None]:
                 folder.rmdir()  # fails where something is in it
 
 
-def _refuse_living(output: str | Path, path: Path) -> None:
+def _refuse_living(output: str | Path, path: store.AnyPath) -> None:
     """Raise a UserError if the process that wrote the lock is alive; wait where only time can tell.
     """
     found = _read(path)
@@ -103,7 +103,7 @@ def _started(pid: int) -> str:
     return "gone" if fields[0] == "Z" else fields[19]
 
 
-def _beat(path: Path, own: dict[str, str | int], ended: threading.Event) -> None:
+def _beat(path: store.AnyPath, own: dict[str, str | int], ended: threading.Event) -> None:
     number = 0
     while not ended.wait(BEAT):
         number += 1
@@ -111,7 +111,7 @@ def _beat(path: Path, own: dict[str, str | int], ended: threading.Event) -> None
             _write(path, own | {"beat": number})
 
 
-def _read(path: Path) -> dict[str, str | int] | None:
+def _read(path: store.AnyPath) -> dict[str, str | int] | None:
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -120,6 +120,6 @@ def _read(path: Path) -> dict[str, str | int] | None:
         return {}
 
 
-def _write(path: Path, content: dict[str, str | int]) -> None:
+def _write(path: store.AnyPath, content: dict[str, str | int]) -> None:
     with store.whole_file(path) as new:
         new.write_text(json.dumps(content))
