@@ -6,12 +6,17 @@ Every other module receives these dataclasses; nothing here imports jax.
 import contextlib
 import dataclasses
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from distilbert_jax.errors import UserError, choose
+
+# What a person may write in Python; held as a str, and as a tuple of them.
+Word = str | os.PathLike[str]
+Words = Word | Sequence[Word]
 
 GROUPS = ("models", "data", "training", "losses", "devices", "output")  # of --help, in this order
 
@@ -54,19 +59,19 @@ EVALUATION_MASKING = Masking(mask=1.0, keep=0.0, smoothing=0.0)
 class DataConfig:
     """Which documents there are, and how they are brought into rows."""
 
-    corpus: tuple[str, ...] = option(
+    corpus: Words = option(
         (), "data", "text, JSON-lines or parquet files (globs; .gz, .zst, .bz2, .xz), folders of "
         "them or saved by datasets, paragraphs:FILE (empty lines between documents), "
         "hf:NAME[:CONFIG], tfds:NAME, python-docs, or one folder that prepare.py made; files and "
         "folders may lie under gs://; one line of text is one document", nargs="+",
         **BY_CONTENT)
-    mix: tuple[float, ...] = option(
+    mix: float | Sequence[float] = option(
         (), "data", "a weight for each word of --corpus: documents are drawn in this ratio until "
         "one is used up; default: one corpus after the other", nargs="+", type=float)
     text_field: str = option(
         "", "data", "field or column that holds the text of a record; default: text, or the only "
         "one that holds a string")
-    valid: tuple[str, ...] = option(
+    valid: Words = option(
         (), "data", "held-out corpus, named like --corpus; default: a part of the corpus, chosen "
         "by the hash of each document", nargs="+", **BY_CONTENT)
     valid_share: float = option(
@@ -79,6 +84,8 @@ class DataConfig:
     LARGEST_LENGTH = 2**16 - 1  # lengths of segments are stored as uint16
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _as_flag(field, getattr(self, field.name)))
         for name, least in (("sequence_length", 8), ("workers", 0)):
             check(self, name, getattr(self, name) >= least, f"must be at least {least}")
         check(self, "sequence_length", self.sequence_length <= self.LARGEST_LENGTH,
@@ -95,12 +102,12 @@ class DataConfig:
 class PrepareConfig(DataConfig):
     """The preparation of a corpus on its own, for any number of runs."""
 
-    tokenizer: str = option(
+    tokenizer: Word = option(
         "", "models", "Hugging Face folder whose tokenizer is used, as a rule the teacher's")
     shard: str = option(
         "0/1", "data", "i/n: prepare the i-th of n parts, counted from 0, on this machine; all n "
         "write into the same folder, and the last to end completes it")
-    output: str = option(
+    output: Word = option(
         "prepared", "output", "folder for the prepared corpus; may be gs://BUCKET/NAME")
 
     def __post_init__(self) -> None:
@@ -142,7 +149,7 @@ class TrainConfig(DataConfig):
         "auto is bfloat16 on TPU, GPU and CPUs with AMX, float32 on others")
     mesh: str = option(
         "", "devices", "DATAxMODEL, e.g. 8x1 or 4x2; default: all devices on data", **FREE)
-    output: str = option(
+    output: Word = option(
         "output", "output", "folder for checkpoints, figures and the model; may be gs://BUCKET/NAME",
         **FREE)
     save_every: int = option(500, "output", "updates between checkpoints", **FREE)
@@ -200,14 +207,14 @@ class TrainConfig(DataConfig):
 class DistilConfig(TrainConfig):
     """A distillation: a teacher, which student, and the weights of the losses."""
 
-    teacher: str = option(
+    teacher: Word = option(
         "", "models", "Hugging Face BERT folder, or hub name where there is a network",
         **BY_CONTENT)
-    student_layers: str = option(
+    student_layers: str | int | Sequence[int] = option(
         "", "models", "how many teacher layers to keep (evenly chosen), or which: 0,2,4,7,9,11; "
         "default: half of them")
     init: str = option("teacher", "models", "start of the student: teacher or random")
-    student: str = option(
+    student: Word = option(
         "", "models", "Hugging Face folder that is the student's start instead: of any depth and "
         "width, with the teacher's tokenizer", **BY_CONTENT)
     fold_token_type: bool = option(
@@ -252,7 +259,7 @@ class DistilConfig(TrainConfig):
 class PretrainConfig(TrainConfig):
     """Masked-language-model training of a BERT, from scratch or from a folder (adaptation)."""
 
-    model: str = option(
+    model: Word = option(
         "", "models", "BERT folder to start from, with its tokenizer; default: from scratch",
         **BY_CONTENT)
     vocab_size: int = option(8192, "models", "WordPiece vocabulary to learn, from scratch only")
@@ -271,6 +278,20 @@ class PretrainConfig(TrainConfig):
             check(self, name, getattr(self, name) >= least, f"must be at least {least}")
         check(self, "num_attention_heads", self.hidden_size % self.num_attention_heads == 0,
               f"must divide --hidden-size {self.hidden_size}")
+
+
+def _as_flag(field: dataclasses.Field, value: Any) -> Any:
+    """What a person writes in Python, as the command line would give it: a str or Path where
+    several are possible, a Path or number or list of numbers where a word is expected."""
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if isinstance(field.default, tuple):
+        value = (value,) if isinstance(value, (str, int, float)) else value
+        return tuple(os.fspath(v) if isinstance(v, os.PathLike) else v for v in value)
+    if isinstance(field.default, str) and not isinstance(value, str):
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        return ",".join(map(str, numbers)) if value is not None else field.default
+    return value
 
 
 def compute_dtype(name: str, platform: str) -> str:

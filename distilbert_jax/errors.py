@@ -9,12 +9,17 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Shorten what a library raised to its first line that is not empty.
+    """Shorten what a library raised to its first line that says something.
 
     Returns:
-        At most 200 characters; the name of the error's type where it says nothing.
+        At most 200 characters; the name of the error's type where it says nothing. A line that
+        ends with a colon goes on in the next.
     """
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    said = lines.pop(0).strip()
+    while lines and said.endswith(":"):
+        said += f" {lines.pop(0).strip()}"
+    return said[:200]
 
 
 def choose(name: str, known: Iterable[str], what: str) -> str:

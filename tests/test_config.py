@@ -1,6 +1,7 @@
 """The command line: flags, recipes, and one line for whatever cannot be."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -175,3 +176,12 @@ def test_the_first_line_of_an_error():
     assert first_line(ValueError("\n  one\ntwo")) == "one"
     assert first_line(ValueError(" ")) == "ValueError"
     assert first_line(ValueError("x" * 300)) == "x" * 200
+    assert first_line(ValueError("Invalid keys:\n  a, b\nand more")) == "Invalid keys: a, b"
+
+
+def test_what_a_person_writes_in_python():
+    written = DistilConfig(teacher=Path("a/b"), corpus="one.txt", valid=[Path("c"), "d"], mix=0.5,
+                           student_layers=6, output=Path("out"))
+    assert written == DistilConfig(teacher="a/b", corpus=("one.txt",), valid=("c", "d"), mix=(0.5,),
+                                   student_layers="6", output="out")
+    assert DistilConfig(student_layers=[0, 2]).student_layers == "0,2"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,9 @@ def test_a_distillation_leaves_its_student_and_its_figures(distilled, learnt):
     for row in ("teacher", "student", "student at start"):
         assert f"\n| {row} " in report
     assert "![losses](losses.png)" in report and "hidden: " in report
-    assert "library_name: transformers" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "library_name: transformers" in card and "- corpus: corpus.txt\n" in card
+    assert str(Path(config.teacher).parent) not in card  # no path of this machine
     assert not np.array_equal(student.params["embeddings"]["word"]["embedding"],
                               teacher.params["embeddings"]["word"]["embedding"])
 

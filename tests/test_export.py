@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -16,6 +19,27 @@ from distilbert_jax.models.families import FAMILIES
 from distilbert_jax.models.student import student_config, student_params
 
 TEXTS = ["ba be bu da", "fa fe", "unheard words, ba"]
+# What an older transformers and a browser's library make of a folder. .ci/run installs both.
+TRANSFORMERS_4 = '''
+import json, sys, transformers
+folder, texts = sys.argv[1], sys.argv[2:]
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+model, info = transformers.AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+fill = transformers.pipeline("fill-mask", model=model, tokenizer=tokenizer)
+print(json.dumps({
+    "version": transformers.__version__, "keys": sum(map(list, info.values()), []),
+    "ids": [tokenizer(text)["input_ids"] for text in texts],
+    "logits": [model(**tokenizer(text, return_tensors="pt")).logits[0].tolist() for text in texts],
+    "best": fill(f"ba {tokenizer.mask_token} bu")[0]["score"]}))
+'''
+TRANSFORMERS_JS = '''
+import { createRequire } from "module";
+const [modules, folder, ...texts] = process.argv.slice(1);
+const { AutoTokenizer, env } = createRequire(modules + "/")("@huggingface/transformers");
+env.allowRemoteModels = false; env.localModelPath = folder;
+const tokenizer = await AutoTokenizer.from_pretrained("model");
+console.log(JSON.stringify(texts.map(text => tokenizer.encode(text))));
+'''
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -105,3 +129,40 @@ def test_an_older_folder_stays_when_the_new_one_fails(exported, tmp_path):
     export(folder, params, dataclasses.replace(config, pad_token_id=1), family, tokenizer, "new")
     assert hub.load(str(folder)).config.pad_token_id == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def installed(name):
+    """The folder that an environment variable names, in which .ci/run has installed something."""
+    if name not in os.environ:
+        pytest.skip(f"{name} names no installation of it")
+    return os.environ[name]
+
+
+def printed(*command, **environment):
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_transformers_4_gives_our_logits(exported):
+    pytest.importorskip("torch", reason="PyTorch is the reference here")
+    folder, config, params, _, tokenizer = exported
+    found = printed(sys.executable, "-c", TRANSFORMERS_4, folder, *TEXTS,
+                    PYTHONPATH=installed("TRANSFORMERS_4"))
+    assert found["version"].startswith("4.5") and not found["keys"]
+    assert 0 < found["best"] <= 1
+    for text, ids, logits in zip(TEXTS, found["ids"], found["logits"], strict=True):
+        assert ids == tokenizer(text)["input_ids"]
+        rows = np.asarray(ids, np.int32)[None]
+        batch = {"input_ids": rows, "segment_ids": np.ones_like(rows),
+                 "position_ids": np.arange(rows.size, dtype=np.int32)[None]}
+        ours = outputs(graphdef(config, "float32", "float32"), params, batch)[1][0]
+        np.testing.assert_allclose(np.asarray(logits), ours, atol=2e-5)
+
+
+def test_transformers_js_gives_our_ids(exported):
+    folder, tokenizer = exported[0], exported[-1]
+    modules = installed("TRANSFORMERS_JS")
+    found = printed("node", "--input-type=module", "-e", TRANSFORMERS_JS, modules, folder.parent,
+                    *TEXTS)
+    assert found == [tokenizer(text)["input_ids"] for text in TEXTS]

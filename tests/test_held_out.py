@@ -14,7 +14,7 @@ from test_sharding import mesh_of
 from distilbert_jax.config import EVALUATION_MASKING
 from distilbert_jax.data.pack import PackedRows
 from distilbert_jax.evaluation import held_out as module
-from distilbert_jax.evaluation.held_out import held_out
+from distilbert_jax.evaluation.held_out import _figures, held_out
 from distilbert_jax.models.encoder import graphdef
 from distilbert_jax.training.labels import mask_tokens, row_keys
 from distilbert_jax.training.objective import observe
@@ -82,13 +82,14 @@ def test_figures_from_logits(measured, problem, vocabulary, packed, graphs):
     real = rows[rows.any(1)]
     assert sorted(map(tuple, real)) == sorted(map(tuple, packed.rows))  # each row once
 
-    nll, hits, kl, cosine = {0: [], 1: []}, {0: [], 1: []}, [], []
+    nll, hits, kl, cosine, labels = {0: [], 1: []}, {0: [], 1: []}, [], [], []
     for raw, key in seen:
         given = jax.tree.map(jnp.asarray, raw)
         batch = mask_tokens(row_keys(key, given), given, vocabulary, EVALUATION_MASKING)
         row, column = np.nonzero(np.asarray(batch["input_ids"] != raw["input_ids"]))
         assert (np.asarray(batch["input_ids"])[row, column] == 4).all()  # all behind [MASK]
         truth, real = raw["input_ids"][row, column], raw["segment_ids"] > 0
+        labels += list(truth)
         hidden, log_p = [], []
         for who, params in enumerate((problem.params, problem.teacher_params)):
             h, logits = map(np.asarray, outputs(graphs[who], params, batch))
@@ -103,7 +104,9 @@ def test_figures_from_logits(measured, problem, vocabulary, packed, graphs):
                        / np.linalg.norm(hidden[1], axis=-1))
     expected = {
         "masked": len(kl), "kl": np.mean(kl), "cosine": np.mean(cosine),
-        "retention": sum(hits[0]) / max(sum(hits[1]), 1)}
+        "most_frequent": np.mean(np.array(labels) == vocabulary.counts.argmax())}
+    if sum(hits[1]) > sum(np.array(labels) == vocabulary.counts.argmax()):
+        expected["retention"] = sum(hits[0]) / sum(hits[1])
     for who, name in enumerate(("", "teacher_")):
         expected |= {f"{name}mlm_loss": np.mean(nll[who]), f"{name}top1": np.mean(hits[who]),
                      f"{name}perplexity": np.exp(np.mean(nll[who]))}
@@ -116,14 +119,22 @@ def test_a_teacher_as_its_own_student(problem, vocabulary, packed, steps):
     assert found["kl"] == pytest.approx(0, abs=1e-12)
     assert found["cosine"] == pytest.approx(1, abs=1e-7)
     assert found["top1"] == found["teacher_top1"]
-    assert found["retention"] == (1 if found["top1"] else 0)
+    knows = found["teacher_top1"] > found["most_frequent"]
+    assert found.get("retention") == (1 if knows else None)
+
+
+@pytest.mark.parametrize("hits, retention", [(3, None), (4, None), (5, 0.4)])
+def test_retention_needs_a_teacher_that_beats_the_commonest_token(hits, retention):
+    total = {"masked": 9.0, "tokens": 60.0, "most_frequent": 4.0, "nll": 9.0, "correct": 2.0,
+             "teacher_nll": 9.0, "teacher_correct": float(hits), "kl": 1.0}
+    assert _figures(total).get("retention") == retention
 
 
 def test_the_same_tokens_are_hidden_from_every_model(
         measured, problem, vocabulary, packed, steps):
     alone = figures(problem, vocabulary, packed, steps["teacher"], params=problem.teacher_params,
                     teacher={})
-    assert set(alone) == {"masked", "mlm_loss", "perplexity", "top1"}
+    assert set(alone) == {"masked", "most_frequent", "mlm_loss", "perplexity", "top1"}
     for name in ("mlm_loss", "perplexity", "top1"):
         assert alone[name] == pytest.approx(measured[0][f"teacher_{name}"], rel=1e-12)
     assert alone["masked"] == measured[0]["masked"]

@@ -27,8 +27,8 @@ def test_model_row(rows):
     assert rows[0] == (
         "teacher", "2", "1,000,000", "4.0", "80.00", "2.500", "100.00", "12.35")
     assert rows[1][4:7] == ("60.00", "10000000.000", "75.00")
-    hopeless = report.model_row("x", {"layers": {}}, {"top1": 0.0, "perplexity": 9.0}, 0.0, 1.0)
-    assert hopeless[6] == "0.00"  # of a teacher that knows nothing
+    hopeless = report.model_row("x", {"layers": {}}, {"top1": 0.3, "perplexity": 9.0}, None, 1.0)
+    assert hopeless[6] == "not defined"  # of a teacher that knows nothing
 
 
 def test_the_table_is_aligned(rows):
@@ -51,6 +51,17 @@ def test_plot(held, tmp_path):
                {"step": 2, "tokens_seen": 20, **held}]
     report.plot(metrics, tmp_path / "losses.png", "title")
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+@pytest.mark.parametrize("figures, line", [
+    ({}, "held-out top-1 30.00%, perplexity 2.000"),
+    ({"kl": 0.1, "teacher_top1": 0.6, "retention": 0.5, "most_frequent": 0.1},
+     "held-out top-1 30.00%, perplexity 2.000; teacher 60.00%, retention 50.00%"),
+    ({"kl": 0.1, "teacher_top1": 0.06, "most_frequent": 0.1},
+     "held-out top-1 30.00%, perplexity 2.000; teacher 6.00%, retention not defined, since the "
+     "teacher is no better than always the commonest token (10.00%)")])
+def test_held_out_line(figures, line):
+    assert report.held_out_line({"top1": 0.3, "perplexity": 2.0} | figures) == line
 
 
 def test_versions():

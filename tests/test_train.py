@@ -66,6 +66,7 @@ def job(tiny_model, batch_of, vocabulary):
     config = DistilConfig(batch_size=8, save_every=3, eval_every=4, learning_rate=0.01, clip=1.0,
                           dtype="float32")
     run = loop.Run(
+        describe=str,
         config=config, steps=STEPS, settings={"--seed": 56}, output=Path(), rows=rows,
         vocabulary=vocabulary, label="test",
         assembly=assemble(config, distilbert.FAMILY, student, teacher, mesh_of("8x1"), STEPS),

@@ -93,6 +93,14 @@ def check(names: Sequence[str]) -> None:
         _resolve(name)
 
 
+def published(name: str) -> str:
+    """A word of --corpus without the folders of this machine or bucket that it lies in."""
+    kind, colon, where = name.rpartition(":")
+    if colon and kind in ("hf", "tfds"):
+        return name
+    return (f"{kind}:" if kind in SOURCES else "") + pathlib.PurePath(where).name
+
+
 def describe(names: Sequence[str]) -> list[list[str | int]]:
     """Identify a corpus by [name, bytes, hash] of each file, and [name] of anything else.
 

@@ -39,10 +39,11 @@ def held_out(
 
     Returns:
         `mlm_loss` [nats per masked token], `perplexity`, `top1` (share in [0, 1]), `masked`
-        (their number); with a teacher also its `teacher_mlm_loss`, `teacher_perplexity`,
-        `teacher_top1`, and `kl` [nats per masked token], `retention` = top-1 of the
-        student over the teacher's and, if both are equally wide, `cosine`. Sums are taken in
-        float64 over all batches.
+        (their number), `most_frequent` (top-1 of always saying the commonest token); with a
+        teacher also its `teacher_mlm_loss`, `teacher_perplexity`, `teacher_top1`, and `kl` [nats
+        per masked token], `retention` = top-1 of the student over the teacher's (not defined,
+        and absent, where the teacher's is not above `most_frequent`) and, if both are equally
+        wide, `cosine`. Sums are taken in float64 over all batches.
     """
     data = mesh.shape["data"]
     taken = 2 ** int(math.log2(max(1, BATCH_TOKENS // packed.rows.shape[1])))
@@ -72,15 +73,16 @@ def _filled(batch: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
 
 def _figures(total: dict[str, float]) -> dict[str, float]:
     masked, tokens = max(total["masked"], 1.0), max(total["tokens"], 1.0)
-    figures = {"masked": total["masked"]}
+    figures = {"masked": total["masked"], "most_frequent": total["most_frequent"] / masked}
     for who in ("", "teacher_"):
         if f"{who}nll" in total:
             loss = total[f"{who}nll"] / masked
             figures |= {f"{who}mlm_loss": loss, f"{who}perplexity": math.exp(min(loss, 700.0)),
                         f"{who}top1": total[f"{who}correct"] / masked}
     if "kl" in total:
-        figures |= {"kl": total["kl"] / masked,
-                    "retention": total["correct"] / max(total["teacher_correct"], 1.0)}
+        figures["kl"] = total["kl"] / masked
+        if total["teacher_correct"] > total["most_frequent"]:
+            figures["retention"] = total["correct"] / total["teacher_correct"]
     if "cosine" in total:
         figures["cosine"] = total["cosine"] / tokens
     return figures

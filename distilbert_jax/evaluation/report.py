@@ -25,7 +25,7 @@ def count_parameters(params: dict[str, Any]) -> int:
 
 
 def model_row(
-    name: str, params: dict[str, Any], figures: dict[str, float], teacher_top1: float,
+    name: str, params: dict[str, Any], figures: dict[str, float], teacher_top1: float | None,
     latency: float,
 ) -> tuple[str, ...]:
     """One line of the table.
@@ -34,13 +34,14 @@ def model_row(
         name: of the model.
         params: its parameters, counted; the size is that of float32.
         figures: `top1` and `perplexity` from held_out.
-        teacher_top1: what 100 % retention is.
+        teacher_top1: what 100 % retention is; None where retention is not defined.
         latency: milliseconds.
     """
     count, top1 = count_parameters(params), figures["top1"]
+    retention = f"{100 * top1 / teacher_top1:.2f}" if teacher_top1 else "not defined"
     return (name, str(len(params["layers"])), f"{count:,}", f"{4 * count / 1e6:.1f}",
             f"{100 * top1:.2f}", f"{figures['perplexity']:.3f}",
-            f"{100 * top1 / max(teacher_top1, 1e-9):.2f}", f"{latency:.2f}")
+            retention, f"{latency:.2f}")
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
@@ -72,7 +73,7 @@ def plot(metrics: list[dict[str, int | float]], path: Path, title: str) -> None:
     left.set(xlabel="tokens seen", ylabel="training loss [nats; weighted total]", yscale="log")
     left.legend()
     held = [m for m in metrics if "top1" in m]
-    what = "retention" if "retention" in (held or metrics)[0] else "top1"
+    what = "retention" if all("retention" in m for m in held) else "top1"
     right.plot([m["tokens_seen"] for m in held], [100 * m[what] for m in held],
                marker="o", markersize=3)
     right.set(xlabel="tokens seen", ylabel={
@@ -83,6 +84,22 @@ def plot(metrics: list[dict[str, int | float]], path: Path, title: str) -> None:
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def held_out_line(figures: dict[str, float]) -> str:
+    """Held-out figures in words, for the terminal while training and for the model card."""
+    line = f"held-out top-1 {figures['top1']:.2%}, perplexity {figures['perplexity']:.3f}"
+    if "kl" in figures:
+        line += f"; teacher {figures['teacher_top1']:.2%}, retention {retention(figures)}"
+    return line
+
+
+def retention(figures: dict[str, float]) -> str:
+    """How much of the teacher's top-1 is kept, or why that says nothing."""
+    if "retention" in figures:
+        return f"{figures['retention']:.2%}"
+    return ("not defined, since the teacher is no better than always the commonest token "
+            f"({figures['most_frequent']:.2%})")
 
 
 def versions() -> str:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from distilbert_jax.benchmark.latency import latencies
 from distilbert_jax.config import DistilConfig
+from distilbert_jax.data import sources
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import report
@@ -117,9 +118,8 @@ def _card(config: DistilConfig, origin: str, figures: dict[str, float],
         f"# A student of {len(params['layers'])} layers\n\n"
         f"Distilled by distilbert_jax from `{Path(config.teacher).name}`. {origin}\n\n"
         f"- parameters: {report.count_parameters(params):,}\n"
-        f"- held-out masked-token top-1: {figures['top1']:.2%}, teacher "
-        f"{figures['teacher_top1']:.2%}; retention {figures['retention']:.2%}\n"
-        f"- corpus: {' '.join(config.corpus)}\n"
+        f"- {report.held_out_line(figures)}\n"
+        f"- corpus: {', '.join(map(sources.published, config.corpus))}\n"
         f"- losses: {weights}; temperature {config.temperature}\n"
         f"- {report.versions()}\n\n"
         "```python\nfrom transformers import AutoModelForMaskedLM, AutoTokenizer\n\n"
@@ -138,13 +138,16 @@ def _write_report(
               "student at start": (assembly.graph, start)}
     speed = latencies(models, config.sequence_length)
     last, first = figures["student"], figures["at start"]
+    whole = last["teacher_top1"] if "retention" in last else None
     teacher_figures = {"top1": last["teacher_top1"], "perplexity": last["teacher_perplexity"]}
     text = report.table([
-        report.model_row(name, models[name][1], measured, last["teacher_top1"], speed[name])
+        report.model_row(name, models[name][1], measured, whole, speed[name])
         for name, measured in zip(models, (teacher_figures, last, first), strict=True)])
     cosine = f"cosine of the last hidden states {last['cosine']:.4f}, " if "cosine" in last else ""
     against = (f"Against the teacher: KL {last['kl']:.4f} nats per masked token, {cosine}latency "
                f"{speed['teacher'] / speed['student']:.2f} times lower.")
+    if whole is None:
+        against += f" Retention is {report.retention(last)}."
     metrics = read_metrics(config.output)
     report.plot(metrics, output / "losses.png", f"{Path(config.teacher).name} → student")
     example = _example(setup, models)

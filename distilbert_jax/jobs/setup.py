@@ -25,6 +25,7 @@ from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import report
 from distilbert_jax.evaluation.held_out import held_out
 from distilbert_jax.machine import store
+from distilbert_jax.machine.progress import say
 from distilbert_jax.machine.seal import fingerprint
 from distilbert_jax.machine.sharding import first_process_first, make_mesh, replicated, rows_each
 from distilbert_jax.models import hub, student
@@ -67,12 +68,26 @@ class Setup:
         Returns:
             The trained model's parameters, on the mesh.
         """
+        say(self._plan(assembly, start, teachers, label))
         run = Run(
             config=self.config, steps=self.steps, settings=self.settings,
             output=self.config.output, rows=self.data.train, vocabulary=self.vocabulary,
-            label=label, assembly=assembly,
+            label=label, assembly=assembly, describe=report.held_out_line,
             evaluate=self.evaluator(assembly.eval_step, teachers, EVALUATION_ROWS))
         return train(run, assembly.init(start), teachers).params["student"]
+
+    def _plan(self, assembly: Assembly, start: dict[str, Any], teachers: dict[str, Any],
+              label: str) -> str:
+        """What will be done, with what, where, in one line."""
+        models = [f"{len(each['layers'])} layers with {report.count_parameters(each):,} parameters"
+                  for each in (*teachers.values(), start)]
+        config, rows = self.config, len(self.data.train)
+        passes = self.steps * config.batch_size / rows
+        devices = assembly.mesh.devices.flat
+        return (f"{label}: {' → '.join(models)}; {self.steps:,} updates of {config.batch_size} "
+                f"rows of {config.sequence_length} tokens, {passes:.1f} passes over {rows:,} rows; "
+                f"{assembly.dtype} on {len(devices)} x "
+                f"{devices[0].device_kind}, into {config.output}")
 
     def evaluator(
         self, eval_step: Callable[..., dict[str, jax.Array]], teachers: dict[str, Any],

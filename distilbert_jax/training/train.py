@@ -50,6 +50,7 @@ class Run:
     vocabulary: Vocabulary
     assembly: Assembly
     evaluate: Callable[[dict[str, Any]], dict[str, float]]  # the student's parameters → figures
+    describe: Callable[[dict[str, float]], str]  # figures → a line
     label: str  # of the progress bar
 
 
@@ -87,10 +88,15 @@ def train(run: Run, state: TrainState, teachers: dict[str, Any]) -> TrainState:
                     if start < run.steps else
                     f"{run.label}: {start} updates are done, --steps asks for {run.steps}")
             else:
-                log.write(0, run.evaluate(state.params["student"]))
+                log.write(0, _evaluated(run, state))
+            if start < run.steps:
+                say("compiling the update, once ...")
             report = _Report(run, log, progress, batches)
             for step in range(start, run.steps):
+                began = time.monotonic()
                 state, metrics = step_fn(state, teachers, run.vocabulary, next(batches))
+                if step == start:
+                    say(f"compiled in {time.monotonic() - began:.0f} s")
                 report.flush()  # of the step before, while this one runs
                 report.take(step + 1, metrics)
                 done, figures = step + 1, None
@@ -100,7 +106,7 @@ def train(run: Run, state: TrainState, teachers: dict[str, Any]) -> TrainState:
                 if evaluates or stops:  # neither a figure nor a checkpoint is ahead of the log
                     report.flush()
                 if evaluates:
-                    figures = run.evaluate(state.params["student"])
+                    figures = _evaluated(run, state)
                     log.write(done, figures)
                 if evaluates or stops:
                     log.publish()
@@ -111,6 +117,13 @@ def train(run: Run, state: TrainState, teachers: dict[str, Any]) -> TrainState:
                 checkpoints.poll()
                 watch.beat()
     return state
+
+
+def _evaluated(run: Run, state: TrainState) -> dict[str, float]:
+    """The held-out figures of this state, which are printed too."""
+    figures = run.evaluate(state.params["student"])
+    say(f"update {int(state.step)}: {run.describe(figures)}")
+    return figures
 
 
 def _reader(run: Run) -> Callable[[int], dict[str, jax.Array]]:

@@ -148,7 +148,8 @@ def make_eval_step(
 
     Returns:
         eval_step(params, teachers, vocabulary, batch, key) → sums over the batch; `params` are the
-        student's: `masked` and `tokens` (weights), `nll` [nats], `correct`; with a teacher also
+        student's: `masked` and `tokens` (weights), `nll` [nats], `correct`, `most_frequent` (how
+        often the commonest token of the training rows is right); with a teacher also
         `teacher_nll`, `teacher_correct`, `kl` (at temperature 1, over masked positions) and, if
         it is as wide as the student, `cosine` (similarity over all real tokens).
     """
@@ -165,7 +166,9 @@ def make_eval_step(
             return hidden, logits, losses.mlm_sum(logits, batch["labels"], masked), hits.sum()
 
         hidden, logits, nll, correct = predict(student_graph, params)
-        sums = {"masked": masked.sum(), "tokens": real.sum(), "nll": nll, "correct": correct}
+        frequent = (batch["labels"] == vocabulary.counts.argmax()) * masked
+        sums = {"masked": masked.sum(), "tokens": real.sum(), "nll": nll, "correct": correct,
+                "most_frequent": frequent.sum()}
         if teacher_graph is None:
             return sums
         target, soft, teacher_nll, teacher_correct = predict(teacher_graph, teachers["teacher"])
