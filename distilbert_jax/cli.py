@@ -46,7 +46,8 @@ def parse(config_class: type, description: str, argv: Sequence[str],
         group = groups[meta["group"]]
         if "each" in meta:
             weights = field.default_factory()
-            for name, row in LOSSES.items():
+            rows = {name: row for name, row in LOSSES.items() if row.needs in meta["needs"]}
+            for name, row in rows.items():
                 group.add_argument(
                     flag(f"{meta['each']}_{name}"), type=float, metavar="X",
                     help=f"{meta['help']} {row.text} (default: {weights.get(name, 0.0)})")

@@ -56,7 +56,16 @@ EVALUATION_MASKING = Masking(mask=1.0, keep=0.0, smoothing=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class Config:
+    """Settings that Python may give in the form a person writes, held in one form."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _as_flag(field, getattr(self, field.name)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(Config):
     """Which documents there are, and how they are brought into rows."""
 
     corpus: Words = option(
@@ -84,8 +93,7 @@ class DataConfig:
     LARGEST_LENGTH = 2**16 - 1  # lengths of segments are stored as uint16
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _as_flag(field, getattr(self, field.name)))
+        super().__post_init__()
         for name, least in (("sequence_length", 8), ("workers", 0)):
             check(self, name, getattr(self, name) >= least, f"must be at least {least}")
         check(self, "sequence_length", self.sequence_length <= self.LARGEST_LENGTH,
@@ -126,8 +134,8 @@ class PrepareConfig(DataConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(DataConfig):
-    """What distillation and masked-language-model training have in common."""
+class LoopConfig(Config):
+    """What every training has in common: its updates, its devices, its folder."""
 
     steps: int | None = option(
         None, "training", "updates; default: three passes over the corpus", **FREE)
@@ -163,7 +171,6 @@ class TrainConfig(DataConfig):
         10, "training", "updates in a row without a finite loss and gradient, each of which is "
         "skipped, before the run stops", **FREE)
 
-    MASKING = Masking()
     LARGEST_SEED = 2**32 - 1
 
     def __post_init__(self) -> None:
@@ -176,7 +183,9 @@ class TrainConfig(DataConfig):
             check(self, name, getattr(self, name) >= least, f"must be at least {least}")
         check(self, "seed", self.seed <= self.LARGEST_SEED, f"must be at most {self.LARGEST_SEED}")
         for name in ("learning_rate", "clip"):
-            check(self, name, 0 < getattr(self, name) < float("inf"), "must be positive, finite")
+            value = getattr(self, name)
+            check(self, name, value is None or 0 < value < float("inf"),
+                  "must be positive, finite")
         check(self, "weight_decay", 0 <= self.weight_decay < float("inf"),
               "must be 0 or a positive, finite number")
         for name in ("warmup", "dropout"):
@@ -197,6 +206,13 @@ class TrainConfig(DataConfig):
             elif "continued" not in field.metadata:
                 settings[flag(field.name)] = value
         return settings
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(LoopConfig, DataConfig):
+    """What distillation and masked-language-model training have in common."""
+
+    MASKING = Masking()
 
     def updates(self, rows: int) -> int:
         """Updates of the run on a corpus of so many rows: `steps`, or three passes."""
@@ -224,7 +240,8 @@ class DistilConfig(TrainConfig):
         False, "models", "leave the student's position embeddings as they start")
     temperature: float = option(2.0, "losses", "temperature of the soft targets")
     alphas: Mapping[str, float] = option(
-        {"ce": 5.0, "mlm": 2.0, "cos": 1.0}, "losses", "weight of the", each="alpha")
+        {"ce": 5.0, "mlm": 2.0, "cos": 1.0}, "losses", "weight of the", each="alpha",
+        needs=("labels", "logits", "last", "hidden"))
     hidden_map: str = option(
         "", "losses", "which layers are compared, student:teacher, counted from 1: 1:4,2:8; "
         "default: every layer of the student, evenly")
@@ -243,11 +260,7 @@ class DistilConfig(TrainConfig):
             raise UserError(f"--student {self.student} is a start of its own: leave out "
                             "--student-layers and --init")
         check(self, "temperature", 0 < self.temperature < float("inf"), "must be positive, finite")
-        for name, weight in self.alphas.items():
-            if not 0 <= weight < float("inf"):
-                raise UserError(f"--alpha-{name} {weight} must be 0 or a positive, finite number")
-        if not any(self.alphas.values()):
-            raise UserError("all loss weights are 0: give at least one --alpha-... above 0")
+        check_weights(self.alphas)
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -292,6 +305,120 @@ def _as_flag(field: dataclasses.Field, value: Any) -> Any:
         numbers = value if isinstance(value, (list, tuple)) else [value]
         return ",".join(map(str, numbers)) if value is not None else field.default
     return value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskData(Config):
+    """Labelled data, and what there is to be done with it."""
+
+    task: str = option(
+        "", "data", "a task whose files, columns, labels and metrics are known: cola, sst2, ...; "
+        "without it, columns and kind are taken from --train")
+    data: Word = option("", "data", "folder of the task's files: train.tsv, dev.tsv, ...",
+                        **BY_CONTENT)
+    dev: Words = option(
+        (), "data", "labelled files that the model is judged on; default: a tenth of --train, "
+        "chosen by the hash of the text", nargs="+", **BY_CONTENT)
+    text: Words = option(
+        (), "data", "the column of the text, or the two columns of a pair; default: text, or "
+        "sentence1 and sentence2", nargs="+")
+    label: str = option("", "data", "the column of the label; default: label or score")
+    kind: str = option(
+        "", "data", "classify, regress or tag; default: tag for files in CoNLL's form, regress "
+        "for numbers with decimals, else classify")
+    max_length: int | None = option(
+        None, "data", "tokens of the longest example; what is longer is cut, and counted; default: "
+        "the task's, or 128", type=int)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "max_length", self.max_length is None or self.max_length >= 8,
+              "must be at least 8")
+        if self.kind:
+            choose(self.kind, ("classify", "regress", "tag"), "--kind")
+        check(self, "text", len(self.text) <= 2, "must be one column or two")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(LoopConfig, TaskData):
+    """Training for a task, with a teacher or without."""
+
+    model: Word = option(
+        "", "models", "Hugging Face folder to start from; with --teacher by default the teacher",
+        **BY_CONTENT)
+    teacher: Word = option(
+        "", "models", "folder of a model fine-tuned for the task, whose answers are learnt too",
+        **BY_CONTENT)
+    distil: bool = option(
+        False, "models", "fine-tune --model first, and distil it into --student-layers")
+    student_layers: str | int | Sequence[int] = option(
+        "", "models", "how many layers of --model to keep (evenly chosen), or which: 0,3,5; "
+        "default: all of them, or half of a teacher's")
+    baseline: bool = option(
+        True, "models", "with a teacher, also train the student without it, for comparison",
+        **FREE)
+    train: Words = option(
+        (), "data", "labelled files: .csv, .tsv, .jsonl, .parquet, .conll", nargs="+",
+        **BY_CONTENT)
+    test: Words = option(
+        (), "data", "files to answer in the end, with labels or without", nargs="+", **BY_CONTENT)
+    unlabelled: Words = option(
+        (), "data", "files without labels from which the teacher's answers are learnt",
+        nargs="+", **BY_CONTENT)
+    epochs: float | None = option(
+        None, "training", "passes over the data; default: the task's, or 3", type=float)
+    seeds: int = option(
+        1, "training", "how often to train, each time with another seed, for intervals", **FREE)
+    temperature: float = option(2.0, "losses", "temperature of the teacher's answers")
+    alphas: Mapping[str, float] = option(
+        {"hard": 0.1, "soft": 0.9}, "losses", "weight of the", each="alpha",
+        needs=("targets", "answers", "hidden"))
+    hidden_map: str = option(
+        "", "losses", "which layers are compared, student:teacher, counted from 1: 1:2,3:6; "
+        "default: every layer of the student, evenly")
+    batch_size: int = option(32, "training", "examples per update, over all devices")
+    learning_rate: float | None = option(
+        None, "training", "peak of the learning rate; default: the task's, or 5e-5", type=float)
+    warmup: float = option(
+        0.1, "training", "share of the updates over which the rate rises, before it falls to 0")
+    weight_decay: float = option(0.01, "training", "decoupled decay of the matrices (AdamW)")
+    clip: float = option(1.0, "training", "largest global norm of the gradient")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "seeds", self.seeds >= 1, "must be at least 1")
+        check(self, "epochs", self.epochs is None or 0 < self.epochs < float("inf"),
+              "must be positive, finite")
+        check(self, "temperature", 0 < self.temperature < float("inf"), "must be positive, finite")
+        check_weights(self.alphas)
+        if self.teacher and self.distil:
+            raise UserError("--distil trains its own teacher from --model: leave out --teacher")
+        if not (self.teacher or self.model):
+            raise UserError("--model is missing: give the Hugging Face folder to start from")
+        if not (self.teacher or self.distil):
+            for name in ("unlabelled", "hidden_map"):
+                if getattr(self, name):
+                    raise UserError(f"{flag(name)} needs a teacher: give --teacher or --distil")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(TaskData):
+    """The judgement of a model on labelled data."""
+
+    model: Word = option("", "models", "Hugging Face folder to judge")
+    dtype: str = option("auto", "devices", "as for training")
+    mesh: str = option("", "devices", "DATAxMODEL, e.g. 8x1; default: all devices on data")
+    output: Word = option("", "output", "folder for metrics.json and predictions.tsv; default: "
+                          "figures are printed alone")
+
+
+def check_weights(alphas: Mapping[str, float]) -> None:
+    """Raise a UserError unless all weights are finite, not negative, and one is positive."""
+    for name, weight in alphas.items():
+        if not 0 <= weight < float("inf"):
+            raise UserError(f"--alpha-{name} {weight} must be 0 or a positive, finite number")
+    if not any(alphas.values()):
+        raise UserError("all loss weights are 0: give at least one --alpha-... above 0")
 
 
 def compute_dtype(name: str, platform: str) -> str:

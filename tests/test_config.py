@@ -7,7 +7,14 @@ import pytest
 
 from distilbert_jax import config
 from distilbert_jax.cli import parse
-from distilbert_jax.config import DistilConfig, PrepareConfig, PretrainConfig, compute_dtype, flag
+from distilbert_jax.config import (
+    DistilConfig,
+    FinetuneConfig,
+    PrepareConfig,
+    PretrainConfig,
+    compute_dtype,
+    flag,
+)
 from distilbert_jax.errors import UserError, choose, first_line
 from distilbert_jax.training.losses import LOSSES
 
@@ -104,14 +111,28 @@ def test_values_that_cannot_be_name_their_flag(config_class, name, values):
         assert flag(name) in str(error.value) and str(value) in str(error.value)
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_has_a_flag(name):
-    given = distil(f"--alpha-{name}", "3.5")
-    assert given.alphas == DistilConfig().alphas | {name: 3.5}
+def losses_of(config_class):
+    field = next(f for f in dataclasses.fields(config_class) if f.name == "alphas")
+    return [name for name, row in LOSSES.items() if row.needs in field.metadata["needs"]]
+
+
+@pytest.mark.parametrize("config_class, name", [
+    (each, name) for each in (DistilConfig, FinetuneConfig) for name in losses_of(each)])
+def test_every_loss_has_a_flag(config_class, name):
+    def written(*words):
+        more = [] if config_class is DistilConfig else ["--model", "m"]
+        return parse(config_class, "", [*more, *words], {})
+
+    given = written(f"--alpha-{name}", "3.5")
+    assert given.alphas == written().alphas | {name: 3.5}
     assert given.meaning()[f"--alpha-{name}"] == 3.5
     for value in ("-1.0", "inf", "nan"):
         with pytest.raises(UserError, match=f"--alpha-{name} {value} must be 0 or a positive"):
-            distil(f"--alpha-{name}={value}")
+            written(f"--alpha-{name}={value}")
+
+
+def test_every_loss_belongs_to_a_job():
+    assert set(LOSSES) == {*losses_of(DistilConfig), *losses_of(FinetuneConfig)}
 
 
 def test_what_a_continuation_may_change():
@@ -144,7 +165,9 @@ def test_help_names_every_flag_once(config_class, capsys):
     text = capsys.readouterr().out
     assert end.value.code == 0 and "What it does." in text
     for field in dataclasses.fields(config_class):
-        names = [f"alpha_{name}" for name in LOSSES] if field.name == "alphas" else [field.name]
+        names = [field.name]
+        if field.name == "alphas":
+            names = [f"alpha_{name}" for name in losses_of(config_class)]
         assert all(f"\n  {flag(name)} " in text or f"\n  {flag(name)}," in text
                    for name in names)
         assert text.count(f"\n{field.metadata['group']}:\n") == 1

@@ -20,9 +20,10 @@ SETTINGS = {"temperature": TAU}
 
 def ours(name, student, teacher=TEACHER):
     row = LOSSES[name]
-    target = LABELS if row.needs == "labels" else teacher
+    target = LABELS if row.needs in ("labels", "targets") else teacher
     settings = {setting: SETTINGS[setting] for setting in row.settings}
-    return row.sum(student, jnp.asarray(target), jnp.asarray(WEIGHTS), **settings)
+    target = jnp.asarray(target, float if row.needs == "targets" else None)
+    return row.sum(student, target, jnp.asarray(WEIGHTS), **settings)
 
 
 def log_softmax(x):
@@ -47,6 +48,17 @@ DEFINITIONS = {
     "mse": lambda s, t: ((s - t) ** 2).sum(-1),
     "hidden": lambda s, t: ((s - t) ** 2).sum(-1) / (t**2).sum(-1),
 }
+DEFINITIONS |= {"hard": DEFINITIONS["mlm"], "soft": kl}
+
+
+@pytest.mark.parametrize("name, other", [("hard", LABELS / 2.0), ("soft", TEACHER[..., :1])])
+def test_one_logit_is_a_number(name, other, x64):
+    """As in transformers, the loss of a regression is the squared error."""
+    row, numbers = LOSSES[name], STUDENT[..., :1]
+    settings = {setting: SETTINGS[setting] for setting in row.settings}
+    found = row.sum(jnp.asarray(numbers), jnp.asarray(other), jnp.asarray(WEIGHTS), **settings)
+    errors = (numbers[..., 0] - other.reshape(3, 5)) ** 2
+    np.testing.assert_allclose(found, (WEIGHTS * errors).sum(), rtol=1e-12)
 
 
 def by_torch(name):
@@ -86,7 +98,8 @@ def test_equals_torch(name, x64):
     np.testing.assert_allclose(gradient, torch_gradient, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [n for n, row in LOSSES.items() if row.needs != "labels"])
+@pytest.mark.parametrize("name", [n for n, row in LOSSES.items() if row.needs not in (
+    "labels", "targets")])
 def test_a_perfect_student_loses_nothing(name):
     x = jnp.asarray(TEACHER, jnp.float32)
     np.testing.assert_allclose(ours(name, x, x), 0, atol=30 * np.finfo(np.float32).eps)

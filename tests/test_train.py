@@ -16,7 +16,7 @@ from test_checkpoint import numbers, place
 from test_sharding import mesh_of
 
 from distilbert_jax.config import DistilConfig
-from distilbert_jax.data.batches import row_indices
+from distilbert_jax.data.batches import PackedBatches, row_indices
 from distilbert_jax.data.pack import PackedRows
 from distilbert_jax.errors import UserError
 from distilbert_jax.models import bert, distilbert
@@ -67,7 +67,8 @@ def job(tiny_model, batch_of, vocabulary):
                           dtype="float32")
     run = loop.Run(
         describe=str,
-        config=config, steps=STEPS, settings={"--seed": 56}, output=Path(), rows=rows,
+        config=config, steps=STEPS, settings={"--seed": 56}, output=Path(),
+        batches=PackedBatches(rows, config.seed, 8),
         vocabulary=vocabulary, label="test",
         assembly=assemble(config, distilbert.FAMILY, student, teacher, mesh_of("8x1"), STEPS),
         evaluate=lambda params: {"mlm_loss": float(abs(params["mlm_head"]["bias"]).sum())})
@@ -133,7 +134,7 @@ def test_what_a_run_writes(job, straight):
     assert list(evaluated) == [0, 3, 4, 6, STEPS]  # every fourth, and what is saved
     for line in lines:
         rows = [row_indices(56, step, 8, 11) for step in range(line["step"])]
-        assert line["tokens_seen"] == sum(int(job.run.rows.segments[r].sum()) for r in rows)
+        assert line["tokens_seen"] == sum(int(job.run.batches.rows.segments[r].sum()) for r in rows)
         if "mlm_loss" not in line:
             assert line["train_loss"] == pytest.approx(
                 5 * line["train_ce"] + 2 * line["train_mlm"] + line["train_cos"], rel=1e-5)

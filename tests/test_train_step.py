@@ -381,7 +381,8 @@ def test_evaluation(x64, problem, vocabulary):
         "teacher_nll": -(teacher[at_label] * weights.ravel()).sum(),
         "correct": ((student.argmax(-1) == batch["labels"]) * weights).sum(),
         "teacher_correct": ((teacher.argmax(-1) == batch["labels"]) * weights).sum(),
-        "kl": ((np.exp(teacher) * (teacher - student)).sum(-1) * weights).sum()}
+        "kl": ((np.exp(teacher) * (teacher - student)).sum(-1) * weights).sum(),
+        "most_frequent": ((batch["labels"] == np.argmax(vocabulary.counts)) * weights).sum()}
     assert set(sums) == set(expected)
     for name, value in expected.items():
         np.testing.assert_allclose(sums[name], value, rtol=1e-10, err_msg=name)

@@ -5,10 +5,11 @@ The fourth step of the walk; a resumed run needs to know nothing but its step.
 
 import collections
 import concurrent.futures
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -89,6 +90,49 @@ def read(
             "input_ids": input_ids,
             "segment_ids": begins.cumsum(axis=1, dtype=np.int32) * real,
             "position_ids": (column - first) * real}
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """The batch of each step, each a pure function of its number."""
+
+    def size(self, step: int) -> int:
+        """Rows of the batch of a step."""
+
+    def read(self, step: int, own: np.ndarray) -> dict[str, np.ndarray]:
+        """Some rows of it, those numbered `own`."""
+
+    def tokens_before(self, step: int) -> int:
+        """Real tokens in all batches before it."""
+
+    def names(self, step: int) -> np.ndarray:
+        """Numbers of the rows or examples that the batch is made of, for messages."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedBatches:
+    """Batches of packed rows, in an order of their own in every epoch."""
+
+    rows: PackedRows
+    seed: int
+    batch_size: int
+
+    def size(self, step: int) -> int:
+        """Rows of a batch: always the same number."""
+        return self.batch_size
+
+    def read(self, step: int, own: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows numbered `own` of the batch of a step."""
+        epochs = row_epochs(step, self.batch_size, len(self.rows))
+        return read(self.rows, self.names(step)[own], epochs[own])
+
+    def tokens_before(self, step: int) -> int:
+        """Real tokens in all batches before a step."""
+        return tokens_before(self.seed, step, self.batch_size, self.rows)
+
+    def names(self, step: int) -> np.ndarray:
+        """The rows of the batch of a step."""
+        return row_indices(self.seed, step, self.batch_size, len(self.rows))
 
 
 class Prefetch:

@@ -32,13 +32,13 @@ Documents = Iterator[str | None]
 
 def text_file(path: str, _: str) -> Documents:
     """A document a line."""
-    return (line for _, line in _lines(path))
+    return (line for _, line in lines(path))
 
 
 def paragraphs(path: str, _: str) -> Documents:
     """A sentence a line and an empty line between documents, as BERT's own corpora are laid out."""
     document: list[str] = []
-    for _, line in _lines(path):
+    for _, line in lines(path):
         if line.strip():
             document.append(line.strip())
         elif document:
@@ -50,12 +50,12 @@ def paragraphs(path: str, _: str) -> Documents:
 
 def json_lines(path: str, field: str) -> Documents:
     """A record a line."""
-    return _texts(path, _records(path), field)
+    return _texts(path, records(path), field)
 
 
-def _records(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def records(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Each record of a JSON-lines file, and where it stands."""
-    for number, line in _lines(path):
+    for number, line in lines(path):
         if not line.strip():
             continue
         where = f"{path}:{number}"
@@ -126,7 +126,7 @@ def _no_text(where: str, columns: Iterable[str]) -> UserError:
                      f"{', '.join(map(str, columns)) or 'none'}): name one by --text-field")
 
 
-def _lines(path: str) -> Iterator[tuple[int, str]]:
+def lines(path: str) -> Iterator[tuple[int, str]]:
     """The lines of a file with their numbers, from 1; unpacked by the ending of its name."""
     packed = pathlib.Path(path).suffix.lower()
     unpack = OPENERS[packed][1] if packed in OPENERS else lambda raw: raw

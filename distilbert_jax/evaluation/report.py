@@ -44,17 +44,17 @@ def model_row(
             retention, f"{latency:.2f}")
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
+def table(rows: list[tuple[str, ...]], columns: tuple[str, ...] = COLUMNS) -> str:
     """A Markdown table, aligned so that it also reads in a terminal."""
-    widths = [max(len(row[i]) for row in [COLUMNS, *rows]) for i in range(len(COLUMNS))]
-    align = [str.ljust] + [str.rjust] * (len(COLUMNS) - 1)
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    align = [str.ljust] + [str.rjust] * (len(columns) - 1)
 
     def line(cells: tuple[str, ...]) -> str:
         padded = (f(c, w) for f, c, w in zip(align, cells, widths, strict=True))
         return f"| {' | '.join(padded)} |"
 
     rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
-    return "\n".join([line(COLUMNS), rule, *map(line, rows)])
+    return "\n".join([line(columns), rule, *map(line, rows)])
 
 
 def plot(metrics: list[dict[str, int | float]], path: Path, title: str) -> None:

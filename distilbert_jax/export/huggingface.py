@@ -12,10 +12,14 @@ from distilbert_jax.models.convert import to_hf
 from distilbert_jax.models.encoder import EncoderConfig
 from distilbert_jax.models.family import Family
 
+# What config.json says of a task beside the class of its model.
+PROBLEMS = {"classify": {"problem_type": "single_label_classification"},
+            "regress": {"problem_type": "regression"}, "tag": {}}
+
 
 def export(
     folder: Path, params: dict[str, Any], config: EncoderConfig, family: Family,
-    tokenizer: Any, card: str,
+    tokenizer: Any, card: str, labels: tuple[str, ...] = (),
 ) -> None:
     """Write a model as a Hugging Face folder, whole or not at all; an older one is replaced.
 
@@ -26,11 +30,17 @@ def export(
         family: module with the names that transformers gives to config and tensors.
         tokenizer: a fast tokenizer, saved beside the model.
         card: text of README.md.
+        labels: names of the classes of a task's head, in the order of its logits.
     """
     tensors = {name: array.astype(np.float32) for name, array in to_hf(params, family).items()}
     description = {
         "architectures": [family.architecture], "model_type": family.model_type,
         "dtype": "float32", "tie_word_embeddings": True, **family.to_hf(config)}
+    if config.task:
+        names = labels or [f"LABEL_{i}" for i in range(config.num_labels)]
+        description |= {"id2label": dict(enumerate(names)),
+                        "label2id": {name: i for i, name in enumerate(names)}} | PROBLEMS[
+                            config.task]
     tokenizer.model_max_length = config.positions
     with store.whole_folder(folder) as new:
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})

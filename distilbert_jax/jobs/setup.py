@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from distilbert_jax.config import DistilConfig, TrainConfig, check
 from distilbert_jax.data import pack, sources
+from distilbert_jax.data.batches import PackedBatches
 from distilbert_jax.data.prepare import is_prepared, prepare
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import report
@@ -71,7 +72,8 @@ class Setup:
         say(self._plan(assembly, start, teachers, label))
         run = Run(
             config=self.config, steps=self.steps, settings=self.settings,
-            output=self.config.output, rows=self.data.train, vocabulary=self.vocabulary,
+            output=self.config.output, vocabulary=self.vocabulary,
+            batches=PackedBatches(self.data.train, self.config.seed, self.config.batch_size),
             label=label, assembly=assembly, describe=report.held_out_line,
             evaluate=self.evaluator(assembly.eval_step, teachers, EVALUATION_ROWS))
         return train(run, assembly.init(start), teachers).params["student"]

@@ -53,6 +53,11 @@ FAMILY = Family(
         "cls.predictions.transform.LayerNorm": "mlm_head/norm",
         "cls.predictions": "mlm_head",
     },
+    heads={
+        "classify": {"bert.pooler.dense": "task_head/dense", "classifier": "task_head/output"},
+        "regress": {"bert.pooler.dense": "task_head/dense", "classifier": "task_head/output"},
+        "tag": {"classifier": "task_head/output"},
+    },
     tied={
         "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",

@@ -23,7 +23,8 @@ FAMILY = Family(
         ("initializer_range", "initializer_range", 0.02),
         ("pad_token_id", "pad_token_id", 0),
     ),
-    fixed={"type_vocab_size": 0, "layer_norm_eps": 1e-12, "attention_output_dropout": False},
+    fixed={"type_vocab_size": 0, "layer_norm_eps": 1e-12, "attention_output_dropout": False,
+           "pooler_act": "relu"},
     written={"sinusoidal_pos_embds": False},
     tensors={
         "distilbert.embeddings.word_embeddings": "embeddings/word",
@@ -40,6 +41,11 @@ FAMILY = Family(
         "vocab_transform": "mlm_head/transform",
         "vocab_layer_norm": "mlm_head/norm",
         "vocab_projector": "mlm_head",
+    },
+    heads={
+        "classify": {"pre_classifier": "task_head/dense", "classifier": "task_head/output"},
+        "regress": {"pre_classifier": "task_head/dense", "classifier": "task_head/output"},
+        "tag": {"classifier": "task_head/output"},
     },
     tied={"vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight"},
     ignored=("distilbert.embeddings.position_ids",),

@@ -82,6 +82,11 @@ class EncoderConfig:
     attention_output_dropout: bool = True  # False for DistilBERT
     pooler: bool = False
     mlm_head: bool = True
+    task: str = ""  # classify, regress or tag: there is a head for it; "": there is none
+    num_labels: int = 0  # that the task's head has
+    pooler_act: str = "tanh"  # of the task's head
+    head_dropout: float | None = None  # before the task's last layer; None: as hidden_dropout
+    head_input_dropout: bool = False  # before the task's first layer, too (RoBERTa)
     initializer_range: float = 0.02
     pad_token_id: int = 0
 
@@ -217,6 +222,27 @@ class MLMHead(nnx.Module):
         return self.norm(self.activation(self.transform(hidden)))
 
 
+class TaskHead(nnx.Module):
+    """Logits at some positions: a projection and an activation, but for tags, and a projection."""
+
+    def __init__(self, config: EncoderConfig, dtypes: dict[str, Any], rngs: nnx.Rngs):
+        width = config.hidden_size
+        self.dense = None if config.task == "tag" else _linear(width, width, config, dtypes, rngs)
+        self.output = _linear(width, config.num_labels, config, dtypes, rngs)
+        self.activation = {"tanh": jnp.tanh, "relu": jax.nn.relu}[config.pooler_act]
+        own = config.hidden_dropout if config.head_dropout is None else config.head_dropout
+        self.dropout = config.hidden_dropout if config.task == "tag" else own
+        self.input_dropout = own if config.head_input_dropout else 0.0
+
+    def __call__(self, states: Float[Array, "B S D"], keys: RowKeys) -> Float[Array, "B S C"]:
+        x = states
+        if self.dense is not None:
+            x = dropped(x, dropout(self.input_dropout, _own(keys, 0)))
+            x = self.activation(self.dense(x))
+        x = dropped(x, dropout(self.dropout, _own(keys, 1)))
+        return self.output(x).astype(wide(x.dtype))
+
+
 class Encoder(nnx.Module):
     """BERT or DistilBERT, by `config` (Devlin et al. 2019; Sanh et al. 2019, section 3)."""
 
@@ -233,6 +259,7 @@ class Encoder(nnx.Module):
         width = config.hidden_size
         self.pooler = _linear(width, width, config, dtypes, rngs) if config.pooler else None
         self.mlm_head = MLMHead(config, dtypes, rngs) if config.mlm_head else None
+        self.task_head = TaskHead(config, dtypes, rngs) if config.task else None
 
     def __call__(
         self,
@@ -278,6 +305,20 @@ class Encoder(nnx.Module):
         logits = jnp.einsum("...D,VD->...V", states, embedding.astype(states.dtype),
                             preferred_element_type=wide(states.dtype))
         return logits + bias.astype(logits.dtype)
+
+    def task_logits(
+        self, hidden: Float[Array, "B T D"], positions: Int[Array, "B S"],
+        dropout_keys: RowKeys = None,
+    ) -> Float[Array, "B S C"]:
+        """Logits of the task at some positions of each row, at least float32.
+
+        Args:
+            hidden: [B, T, D] last states.
+            positions: [B, S] the first one of a document, or of a word that is tagged.
+            dropout_keys: [B] as for the model; None for none.
+        """
+        states = jnp.take_along_axis(hidden, positions[..., None], axis=1)
+        return self.task_head(states, _own(dropout_keys, len(self.layers) + 1))
 
     def pooled(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B D"]:
         """BERT's pooler: tanh of a projection of the first position, [B, T, D] → [B, D]."""

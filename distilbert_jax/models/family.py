@@ -28,6 +28,7 @@ class Family:
     fixed: Mapping[str, Any]  # our fields of which the family knows one value
     written: Mapping[str, Any]  # further keys of config.json
     tensors: Mapping[str, str | tuple[str, ...]]
+    heads: Mapping[str, Mapping[str, str]]  # task → tensors of its head, as in `tensors`
     tied: Mapping[str, str]  # tensor that files may repeat → the one that it must equal
     ignored: tuple[str, ...]  # tensors that files may hold and nothing here needs
     as_stored: bool = False  # kernels lie as [in, out] in the file, not as torch's [out, in]
@@ -43,6 +44,18 @@ class Family:
         """Write the keys of a config.json that from_hf reads, and those of `written`."""
         return {theirs: getattr(config, ours) for ours, theirs, _ in self.config} | dict(
             self.written)
+
+    def for_task(self, task: str) -> "Family":
+        """The same with the head of a task: its tensors and its class in transformers; "" for
+        the language model itself."""
+        if not task:
+            return self
+        kind = "TokenClassification" if task == "tag" else "SequenceClassification"
+        pre = {ours for ours in self.heads[task].values()}
+        return dataclasses.replace(
+            self, architecture=self.architecture.replace("MaskedLM", kind),
+            tensors={theirs: ours for theirs, ours in self.tensors.items() if ours not in pre}
+            | self.heads[task])
 
     def student(self, config: EncoderConfig) -> "tuple[Family, EncoderConfig]":
         """Family and shape of a student that has all layers of this model."""

@@ -33,6 +33,7 @@ class Pretrained:
     family: Family
     config: EncoderConfig
     params: dict[str, Any]  # nested dict of float32 NumPy arrays
+    labels: tuple[str, ...] = ()  # of the task's head, in the order of its logits
 
 
 def load(name: str) -> Pretrained:
@@ -48,14 +49,51 @@ def load(name: str) -> Pretrained:
     folder = _resolve(name)
     family, config = _read_shape(folder)
     tensors = _read_tensors(folder)
-    untied = _read_config(folder).get("tie_word_embeddings", True) is False
-    if untied and not any(name in tensors for name in family.tied):
-        raise UserError(f"{folder}: tie_word_embeddings is false and the file has no decoder "
-                        f"({next(iter(family.tied))}): only a tied decoder is supported")
+    _refuse_untied(folder, family, tensors)
     try:
         return Pretrained(folder, family, *from_hf(tensors, family, config))
     except (UserError, TypeError, ValueError) as error:
         raise _named(folder, error) from error
+
+
+def load_task(name: str) -> Pretrained:
+    """Read a model that was trained for a task, with its head; its family is that of the head.
+
+    Raises:
+        UserError: as for load, or there is no such head: its class in config.json is another, its
+            tensors are not there, or it gives each text several labels.
+    """
+    folder = _resolve(name)
+    family, config = _read_shape(folder)
+    raw = _read_config(folder)
+    found = next(iter(raw.get("architectures") or [""]))
+    labels = raw.get("id2label") or {}
+    if "id2label" not in raw:
+        labels = {str(i): f"LABEL_{i}" for i in range(raw.get("num_labels", 2))}
+    if raw.get("problem_type") == "multi_label_classification":
+        raise UserError(f"{folder} gives each text several labels: one is supported")
+    if found.endswith("ForTokenClassification"):
+        task = "tag"
+    elif found.endswith("ForSequenceClassification"):
+        task = "regress" if len(labels) == 1 else "classify"
+    else:
+        raise UserError(f"{folder} is {found or 'a bare encoder'}, not trained for a task: fine-"
+                        f"tune it first: python experiments/finetune.py --model {name} ...")
+    config = dataclasses.replace(config, task=task, num_labels=len(labels))
+    try:
+        family = family.for_task(task)
+        config, params = from_hf(_read_tensors(folder), family, config)
+    except (UserError, TypeError, ValueError) as error:
+        raise _named(folder, error) from error
+    names = tuple(str(labels[key]) for key in sorted(labels, key=int))
+    return Pretrained(folder, family, config, params, () if task == "regress" else names)
+
+
+def _refuse_untied(folder: Path, family: Family, tensors: dict[str, np.ndarray]) -> None:
+    untied = _read_config(folder).get("tie_word_embeddings", True) is False
+    if untied and not any(name in tensors for name in family.tied):
+        raise UserError(f"{folder}: tie_word_embeddings is false and the file has no decoder "
+                        f"({next(iter(family.tied))}): only a tied decoder is supported")
 
 
 def load_shape(name: str) -> tuple[Family, EncoderConfig]:

@@ -17,12 +17,19 @@ FAMILY = dataclasses.replace(
     config=tuple(
         {"vocab_size": (*row[:2], 50265), "pad_token_id": (*row[:2], 1)}.get(row[0], row)
         for row in bert.FAMILY.config),
-    fixed={"offset_positions": True, "head_act": "gelu"},
+    fixed={"offset_positions": True, "head_act": "gelu", "head_input_dropout": True},
     tensors={theirs.replace("bert.", "roberta.", 1): ours
              for theirs, ours in bert.FAMILY.tensors.items() if theirs.startswith("bert.")} | {
         "lm_head.dense": "mlm_head/transform",
         "lm_head.layer_norm": "mlm_head/norm",
         "lm_head": "mlm_head",
+    },
+    heads={
+        "classify": {"classifier.dense": "task_head/dense",
+                     "classifier.out_proj": "task_head/output"},
+        "regress": {"classifier.dense": "task_head/dense",
+                    "classifier.out_proj": "task_head/output"},
+        "tag": {"classifier": "task_head/output"},
     },
     tied={"lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
           "lm_head.decoder.bias": "lm_head.bias"},

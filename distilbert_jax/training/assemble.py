@@ -16,7 +16,14 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from distilbert_jax.config import DistilConfig, TrainConfig, compute_dtype
+from distilbert_jax.config import (
+    DistilConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    LoopConfig,
+    Masking,
+    compute_dtype,
+)
 from distilbert_jax.machine.sharding import by_rows, replicated, shardings
 from distilbert_jax.models.encoder import EncoderConfig, graphdef
 from distilbert_jax.models.family import Family
@@ -35,7 +42,7 @@ from distilbert_jax.training.train_step import (
 class Assembly:
     """The pure steps of one job, and how its arrays are laid out."""
 
-    config: TrainConfig
+    config: LoopConfig
     mesh: Mesh
     dtype: Any  # of the matrix products
     param_dtype: Any
@@ -74,28 +81,34 @@ class Assembly:
 
 
 def assemble(
-    config: TrainConfig, family: Family, student: EncoderConfig, teacher: EncoderConfig | None,
+    config: LoopConfig, family: Family, student: EncoderConfig, teacher: EncoderConfig | None,
     mesh: Mesh, steps: int,
 ) -> Assembly:
     """Put the update of a job together.
 
     Args:
-        config: of the job; a DistilConfig says which losses there are, any other has the
-            masked-language-model loss alone.
+        config: of the job; a DistilConfig says which losses there are, and a FinetuneConfig if
+            there is a teacher; others have the masked-language-model loss, or that of the labels.
         family, student: of the trained model; the family says what is predicted.
-        teacher: shape of the frozen one; None for no teacher.
+        teacher: shape of the frozen one; None for no teacher. One for a task is part of the step
+            only if its hidden states are compared: its answers come with the batch.
         mesh: of devices that are here, or of absent ones to compile for.
         steps: updates of the whole run, over which the learning rate falls.
     """
     dtype, param_dtype = dtypes(config, mesh)
     objective, projections, frozen = Objective(weights={"mlm": 1.0}), {}, ()
-    if isinstance(config, DistilConfig):
-        objective, frozen = Objective.of(config, student, teacher), config.frozen
+    if isinstance(config, FinetuneConfig) and not teacher:
+        objective = Objective(weights={"hard": 1.0})
+    elif isinstance(config, DistilConfig | FinetuneConfig):
+        objective = Objective.of(config, student, teacher)
+        frozen = getattr(config, "frozen", ())
         projections = objective.init_projections(student, teacher, config.seed, param_dtype)
     graph = graphdef(student, dtype, param_dtype, config.remat)
-    teacher_graph = graphdef(teacher, dtype, param_dtype) if teacher else None
+    live = teacher and not (isinstance(config, FinetuneConfig) and not objective.mapped)
+    teacher_graph = graphdef(teacher, dtype, param_dtype) if live else None
     tx = make_optimizer(config, steps, frozen)
-    labels = functools.partial(LABELS[family.predicts], masking=config.MASKING)
+    predicts = "given" if student.task else family.predicts
+    labels = functools.partial(LABELS[predicts], masking=getattr(config, "MASKING", Masking()))
     return Assembly(
         config=config, mesh=mesh, dtype=dtype, param_dtype=param_dtype, graph=graph,
         teacher_graph=teacher_graph, projections=projections, tx=tx,
@@ -104,7 +117,7 @@ def assemble(
         eval_step=jitted_eval_step(graph, teacher_graph, mesh))
 
 
-def dtypes(config: TrainConfig, mesh: Mesh) -> tuple[Any, Any]:
+def dtypes(config: LoopConfig | EvaluateConfig, mesh: Mesh) -> tuple[Any, Any]:
     """Dtypes of matrix products and of parameters, on the platform of the mesh."""
     dtype = jnp.dtype(compute_dtype(config.dtype, mesh.devices.flat[0].platform))
     return dtype, jnp.promote_types(dtype, jnp.float32)

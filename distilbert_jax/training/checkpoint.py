@@ -39,7 +39,7 @@ from distilbert_jax.machine.store import AnyPath
 from distilbert_jax.training.train_step import TrainState
 
 RUN = "run.json"
-BEST = "mlm_loss"  # the held-out figure whose lowest value is kept
+BEST = ("mlm_loss", "loss")  # the held-out figure whose lowest value is kept: what there is
 
 
 class Checkpoints:
@@ -218,8 +218,10 @@ class Checkpoints:
     def _prune(self) -> None:
         """Remove all but the newest and the best."""
         folders = _folders(self._folder)
-        losses = {step: seal.read_json(path, RUN).get("figures", {}).get(BEST)
-                  for step, path in folders.items()}
+        found = {step: seal.read_json(path, RUN).get("figures", {})
+                 for step, path in folders.items()}
+        losses = {step: next((figures[name] for name in BEST if name in figures), None)
+                  for step, figures in found.items()}
         ranked = sorted((loss, step) for step, loss in losses.items()
                         if loss is not None and math.isfinite(loss))
         kept = {*sorted(folders)[-self._keep:], *[step for _, step in ranked[:1]]}

@@ -76,6 +76,28 @@ def hidden_sum(
     return jnp.sum(weights * errors / (jnp.sum(t * t, axis=-1) + 1e-12))
 
 
+def hard_sum(
+    logits: Float[Array, "B S C"], labels: Float[Array, "B S"], weights: Float[Array, "B S"]
+) -> Float[Array, ""]:
+    """Σ w · cross-entropy of the label, in nats; of a single logit, its squared error.
+
+    A regression has one logit, as in transformers.
+    """
+    if logits.shape[-1] == 1:
+        return jnp.sum(weights * (logits[..., 0] - labels) ** 2)
+    return mlm_sum(logits, labels.astype(jnp.int32), weights)
+
+
+def soft_sum(
+    logits: Float[Array, "B S C"], answers: Float[Array, "B S C"], weights: Float[Array, "B S"],
+    temperature: float,
+) -> Float[Array, ""]:
+    """T² · Σ w KL(teacher ‖ student) of the answers, as ce_sum; of one logit, its squared error."""
+    if logits.shape[-1] == 1:
+        return jnp.sum(weights * (logits[..., 0] - answers[..., 0]) ** 2)
+    return ce_sum(logits, answers, weights, temperature)
+
+
 @dataclasses.dataclass(frozen=True)
 class Loss:
     """A row of LOSSES.
@@ -88,11 +110,15 @@ class Loss:
         hidden   as last, once for each pair of mapped layers, of which the mean is taken; where
                  the widths differ, the student's states go through a learned projection first
 
+        targets  sum(logits of the task [B, S, C], labels [B, S], weights [B, S])
+        answers  sum(logits of the task, the teacher's [B, S, C], weights [B, S])
+
     and `settings` names fields of the objective that it takes beside these.
     """
 
     needs: str
-    over: str  # its mean is over: tokens, masked, or soft (tokens unless restricted to masked)
+    # Its mean is over: tokens, masked, soft (tokens unless restricted to masked), labels, answers
+    over: str
     sum: Callable[..., Float[Array, ""]]
     text: str  # help of its flag --alpha-NAME
     settings: tuple[str, ...] = ()
@@ -106,4 +132,8 @@ LOSSES = {
     "mse": Loss("logits", "soft", mse_sum, "squared error between logits"),
     "hidden": Loss("hidden", "tokens", hidden_sum,
                    "relative squared error of hidden states at mapped layers"),
+    "hard": Loss("targets", "labels", hard_sum, "loss on the labels, beside a teacher"),
+    "soft": Loss("answers", "answers", soft_sum,
+                 "KL divergence from the teacher's answers at --temperature (of numbers: squared "
+                 "error)", ("temperature",)),
 }

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from distilbert_jax.config import DistilConfig
+from distilbert_jax.config import DistilConfig, FinetuneConfig
 from distilbert_jax.errors import UserError, choose
 from distilbert_jax.kernels.dropout import RowKeys
 from distilbert_jax.kernels.head import Head, Targets, Term, fused_losses
@@ -37,8 +37,9 @@ class Objective:
     layer_map: tuple[tuple[int, int], ...] = ()  # (layer of the student, of the teacher) from 1
 
     @classmethod
-    def of(cls, config: DistilConfig, student: EncoderConfig, teacher: EncoderConfig
-           ) -> "Objective":
+    def of(
+        cls, config: DistilConfig | FinetuneConfig, student: EncoderConfig, teacher: EncoderConfig
+    ) -> "Objective":
         """The objective of a distillation.
 
         Raises:
@@ -49,7 +50,8 @@ class Objective:
             choose(name, LOSSES, "loss")
         objective = cls(
             weights={name: config.alphas[name] for name in LOSSES if config.alphas.get(name)},
-            temperature=config.temperature, restrict_ce_to_mask=config.restrict_ce_to_mask,
+            temperature=config.temperature,
+            restrict_ce_to_mask=getattr(config, "restrict_ce_to_mask", False),
             layer_map=map_layers(config.hidden_map, student.num_hidden_layers,
                                  teacher.num_hidden_layers))
         if config.hidden_map and not objective.mapped:
@@ -129,7 +131,7 @@ def observe(
 ) -> Seen:
     """What a model shows of a batch: its last hidden states, and those of the layers in `want`."""
     return model(batch["input_ids"], batch["segment_ids"], batch["position_ids"],
-                 dropout_keys=dropout_keys, want=want)
+                 batch.get("token_type_ids"), dropout_keys=dropout_keys, want=want)
 
 
 def at_masked(x: Float[Array, "B T C"], batch: Batch) -> Float[Array, "B K C"]:
@@ -141,7 +143,8 @@ def loss_counts(batch: Batch, objective: Objective) -> Metrics:
     """The weight that a mean over tokens, masked or soft positions is divided by, at least 1."""
     tokens = jnp.maximum((batch["segment_ids"] > 0).sum().astype(jnp.float32), 1)
     masked = jnp.maximum(batch["label_weights"].sum(), 1)
-    return {"tokens": tokens, "masked": masked,
+    answers = jnp.maximum(batch["answer_weights"].sum(), 1) if "answer_weights" in batch else masked
+    return {"tokens": tokens, "masked": masked, "labels": masked, "answers": answers,
             "soft": masked if objective.restrict_ce_to_mask else tokens}
 
 
@@ -176,6 +179,8 @@ def total_loss(
             value = row.sum(seen.last, target.last, real)
         elif row.needs == "hidden":
             value = _mapped_sum(name, seen, target, real, objective, projections.get(name))
+        elif row.needs in ("targets", "answers"):
+            value = _task_sum(name, student, seen, batch, objective, dropout_keys)
         else:
             continue
         means[name] = value / counts[row.over]
@@ -193,6 +198,19 @@ def total_loss(
             _targets(batch, real, everywhere), terms, objective.temperature)
         total, means = total + fused, means | projected
     return total, means
+
+
+def _task_sum(
+    name: str, student: nnx.Module, seen: Seen, batch: Batch, objective: Objective,
+    dropout_keys: RowKeys,
+) -> Float[Array, ""]:
+    """A loss on the logits of the task's head, at the positions that are to be answered."""
+    row = LOSSES[name]
+    logits = student.task_logits(seen.last, batch["target_positions"], dropout_keys)
+    settings = {setting: getattr(objective, setting) for setting in row.settings}
+    given = ((batch["labels"], batch["label_weights"]) if row.needs == "targets" else
+             (batch["answers"], batch["answer_weights"]))
+    return row.sum(logits, *given, **settings)
 
 
 def _mapped_sum(

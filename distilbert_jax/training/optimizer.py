@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from distilbert_jax.config import TrainConfig
+from distilbert_jax.config import LoopConfig
 from distilbert_jax.machine.trees import path_name
 
 
-def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
+def learning_rate(config: LoopConfig, steps: int) -> optax.Schedule:
     """Rate of the update after `count` completed ones: linear warm-up, then linear decay.
 
     The first update has peak / warm-up updates, not the reference's 0 (A.8); the rate would reach
@@ -27,7 +27,7 @@ def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: TrainConfig, steps: int, frozen: tuple[str, ...] = ()
+    config: LoopConfig, steps: int, frozen: tuple[str, ...] = ()
 ) -> optax.GradientTransformation:
     """AdamW with the reference's betas (0.9, 0.98) and epsilon 1e-6.
 

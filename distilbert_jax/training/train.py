@@ -13,9 +13,8 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from distilbert_jax.config import TrainConfig
-from distilbert_jax.data.batches import Prefetch, read, row_epochs, row_indices, tokens_before
-from distilbert_jax.data.pack import PackedRows
+from distilbert_jax.config import LoopConfig
+from distilbert_jax.data.batches import Batches, Prefetch
 from distilbert_jax.errors import UserError
 from distilbert_jax.machine.processes import StopSignal, Watch
 from distilbert_jax.machine.progress import bar, say
@@ -42,12 +41,12 @@ class Interrupted(Exception):
 class Run:
     """All that the loop needs beside the state and the teacher; a job puts it together."""
 
-    config: TrainConfig
+    config: LoopConfig
     steps: int
     settings: dict[str, Any]  # what a continuation must share
     output: str | Path
-    rows: PackedRows
-    vocabulary: Vocabulary
+    batches: Batches
+    vocabulary: Vocabulary | None  # None where the labels come with the batch
     assembly: Assembly
     evaluate: Callable[[dict[str, Any]], dict[str, float]]  # the student's parameters → figures
     describe: Callable[[dict[str, float]], str]  # figures → a line
@@ -78,7 +77,7 @@ def train(run: Run, state: TrainState, teachers: dict[str, Any]) -> TrainState:
         restored = checkpoints.restore(abstract(state, layout))
         state = place(state, layout) if restored is None else restored
         start = int(state.step)
-        seen = tokens_before(config.seed, start, config.batch_size, run.rows)
+        seen = run.batches.tokens_before(start)
         with (MetricsLog(run.output, start, seen, config.on_save_error) as log,
               bar(total=run.steps, initial=start, desc=run.label, unit=" updates") as progress,
               Prefetch(_reader(run), range(start, run.steps)) as batches,
@@ -128,14 +127,11 @@ def _evaluated(run: Run, state: TrainState) -> dict[str, float]:
 
 def _reader(run: Run) -> Callable[[int], dict[str, jax.Array]]:
     """A function from a step to its batch; each process reads only the rows of its own devices."""
-    size = run.config.batch_size
     mesh = run.assembly.mesh
-    own = local_rows(mesh, size)
 
     def batch(step: int) -> dict[str, jax.Array]:
-        indices = row_indices(run.config.seed, step, size, len(run.rows))
-        epochs = row_epochs(step, size, len(run.rows))
-        return place_rows(read(run.rows, indices[own], epochs[own]), mesh, size)
+        size = run.batches.size(step)
+        return place_rows(run.batches.read(step, local_rows(mesh, size)), mesh, size)
 
     return batch
 
@@ -197,7 +193,7 @@ class _Report:
         if number < config.max_skipped:
             say(f"{what} ({number} in a row)")
             return
-        rows = row_indices(config.seed, step - 1, config.batch_size, len(self._run.rows))
+        rows = self._run.batches.names(step - 1)
         raise UserError(
             f"{what}, as the {number - 1} before it (--max-skipped {number}); rows of its batch: "
             f"{', '.join(map(str, rows))}; nothing is saved since, so lower --learning-rate in "

@@ -1,0 +1,318 @@
+"""Labelled files → examples: texts, labels as they are written, and where each stands.
+
+Which columns are read is said by the task or the user, or else by the names in the header; nothing
+is guessed from values but whether labels are numbers.
+"""
+
+import csv
+import dataclasses
+import math
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from distilbert_jax.data import readers
+from distilbert_jax.errors import UserError, choose, first_line
+from distilbert_jax.machine import store
+
+KINDS = ("classify", "regress", "tag")
+TEXTS = (("text",), ("sentence",), ("sentence1", "sentence2"), ("text1", "text2"),
+         ("premise", "hypothesis"), ("question", "sentence"), ("question1", "question2"),
+         ("tokens",), ("words",))
+LABELS = ("label", "labels", "score", "tags", "ner_tags")
+FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".conll")
+
+Row = tuple[str, Mapping[str, Any]]  # where it stands, and its columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Where text and label of a file stand."""
+
+    text: tuple[str, ...] = ()  # one column or two; (): by the header
+    label: str = ""
+    header: bool = True  # False: columns are numbers from 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """Examples in the order of the files."""
+
+    texts: list[tuple[str, ...]]  # a text, a pair, or the words of a sentence that is tagged
+    labels: list[Any]  # str, number, or the tags of the words; None where there is none
+    where: list[str]  # file:line of each, for messages
+    tagged: bool = False
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def some(self, numbers: Sequence[int]) -> "Labelled":
+        """The examples with these numbers."""
+        texts, labels, where = ([all_[i] for i in numbers]
+                                for all_ in (self.texts, self.labels, self.where))
+        return Labelled(texts, labels, where, self.tagged)
+
+
+def read(names: Sequence[str], columns: Columns, split: str, labelled: bool = True) -> Labelled:
+    """Read files, or datasets.
+
+    Args:
+        names: .csv, .tsv, .jsonl, .parquet or .conll (a word and its tag a line), packed or not; a
+            folder saved by `datasets`, or hf:NAME[:CONFIG].
+        columns: of the text and the label.
+        split: train, dev or test: which part of a dataset is read.
+        labelled: whether each example must have a label; if not, a label is read where there is
+            one.
+
+    Raises:
+        UserError: a file is missing, of another form, or damaged; a column or a label is missing.
+    """
+    texts, labels, where, tagged = [], [], [], []
+    for name in names:
+        if not name.startswith("hf:") and not store.exists(name):
+            raise UserError(f"{name}: no such file")
+        tagged.append(_ending(name) == ".conll")
+        rows = _sentences(name) if tagged[-1] else _rows(name, columns, split)
+        chosen = None
+        for place, row in rows:
+            chosen = chosen or _choose(row, columns, place, labelled)
+            text, label = chosen
+            texts.append(_text(row, text, place))
+            labels.append(_label(row, label, place, labelled))
+            where.append(place)
+            tagged[-1] |= isinstance(row.get(text[0]), list)
+    if not texts:
+        raise UserError(f"no examples in {' '.join(names)}")
+    if any(tagged) != all(tagged):
+        raise UserError(f"{' '.join(names)}: some hold tagged words, some texts: give one kind")
+    return Labelled(texts, labels, where, any(tagged))
+
+
+def _ending(name: str) -> str:
+    path = pathlib.PurePath(name.lower())
+    return pathlib.PurePath(path.stem).suffix if path.suffix in readers.OPENERS else path.suffix
+
+
+def _rows(name: str, columns: Columns, split: str) -> Iterator[Row]:
+    """The records of a file or dataset."""
+    ending = _ending(name)
+    if name.startswith("hf:") or (not store.is_remote(name) and pathlib.Path(name).is_dir()):
+        yield from _dataset(name, split)
+        return
+    if ending in (".csv", ".tsv"):
+        yield from _table(name, "," if ending == ".csv" else "\t", columns.header)
+    elif ending in (".jsonl", ".ndjson", ".jsonlines"):
+        yield from readers.records(name)
+    elif ending == ".parquet":
+        yield from _parquet(name)
+    else:
+        raise UserError(f"{name}: labelled data is read from {' '.join(FORMATS)} (also packed: "
+                        f"{' '.join(readers.OPENERS)}), a folder saved by datasets, or hf:NAME")
+
+
+def _table(name: str, delimiter: str, header: bool) -> Iterator[Row]:
+    """The rows of a table; quotes are literal where tabs divide the columns, as in GLUE's files."""
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.reader((line for _, line in readers.lines(name)), delimiter=delimiter,
+                      quoting=quoting, strict=True)
+    names: list[str] = []
+    try:
+        for row in rows:
+            if not row:
+                continue
+            if not names:
+                names = row if header else [str(i) for i in range(len(row))]
+                if len(set(names)) < len(names):
+                    raise UserError(f"{name}:1: two columns have one name: {', '.join(names)}")
+                if header:
+                    continue
+            if len(row) != len(names):
+                raise UserError(f"{name}:{rows.line_num}: {len(row)} columns, where the first line "
+                                f"has {len(names)}")
+            yield f"{name}:{rows.line_num}", dict(zip(names, row, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{name}:{rows.line_num}: not a table: {error}") from error
+
+
+def _parquet(name: str) -> Iterator[Row]:
+    import pyarrow.parquet
+
+    try:
+        with store.open_binary(name) as file:
+            records = pyarrow.parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{name}: cannot be read: {first_line(error)}") from error
+    yield from ((f"{name}:{number}", record) for number, record in enumerate(records, 1))
+
+
+def _dataset(name: str, split: str) -> Iterator[Row]:
+    """A part of a saved dataset or of one on the hub; classes are given by name."""
+    import datasets
+
+    try:
+        if name.startswith("hf:"):
+            repository, _, config = name[3:].partition(":")
+            parts = datasets.load_dataset(repository, config or None)
+        else:
+            parts = datasets.load_from_disk(name)
+    except Exception as error:  # the library has a dozen kinds
+        raise UserError(f"{name}: cannot be read: {first_line(error)}") from error
+    if isinstance(parts, datasets.DatasetDict):
+        wanted = "validation" if split == "dev" and "dev" not in parts else split
+        parts = parts[choose(wanted, parts, f"split in {name}:")]
+    classes = {column: feature.int2str for column, feature in parts.features.items()
+               if isinstance(feature, datasets.ClassLabel)}
+    for number, record in enumerate(parts, 1):
+        named = {column: of(record[column]) for column, of in classes.items()
+                 if record[column] is not None and record[column] >= 0}
+        yield f"{name}:{number}", record | named
+
+
+def _sentences(name: str) -> Iterator[Row]:
+    """Sentences of words and tags: a word and, in the last column, its tag a line."""
+    words, tags, first = [], [], 0
+    for number, line in readers.lines(name):
+        parts = line.split()
+        if parts and parts[0] != "-DOCSTART-":
+            if len(parts) < 2:
+                raise UserError(f"{name}:{number}: a line has a word and its tag; found {line!r}")
+            first = first or number
+            words.append(parts[0])
+            tags.append(parts[-1])
+        elif words:
+            yield f"{name}:{first}", {"words": words, "tags": tags}
+            words, tags, first = [], [], 0
+    if words:
+        yield f"{name}:{first}", {"words": words, "tags": tags}
+
+
+def _choose(
+    row: Mapping[str, Any], columns: Columns, place: str, labelled: bool
+) -> tuple[tuple[str, ...], str]:
+    """The columns of the text and of the label; "" where there is none and none is needed."""
+    known = f"(columns: {', '.join(map(str, row))})"
+    texts = [columns.text] if columns.text else [t for t in TEXTS if set(t) <= set(row)]
+    if columns.text and (missing := set(columns.text) - set(row)):
+        raise UserError(f"{place}: no column {', '.join(sorted(missing))} of --text {known}")
+    texts = [t for t in texts if not any(set(t) < set(other) for other in texts)]
+    if len(texts) != 1:
+        raise UserError(f"{place}: name the column of the text, or the two of a pair, by --text "
+                        f"{known}")
+    labels = [columns.label] if columns.label else [label for label in LABELS if label in row]
+    if len(labels) > 1:
+        raise UserError(f"{place}: name the column of the label by --label {known}")
+    if labelled and not (labels and labels[0] in row):
+        raise UserError(f"{place}: no column {labels[0] if labels else 'label'}: name it by "
+                        f"--label {known}")
+    return texts[0], labels[0] if labels and labels[0] in row else ""
+
+
+def _text(row: Mapping[str, Any], columns: tuple[str, ...], place: str) -> tuple[str, ...]:
+    values = [row.get(column) for column in columns]
+    if len(values) == 1 and isinstance(values[0], list):
+        values = values[0]
+    for value in values:
+        if not isinstance(value, str):
+            raise UserError(f"{place}: {' '.join(columns)} is {type(value).__name__}, not text")
+    if not any(value.strip() for value in values):
+        raise UserError(f"{place}: the text is empty")
+    return tuple(values)
+
+
+def _label(row: Mapping[str, Any], column: str, place: str, needed: bool) -> Any:
+    """A label as it is written; None where there is none, as -1 in GLUE's test files says."""
+    value = row.get(column) if column else None
+    if isinstance(value, str):
+        value = value.strip()
+    if isinstance(value, list):
+        return [str(tag) for tag in value]
+    missing = value is None or value == "" or value in (-1, "-1")
+    if missing and needed:
+        raise UserError(f"{place}: no label" + (f" (-1 in column {column})" if value else ""))
+    return None if missing else value
+
+
+def kind_of(examples: Labelled, wish: str = "") -> str:
+    """What is to be done: tag words, give a number, or choose a class.
+
+    Args:
+        examples: with labels.
+        wish: of the user; "" goes by the labels: numbers with decimals are regressed.
+    """
+    if examples.tagged:
+        if wish not in ("", "tag"):
+            raise UserError(f"--kind {wish}: {examples.where[0]} holds tagged words")
+        return "tag"
+    if wish == "tag":
+        raise UserError(f"--kind tag: {examples.where[0]} holds no tagged words")
+    decimals = [isinstance(label, float) or "." in str(label) for label in examples.labels]
+    if wish:
+        return wish
+    numbers = all(_is_number(label) for label in examples.labels)
+    return "regress" if numbers and any(decimals) else "classify"
+
+
+def _is_number(label: Any) -> bool:
+    try:
+        float(label)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def numbers(examples: Labelled) -> list[float]:
+    """The labels of a regression.
+
+    Raises:
+        UserError: one is no finite number.
+    """
+    for label, place in zip(examples.labels, examples.where, strict=True):
+        if not _is_number(label) or not math.isfinite(float(label)):
+            raise UserError(f"{place}: label {label!r} is not a finite number, as --kind regress "
+                            "needs")
+    return [float(label) for label in examples.labels]
+
+
+def class_name(label: Any) -> str:
+    """A label as a name: what is written, and of a number without decimals its digits."""
+    return str(int(label)) if isinstance(label, (bool, float)) and label == int(label) else str(
+        label)
+
+
+def classes(examples: Labelled, known: Sequence[str] = ()) -> list[int] | list[list[int]]:
+    """The labels as numbers in the order of `known`, which are matched by name, in any case.
+
+    Raises:
+        UserError: a label that is not among them.
+    """
+    order = {name.lower(): number for number, name in enumerate(known)}
+
+    def number(label: Any, place: str) -> int:
+        name = class_name(label).lower()
+        if name not in order:
+            raise UserError(f"{place}: label {label!r} is not among the labels "
+                            f"{', '.join(known)}")
+        return order[name]
+
+    if examples.tagged:
+        return [[number(tag, place) for tag in tags]
+                for tags, place in zip(examples.labels, examples.where, strict=True)]
+    return [number(label, place)
+            for label, place in zip(examples.labels, examples.where, strict=True)]
+
+
+def class_names(examples: Labelled) -> tuple[str, ...]:
+    """The names of the classes that occur, sorted; O before the other tags.
+
+    Raises:
+        UserError: there is only one.
+    """
+    found = {class_name(label) for labels in examples.labels
+             for label in (labels if examples.tagged else [labels])}
+    if len(found) < 2:
+        raise UserError(f"{examples.where[0]} ...: all labels are {found.pop()!r}: there is "
+                        "nothing to learn")
+    key = (lambda name: (0, int(name), "")) if all(name.isdigit() for name in found) else (
+        lambda name: (name != "O", 0, name))
+    return tuple(sorted(found, key=key))

@@ -1,0 +1,230 @@
+"""What a training for a task leaves: metrics.json, predictions.tsv, report.md and confusion.png."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distilbert_jax.benchmark.latency import latencies
+from distilbert_jax.evaluation import answers, intervals, report
+from distilbert_jax.evaluation.metrics import METRICS, compute
+from distilbert_jax.machine import seal
+from distilbert_jax.models.encoder import graphdef
+from distilbert_jax.training.metrics_log import read_metrics
+
+if TYPE_CHECKING:
+    from distilbert_jax.config import FinetuneConfig
+    from distilbert_jax.jobs.finetune import Trained
+    from distilbert_jax.jobs.task_data import TaskInput
+
+COLUMNS = ("model", "layers", "parameters", "score", "min to max", "95 % interval", "retention",
+           "latency [ms]")
+NAMES = {"teacher": "teacher", "plain": "student, fine-tuned plainly",
+         "distilled": "student, distilled", "model": "model"}
+
+
+def line(figures: dict[str, float]) -> str:
+    """Figures in words, for the terminal while training."""
+    return "dev " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+
+
+def seconds(folder: Path) -> float:
+    """Seconds of training, over all continuations."""
+    lines = read_metrics(folder)
+    return float(lines[-1]["seconds"]) if lines else 0.0
+
+
+def card(task: "TaskInput", role: str, config: "FinetuneConfig") -> str:
+    """The model card, without figures that are not known before all seeds are."""
+    kind = "token-classification" if task.kind == "tag" else "text-classification"
+    teacher = ", learning from a fine-tuned teacher" if role == "distilled" else ""
+    source = Path(config.model or config.teacher).name
+    return (f"---\nlibrary_name: transformers\npipeline_tag: {kind}\n---\n\n# {task.name}\n\n"
+            f"Trained by distilbert_jax from `{source}` on {len(task.parts['train']):,} labelled "
+            f"examples{teacher}; seed {config.seed}.\n\n"
+            + (f"Labels: {', '.join(task.labels)}.\n\n" if task.labels else "")
+            + f"{report.versions()}\n\n```python\nfrom transformers import pipeline\n\n"
+            f"answer = pipeline(\"{kind}\", model=\"model\")  # this folder\n```\n")
+
+
+def given(task: "TaskInput", part: str, found: np.ndarray) -> list[Any]:
+    """A model's answers to a part: class numbers, numbers, or tags of words."""
+    content = task.parts[part]
+    words = [len(texts) for texts in content.raw.texts] if task.kind == "tag" else []
+    return answers.answers(task.kind, found, content.examples, words, task.labels)
+
+
+def figures(task: "TaskInput", part: str, found: np.ndarray) -> dict[str, float | None]:
+    """All metrics of a part that has labels; `score` is the mean of the task's own."""
+    names = [name for name in task.metrics if name != "f1" or len(task.labels) == 2]
+    truth, said = task.parts[part].truth, given(task, part, found)
+    own = compute(task.task.metrics, truth, said)
+    return compute(names, truth, said) | {"score": own["score"]}
+
+
+def collapsed(task: "TaskInput", found: np.ndarray) -> bool:
+    """Whether a model gives the same answer to everything."""
+    return len({str(answer) for answer in given(task, "dev", found)}) == 1
+
+
+def write(output: Path, task: "TaskInput", runs: dict[str, list["Trained"]], main: str,
+          temperature: float | None) -> None:
+    """Write all that is left beside the models, and print the result."""
+    judged = {part: _judge(task, part, runs) for part in ("dev", "test")
+              if part in task.parts and task.parts[part].truth is not None}
+    speed = latencies({role: (graphdef(own[0].model.config, "float32"), own[0].model.params)
+                       for role, own in runs.items()},
+                      int(min(128, task.parts["dev"].examples.lengths.max())))
+    table = _table(task, runs, judged["dev"], speed)
+    words = _differences(task, judged["dev"], main)
+    content = {"task": task.name, "kind": task.kind, "labels": task.labels,
+               "score": list(task.task.metrics), "parts": judged, "latency_ms": speed,
+               "seconds": {role: [run.seconds for run in own] for role, own in runs.items()},
+               "versions": report.versions()}
+    seal.write_json(output / "metrics.json", content)
+    best = runs[main][0]
+    for part in best.found:
+        name = "predictions.tsv" if part == "dev" else f"{part}_predictions.tsv"
+        write_predictions(output / name, task, part, best.found[part])
+        if task.parts[part].truth is None and task.kind != "tag":
+            _write_submission(output / "submission.tsv", task, part, best.found[part])
+    detail = ""
+    if task.kind == "classify":
+        detail = f"\n\n## Classes\n\n```\n{_classes(task, best.found['dev'])}```\n\n" \
+            "![confusion](confusion.png)"
+        plot_confusion(task, best.found["dev"], output / "confusion.png")
+    cut = {part: content.examples.cut for part, content in task.parts.items()}
+    where = (f"Score: {' and '.join(METRICS[n].text for n in task.task.metrics)}, on "
+             f"{len(task.parts['dev']):,} dev examples; median of the seeds, interval by bootstrap "
+             f"over examples and seeds. Cut: {', '.join(f'{n:,} in {p}' for p, n in cut.items())}. "
+             f"Latency: batch 1, PyTorch-free, float32, median of 30.")
+    if temperature:
+        where += f" Temperature {temperature}."
+    (output / "report.md").write_text(
+        f"# {task.name}\n\n{table}\n\n{words}\n\n{where}{detail}\n\n## Provenance\n\n"
+        f"`{shlex.join(['python', *sys.argv])}`\n\n{report.versions()}\n", encoding="utf-8")
+    print(f"\n{table}\n\n{words}\n{where}\n\nmodel: {output / 'model'}\nreport: "
+          f"{output / 'report.md'}\nanswers: {output / 'predictions.tsv'}")
+
+
+def _judge(task: "TaskInput", part: str, runs: dict[str, list["Trained"]]) -> dict[str, Any]:
+    """Figures of every model and seed, intervals, and the drawn scores that differences need."""
+    truth = task.parts[part].truth
+    said = {role: [given(task, part, run.found[part]) for run in own] for role, own in runs.items()}
+    drawn = intervals.drawn(task.task.metrics, truth, said)
+    teacher = drawn.get("teacher")
+    found: dict[str, Any] = {}
+    for role, own in runs.items():
+        each = [figures(task, part, run.found[part]) for run in own]
+        scores = [one["score"] for one in each if one["score"] is not None]
+        found[role] = {
+            "seeds": each, "score": float(np.median(scores)) if scores else None,
+            "range": [min(scores), max(scores)] if scores else None,
+            "interval": intervals.interval(drawn[role]),
+            "collapsed": sum(collapsed(task, run.found["dev"]) for run in own)}
+        if teacher is not None and role != "teacher":
+            whole = found["teacher"]["score"]
+            if whole and found[role]["score"] is not None:
+                found[role]["retention"] = found[role]["score"] / whole
+            found[role]["retention_interval"] = intervals.interval(drawn[role] / teacher)
+    if "plain" in drawn and "distilled" in drawn:
+        found["distilled"]["over_plain"] = float(np.nanmean(drawn["distilled"] - drawn["plain"]))
+        found["distilled"]["over_plain_interval"] = intervals.interval(
+            drawn["distilled"] - drawn["plain"])
+    return found
+
+
+def _table(task: "TaskInput", runs: dict[str, list["Trained"]], judged: dict[str, Any],
+           speed: dict[str, float]) -> str:
+    rows = []
+    for role, own in runs.items():
+        found, params = judged[role], own[0].model.params
+        kept = found.get("retention")
+        rows.append((
+            NAMES[role], str(len(params["layers"])), f"{report.count_parameters(params):,}",
+            _percent(found["score"]), _between(found["range"]), _between(found["interval"]),
+            "" if role in ("teacher", "model") else
+            f"{_percent(kept)} ({_between(found['retention_interval'])})",
+            f"{speed[role]:.2f}"))
+    return report.table(rows, COLUMNS)
+
+
+def _percent(value: float | None) -> str:
+    return "not defined" if value is None else f"{100 * value:.2f}"
+
+
+def _between(pair: list[float] | tuple[float, float] | None) -> str:
+    return "not defined" if pair is None else f"{100 * pair[0]:.2f} to {100 * pair[1]:.2f}"
+
+
+def _differences(task: "TaskInput", judged: dict[str, Any], main: str) -> str:
+    """What the intervals say, in words."""
+    said = []
+    found = judged[main]
+    if found["collapsed"]:
+        said.append(f"{found['collapsed']} of {len(found['seeds'])} seeds collapsed: the same "
+                    "answer to everything.")
+    if pair := found.get("over_plain_interval"):
+        gain = f"{100 * found['over_plain']:+.2f} points ({_between(pair)})"
+        said.append(f"Distilled over plain: {gain}; " + (
+            "the interval holds 0: no difference is shown." if pair[0] <= 0 <= pair[1] else
+            "the interval does not hold 0."))
+    if len(found["seeds"]) == 1:
+        said.append("One seed: what another would give is not in the intervals (--seeds 5).")
+    return " ".join(said)
+
+
+def write_predictions(path: Path, task: "TaskInput", part: str, found: np.ndarray) -> None:
+    """Answers in the order of the input: of tags a word a line, else an example a line."""
+    content, said = task.parts[part], given(task, part, found)
+    gold = content.raw.labels
+    lines = []
+    if task.kind == "tag":
+        for texts, tags, own in zip(content.raw.texts, gold, said, strict=True):
+            lines += ["\t".join((word, tag, answer)) for word, tag, answer in zip(
+                texts, tags or [""] * len(texts), own, strict=True)] + [""]
+    else:
+        shares = answers.probabilities(found) if task.kind == "classify" else None
+        lines.append("\t".join(["row", "label", "answer", *task.labels]))
+        for row, (label, answer) in enumerate(zip(gold, said, strict=True)):
+            name = task.labels[answer] if task.kind == "classify" else f"{answer:.6f}"
+            more = [] if shares is None else [f"{share:.6f}" for share in shares[row]]
+            lines.append("\t".join([str(row), "" if label is None else str(label), name, *more]))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _write_submission(path: Path, task: "TaskInput", part: str, found: np.ndarray) -> None:
+    """GLUE's file for a test part without labels: as the task's files write the labels."""
+    written = [own for own, _ in task.task.labels] or list(task.labels)
+    said = given(task, part, found)
+    rows = [f"{row}\t{written[answer] if task.kind == 'classify' else f'{answer:.3f}'}"
+            for row, answer in enumerate(said)]
+    path.write_text("index\tprediction\n" + "\n".join(rows) + "\n", encoding="utf-8")
+
+
+def _classes(task: "TaskInput", found: np.ndarray) -> str:
+    from sklearn.metrics import classification_report
+
+    return classification_report(
+        task.parts["dev"].truth, given(task, "dev", found), labels=range(len(task.labels)),
+        target_names=task.labels, digits=3, zero_division=0)
+
+
+def plot_confusion(task: "TaskInput", found: np.ndarray, path: Path) -> None:
+    """Draw how often each label gets each answer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    size = 2.5 + 0.6 * len(task.labels)
+    figure, axes = plt.subplots(figsize=(size + 1, size), layout="constrained")
+    ConfusionMatrixDisplay.from_predictions(
+        task.parts["dev"].truth, given(task, "dev", found), labels=range(len(task.labels)),
+        display_labels=task.labels, ax=axes, cmap="Blues", xticks_rotation=45)
+    axes.set(xlabel="answer", ylabel="label")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
