@@ -102,7 +102,7 @@ def _answered(words: list[int | None] | None) -> tuple[np.ndarray, np.ndarray]:
     return np.array(list(first.values()), np.int32), np.array(list(first), np.int32)
 
 
-def lay(lengths: Iterable[int], room: int) -> list[list[int]]:
+def lay(lengths: Iterable[int] | np.ndarray, room: int) -> list[list[int]]:
     """Put examples into rows: each into the first row that has room for it.
 
     Args:
@@ -141,7 +141,7 @@ def rows_of(
         int32 [R, T]: `input_ids`, `token_type_ids`, `segment_ids`, `position_ids`. [R, S]:
         `target_positions` int32, `labels` float32 (0 where there is none), `label_weights`
         float32, 1 where there is one, `answer_weights` float32, 1 at each position; with a
-        teacher `answers` float32 [R, S, C].
+        teacher `answers` [R, S, C].
     """
     out = {name: np.zeros((len(rows), length), np.int32) for name in (
         "input_ids", "token_type_ids", "segment_ids", "position_ids")}
@@ -149,7 +149,7 @@ def rows_of(
                            np.float32)
             for name in ("target_positions", "labels", "label_weights", "answer_weights")}
     if answers is not None:
-        wide["answers"] = np.zeros((len(rows), width, answers.shape[1]), np.float32)
+        wide["answers"] = np.zeros((len(rows), width, answers.shape[1]), answers.dtype)
     for row, numbers in enumerate(rows):
         at = done = 0
         for segment, number in enumerate(numbers, 1):
@@ -222,7 +222,7 @@ class Grid:
     def read(self, step: int, own: np.ndarray) -> dict[str, np.ndarray]:
         """Some rows of a batch; `row` and `epoch` are what random draws are made from."""
         numbers, laid = self._laid(step)
-        rows = [[numbers[i] for i in laid[row]] if row < len(laid) else [] for row in own]
+        rows = [[int(numbers[i]) for i in laid[row]] if row < len(laid) else [] for row in own]
         batch = rows_of(self._examples, rows, self.length, self._width, self._answers)
         return batch | {"row": np.asarray(step * self._sizes[-1] + own, np.int32),
                         "epoch": np.zeros(len(own), np.int32)}

@@ -17,7 +17,7 @@ LEVELS = (2.5, 97.5)  # per cent
 
 def drawn(
     names: Sequence[str], labels: Sequence[Any], answers: dict[str, list[Sequence[Any]]],
-    draws: int = DRAWS, seed: int = 0,
+    seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """Scores of each model in each draw.
 
@@ -25,17 +25,16 @@ def drawn(
         names: metrics whose mean is the score.
         labels: of the examples.
         answers: model → the answers of each of its seeds.
-        draws: how many.
         seed: of the draws.
 
     Returns:
-        Model → [draws], NaN where the score is not defined: the mean over the drawn seeds.
+        Model → [DRAWS], NaN where the score is not defined: the mean over the drawn seeds.
     """
     random = np.random.default_rng(seed)
-    found = {model: np.full(draws, np.nan) for model in answers}
+    found = {model: np.full(DRAWS, np.nan) for model in answers}
     arrays = {model: [_array(own) for own in runs] for model, runs in answers.items()}
     truth = _array(labels)
-    for draw in range(draws):
+    for draw in range(DRAWS):
         some = random.integers(0, len(truth), len(truth))
         for model, runs in arrays.items():
             picked = random.integers(0, len(runs), len(runs))

@@ -12,24 +12,26 @@ from typing import Any
 
 import numpy as np
 
+Values = Sequence[Any] | np.ndarray  # class numbers, numbers, or the tags of each sentence
+
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
     """A row of METRICS: its kind of task, and a function of (labels, answers)."""
 
     kind: str
-    compute: Callable[[Sequence[Any], Sequence[Any]], float]
+    compute: Callable[[Values, Values], float]
     text: str
 
 
-def _accuracy(labels: Sequence[int], answers: Sequence[int]) -> float:
+def _accuracy(labels: Values, answers: Values) -> float:
     from sklearn.metrics import accuracy_score
 
     return accuracy_score(labels, answers)
 
 
-def _f1(average: str) -> Callable[[Sequence[int], Sequence[int]], float]:
-    def compute(labels: Sequence[int], answers: Sequence[int]) -> float:
+def _f1(average: str) -> Callable[[Values, Values], float]:
+    def compute(labels: Values, answers: Values) -> float:
         from sklearn.metrics import f1_score
 
         return f1_score(labels, answers, average=average, zero_division=0)
@@ -37,14 +39,14 @@ def _f1(average: str) -> Callable[[Sequence[int], Sequence[int]], float]:
     return compute
 
 
-def _matthews(labels: Sequence[int], answers: Sequence[int]) -> float:
+def _matthews(labels: Values, answers: Values) -> float:
     from sklearn.metrics import matthews_corrcoef
 
     return matthews_corrcoef(labels, answers)
 
 
-def _correlation(name: str) -> Callable[[Sequence[float], Sequence[float]], float]:
-    def compute(labels: Sequence[float], answers: Sequence[float]) -> float:
+def _correlation(name: str) -> Callable[[Values, Values], float]:
+    def compute(labels: Values, answers: Values) -> float:
         import scipy.stats
 
         if len(labels) < 2:
@@ -56,13 +58,13 @@ def _correlation(name: str) -> Callable[[Sequence[float], Sequence[float]], floa
     return compute
 
 
-def _mse(labels: Sequence[float], answers: Sequence[float]) -> float:
+def _mse(labels: Values, answers: Values) -> float:
     from sklearn.metrics import mean_squared_error
 
     return mean_squared_error(labels, answers)
 
 
-def _entity_f1(labels: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]) -> float:
+def _entity_f1(labels: Values, answers: Values) -> float:
     """seqeval's default, which is that of conlleval: an I- after O begins an entity."""
     from seqeval.metrics import f1_score
 
@@ -71,7 +73,7 @@ def _entity_f1(labels: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]
         return f1_score(list(map(list, labels)), list(map(list, answers)), zero_division=0)
 
 
-def _word_accuracy(labels: Sequence[Sequence[str]], answers: Sequence[Sequence[str]]) -> float:
+def _word_accuracy(labels: Values, answers: Values) -> float:
     return _accuracy([tag for tags in labels for tag in tags],
                      [tag for tags in answers for tag in tags])
 
@@ -90,7 +92,7 @@ METRICS = {
 
 
 def compute(
-    names: Sequence[str], labels: Sequence[Any], answers: Sequence[Any]
+    names: Sequence[str], labels: Values, answers: Values
 ) -> dict[str, float | None]:
     """Metrics by name; `score` is the mean of them. What is not defined is None.
 
@@ -105,7 +107,7 @@ def compute(
     return found | {"score": score(names, labels, answers)}
 
 
-def score(names: Sequence[str], labels: Sequence[Any], answers: Sequence[Any]) -> float | None:
+def score(names: Sequence[str], labels: Values, answers: Values) -> float | None:
     """The mean of some metrics, or None if one of them is not defined."""
     value = float(np.mean([METRICS[name].compute(labels, answers) for name in names]))
     return value if math.isfinite(value) else None

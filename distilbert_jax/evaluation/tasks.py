@@ -22,7 +22,7 @@ class Task:
     files: tuple[tuple[str, str], ...] = (
         ("train", "train.tsv"), ("dev", "dev.tsv"), ("test", "test.tsv"))
     max_length: int = 128
-    epochs: float = 3.0
+    epochs: int = 3
     learning_rate: float = 5e-5
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from distilbert_jax.config import FinetuneConfig
+from distilbert_jax.config import EvaluateConfig, FinetuneConfig
 from distilbert_jax.data.examples import Grid
 from distilbert_jax.data.tokenize import load_tokenizer, spec
 from distilbert_jax.errors import UserError
@@ -29,7 +29,7 @@ from distilbert_jax.machine import seal, store
 from distilbert_jax.machine.lock import hold
 from distilbert_jax.machine.progress import say
 from distilbert_jax.machine.seal import fingerprint
-from distilbert_jax.machine.sharding import first_process_first, make_mesh, to_host
+from distilbert_jax.machine.sharding import first_process_first, make_mesh, shardings, to_host
 from distilbert_jax.models import hub, student
 from distilbert_jax.models.encoder import EncoderConfig, graphdef
 from distilbert_jax.models.families import FAMILIES
@@ -41,7 +41,7 @@ from distilbert_jax.training.train import Run, train
 if TYPE_CHECKING:
     import transformers
 
-RATE, EPOCHS = 5e-5, 3.0  # where neither the user nor the task says
+RATE, EPOCHS = 5e-5, 3  # where neither the user nor the task says
 SHOWN = 1000  # examples that are judged while training
 
 
@@ -173,7 +173,7 @@ def _lessons(job: Job, teacher: hub.Pretrained, judged: Trained) -> _Lessons:
     folder = Path(job.config.output) / "answers"
     with first_process_first():
         if not folder.exists() and jax.process_index() == 0:
-            found = _answered(job, teacher, ("train", "unlabelled"))
+            found = answered(job.config, job.task, job.mesh, teacher, ("train", "unlabelled"))
             with store.whole_folder(folder) as new:
                 np.save(new / "logits.npy", found)
                 (new / "request.json").write_text(json.dumps(request, indent=1))
@@ -187,14 +187,18 @@ def _lessons(job: Job, teacher: hub.Pretrained, judged: Trained) -> _Lessons:
     return _Lessons(teacher, np.load(folder / "logits.npy"), json.dumps(request))
 
 
-def _answered(job: Job, model: hub.Pretrained, parts: tuple[str, ...]) -> np.ndarray:
+def answered(
+    config: FinetuneConfig | EvaluateConfig, task: TaskInput, mesh: Mesh, model: hub.Pretrained,
+    parts: tuple[str, ...],
+) -> np.ndarray:
     """Logits [P, C] of a model for some parts, one after the other, in the order of our labels."""
-    dtype, param_dtype = dtypes(job.config, job.mesh)
+    dtype, param_dtype = dtypes(config, mesh)
     graph = graphdef(model.config, dtype, param_dtype)
-    params = jax.device_put(jax.tree.map(lambda x: np.asarray(x, param_dtype), model.params))
-    found = [answers.logits(graph, params, job.task.parts[name].examples, job.mesh, name)
-             for name in parts if name in job.task.parts]
-    return np.concatenate(found)[:, order(model.labels, job.task.labels)]
+    params = jax.tree.map(lambda x: np.asarray(x, param_dtype), model.params)
+    params = jax.device_put(params, shardings(params, mesh))
+    found = [answers.logits(graph, params, task.parts[name].examples, mesh, name)
+             for name in parts if name in task.parts]
+    return np.concatenate(found)[:, order(model.labels, task.labels)]
 
 
 def order(theirs: tuple[str, ...], ours: tuple[str, ...]) -> list[int]:
@@ -215,7 +219,8 @@ def _judged(job: Job, model: hub.Pretrained, folder: Path | None = None, seconds
     """A model that is trained, with its answers."""
     parts = [name for name in ("dev", "test") if name in job.task.parts]
     return Trained(folder or model.folder, model,
-                   {name: _answered(job, model, (name,)) for name in parts}, seconds)
+                   {name: answered(job.config, job.task, job.mesh, model, (name,))
+                    for name in parts}, seconds)
 
 
 def _train(job: Job, start: hub.Pretrained, layers: str, seed: int, role: str,

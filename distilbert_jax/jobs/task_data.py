@@ -102,7 +102,7 @@ def read_task(
     _check_overlap(raw)
     first = raw["train" if "train" in raw else "dev"]
     kind = labelled.kind_of(first, config.kind or (row.kind if row else ""))
-    length = config.max_length or (row.max_length if row else 128)
+    length = config.max_length or min(row.max_length if row else 128, positions)
     if length > positions:
         raise UserError(f"--max-length {length} is beyond the model's {positions} positions")
     task = row or own_task(kind, columns, length)

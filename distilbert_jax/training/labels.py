@@ -142,7 +142,7 @@ def next_tokens(
 def given(
     keys: Key[Array, " B"],
     batch: dict[str, Array],
-    vocabulary: Vocabulary,
+    vocabulary: Vocabulary | None,
     masking: Masking,
 ) -> dict[str, Array]:
     """Leave a batch that comes with its labels as it is."""

@@ -1,0 +1,19 @@
+"""Judge a model that was trained for a task, here or elsewhere:
+
+    python experiments/evaluate.py --model DIR --task mrpc --data ../shared/data/glue/MRPC
+    python experiments/evaluate.py --model DIR --dev labelled.csv --output judged
+"""
+
+from launch import launch
+
+from distilbert_jax.cli import parse
+from distilbert_jax.config import EvaluateConfig
+from distilbert_jax.jobs.evaluate import evaluate
+
+
+def main(argv: list[str]) -> None:
+    evaluate(parse(EvaluateConfig, __doc__, argv, {}))
+
+
+if __name__ == "__main__":
+    launch(main)

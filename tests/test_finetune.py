@@ -1,0 +1,255 @@
+"""Training for a task from end to end: three models, what they leave, stopped and started again."""
+
+import csv
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from distilbert_jax.config import EvaluateConfig, FinetuneConfig
+from distilbert_jax.errors import UserError
+from distilbert_jax.evaluation import intervals
+from distilbert_jax.jobs import finetune as job
+from distilbert_jax.jobs.evaluate import evaluate
+from distilbert_jax.jobs.finetune import finetune, order
+from distilbert_jax.machine import seal
+from distilbert_jax.models import hub
+from distilbert_jax.training import train as loop
+from distilbert_jax.training.metrics_log import read_metrics
+
+WORDS = [a + b for a in "bdfgklmn" for b in "aeu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_draws():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(intervals, "DRAWS", 50)
+        yield
+
+
+def table(path, rows, columns=("text", "label")):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
+    return str(path)
+
+
+def sentences(seed, count):
+    """Texts of one vowel, which is their label."""
+    random = np.random.default_rng(seed)
+    vowels = random.choice(["a", "e", "u"], count)
+    texts = [" ".join(random.choice([w for w in WORDS if w[1] == vowel], random.integers(2, 7)))
+             for vowel in vowels]
+    return [(text, {"a": "open", "e": "mid", "u": "close"}[text[1]]) for text in texts]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("labelled")
+    table(folder / "train.csv", sentences(0, 160))
+    table(folder / "dev.csv", sentences(1, 40))
+    (folder / "test.jsonl").write_text("".join(
+        json.dumps({"text": text}) + "\n" for text, _ in sentences(2, 10)))
+    return folder
+
+
+def settings(toy, data, output, **more):
+    return FinetuneConfig(**{
+        "model": toy / "teacher", "train": data / "train.csv", "dev": data / "dev.csv",
+        "output": output, "steps": 60, "batch_size": 16, "learning_rate": 0.01, "mesh": "8x1",
+        "dropout": 0.0, "dtype": "float32", "eval_every": 30, "save_every": 30} | more)
+
+
+@pytest.fixture(scope="module")
+def distilled(toy, data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("finetune") / "out"
+    config = settings(toy, data, output, distil=True, test=data / "test.jsonl", seeds=2)
+    return config, finetune(config)
+
+
+def test_what_is_left(distilled):
+    config, folder = distilled
+    output = folder.parent
+    assert {path.name for path in output.iterdir()} == {
+        "model", "answers", "seed-56", "seed-57", "metrics.json", "predictions.tsv",
+        "test_predictions.tsv", "submission.tsv", "report.md", "confusion.png"}
+    assert {path.name for path in (output / "seed-56").iterdir()} == {
+        "teacher", "plain", "distilled"}
+    left = {path.name for path in (output / "seed-57" / "plain").iterdir()}
+    assert left == {"model", "finished.json", "metrics.jsonl", "tensorboard"}
+    report = (output / "report.md").read_text()
+    for row in ("teacher", "student, fine-tuned plainly", "student, distilled"):
+        assert f"\n| {row} " in report
+    assert "![confusion](confusion.png)" in report and "Distilled over plain: " in report
+    found = json.loads((output / "metrics.json").read_text())
+    assert found["labels"] == ["close", "mid", "open"]
+    dev = found["parts"]["dev"]
+    assert dev["teacher"]["collapsed"] == 0
+    assert len(dev["distilled"]["seeds"]) == 2 and len(dev["teacher"]["seeds"]) == 1
+    low, high = dev["distilled"]["interval"]
+    assert 0 <= low <= dev["distilled"]["score"] <= high <= 1
+    assert dev["distilled"]["retention"] == pytest.approx(
+        dev["distilled"]["score"] / dev["teacher"]["score"])
+    student = hub.load_task(str(folder))
+    assert student.config.num_hidden_layers == 1 and student.labels == ("close", "mid", "open")
+
+
+def test_it_learns(distilled):
+    lines = read_metrics(distilled[1].parent / "seed-56" / "teacher")
+    dev = [line for line in lines if "accuracy" in line]
+    assert dev[-1]["accuracy"] > 0.8 > dev[0]["accuracy"] and dev[-1]["loss"] < dev[0]["loss"]
+
+
+def test_pipeline_gives_the_same_answers(distilled, data):
+    pytest.importorskip("torch", reason="PyTorch is the reference here")
+    import transformers
+
+    _, folder = distilled
+    classify = transformers.pipeline("text-classification", model=str(folder), top_k=None)
+    with (folder.parent / "predictions.tsv").open() as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    with (data / "dev.csv").open() as file:
+        dev = list(csv.DictReader(file))
+    assert len(rows) == len(dev) == 40
+    for row, example in zip(rows, dev, strict=True):
+        theirs = {one["label"]: one["score"] for one in classify([example["text"]])[0]}
+        assert row["answer"] == max(theirs, key=theirs.get) and row["label"] == example["label"]
+        assert all(float(row[name]) == pytest.approx(theirs[name], abs=2e-5) for name in theirs)
+
+
+def test_evaluate_gives_the_same_figures(distilled, data, tmp_path, capsys):
+    _, folder = distilled
+    found = evaluate(EvaluateConfig(
+        model=folder, dev=data / "dev.csv", output=tmp_path / "judged", dtype="float32"))
+    dev = json.loads((folder.parent / "metrics.json").read_text())["parts"]["dev"]["distilled"]
+    assert found == pytest.approx(dev["seeds"][0])
+    assert "accuracy: " in capsys.readouterr().out
+    assert (tmp_path / "judged" / "predictions.tsv").read_text() == (
+        folder.parent / "predictions.tsv").read_text()
+
+
+def test_the_same_command_again_trains_nothing(distilled, monkeypatch):
+    config, folder = distilled
+    before = (folder / "model.safetensors").read_bytes()
+    monkeypatch.setattr(job, "train", None)
+    assert finetune(config) == folder and (folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"learning_rate": 0.02}, "holds another run (--learning-rate differ)"),
+    ({"steps": 61}, "holds another run (--steps differ)")])
+def test_another_run_is_refused(change, message, distilled):
+    with pytest.raises(UserError) as error:
+        finetune(dataclasses.replace(distilled[0], **change))
+    assert message in str(error.value)
+
+
+def test_a_teacher_s_answers_are_checked(distilled, tmp_path):
+    config, folder = distilled
+    shutil.copytree(folder.parent, tmp_path / "out")
+    config = dataclasses.replace(config, output=str(tmp_path / "out"))
+    logits = tmp_path / "out" / "answers" / "logits.npy"
+    content = bytearray(logits.read_bytes())
+    content[-1] ^= 1
+    logits.write_bytes(content)
+    with pytest.raises(UserError, match=r"answers is damaged \(logits.npy"):
+        finetune(config)
+    shutil.rmtree(tmp_path / "out" / "answers")
+    shutil.copytree(folder.parent / "answers", tmp_path / "out" / "answers")
+    request = tmp_path / "out" / "answers" / "request.json"
+    request.write_text(request.read_text().replace("float32", "float64"))
+    (tmp_path / "out" / "answers" / seal.SEAL).unlink()
+    seal.seal(tmp_path / "out" / "answers")
+    with pytest.raises(UserError, match="holds answers for another dtype"):
+        finetune(config)
+
+
+def test_stopped_and_continued_gives_the_same_bytes(toy, data, tmp_path, monkeypatch):
+    more = {"dropout": 0.1, "steps": 8, "save_every": 3, "eval_every": 100}
+    straight = finetune(settings(toy, data, tmp_path / "a", **more))
+    config, count = settings(toy, data, tmp_path / "b", **more), iter(range(5))
+
+    class Stop(loop.StopSignal):
+        def asked(self):
+            return next(count, None) is None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "StopSignal", Stop)
+        with pytest.raises(loop.Interrupted):
+            finetune(config)
+    continued = finetune(dataclasses.replace(config, mesh="8x1"))
+    assert (continued / "model.safetensors").read_bytes() == (
+        straight / "model.safetensors").read_bytes()
+
+
+def test_numbers_and_unlabelled_texts_from_a_teacher(toy, tmp_path):
+    random = np.random.default_rng(0)
+    pairs = [(" ".join(random.choice(WORDS, 3)), " ".join(random.choice(WORDS, 3)))
+             for _ in range(60)]
+    rows = [(one, two, f"{len(set(one.split()) & set(two.split())) + 0.5}") for one, two in pairs]
+    columns = ("sentence1", "sentence2", "score")
+    table(tmp_path / "train.csv", rows[:40], columns)
+    table(tmp_path / "dev.csv", rows[40:], columns)
+    table(tmp_path / "more.csv", [row[:2] for row in rows], columns[:2])
+    common = {"model": toy / "teacher", "train": tmp_path / "train.csv", "steps": 3,
+              "dev": tmp_path / "dev.csv", "batch_size": 8, "mesh": "8x1", "dtype": "float32"}
+    teacher = finetune(FinetuneConfig(**common, output=tmp_path / "teacher"))
+    found = hub.load_task(str(teacher))
+    assert found.config.task == "regress" and not found.labels
+    folder = finetune(FinetuneConfig(
+        **common | {"model": ""}, teacher=teacher, unlabelled=tmp_path / "more.csv",
+        baseline=False, output=tmp_path / "out", alphas={"hard": 0.1, "soft": 0.9, "hidden": 1.0}))
+    answers = np.load(folder.parent / "answers" / "logits.npy")
+    assert answers.shape == (100, 1)
+    assert hub.load_task(str(folder)).config.num_hidden_layers == 1
+    assert "spearman" in (folder.parent / "metrics.json").read_text()
+
+
+def test_tags(toy, tmp_path):
+    random = np.random.default_rng(0)
+    for name, count in (("train", 40), ("dev", 12)):
+        lines = []
+        for _ in range(count):
+            words = random.choice(WORDS, 4)
+            lines += [f"{word}\t{'B-A' if word[1] == 'a' else 'O'}" for word in words] + [""]
+        (tmp_path / f"{name}.conll").write_text("\n".join(lines))
+    folder = finetune(FinetuneConfig(
+        model=toy / "teacher", train=tmp_path / "train.conll", dev=tmp_path / "dev.conll", steps=80,
+        batch_size=8, mesh="8x1", learning_rate=0.01, dropout=0.0, dtype="float32",
+        output=tmp_path / "out"))
+    found = json.loads((folder.parent / "metrics.json").read_text())["parts"]["dev"]["model"]
+    assert found["seeds"][0]["entity_f1"] > 0.9
+    lines = (folder.parent / "predictions.tsv").read_text().splitlines()
+    assert sum(not line for line in lines) == 12 and len(lines) == 60
+    assert hub.load_task(str(folder)).labels == ("O", "B-A")
+
+
+@pytest.mark.parametrize("theirs, ours, expected", [
+    (("b", "A"), ("a", "b"), [1, 0]), ((), (), [0]),
+    (("LABEL_0", "LABEL_1"), ("no", "yes"), [0, 1])])
+def test_labels_are_matched_by_name(theirs, ours, expected):
+    assert order(theirs, ours) == expected
+
+
+def test_a_teacher_with_another_order_gives_the_same_answers(distilled, data, tmp_path):
+    """The labels of its config.json count, not their numbers."""
+    _, folder = distilled
+    shutil.copytree(folder, tmp_path / "turned")
+    path = tmp_path / "turned" / "model.safetensors"
+    tensors = load_file(path)
+    for name in ("classifier.weight", "classifier.bias"):
+        tensors[name] = np.ascontiguousarray(tensors[name][::-1])
+    save_file(tensors, path)
+    config = json.loads((tmp_path / "turned" / "config.json").read_text())
+    config["id2label"] = {"0": "open", "1": "mid", "2": "close"}
+    (tmp_path / "turned" / "config.json").write_text(json.dumps(config))
+    ours, theirs = (evaluate(EvaluateConfig(model=name, dev=data / "dev.csv", dtype="float32"))
+                    for name in (folder, tmp_path / "turned"))
+    assert ours == theirs and ours["accuracy"] > 0.4
+    config["id2label"] = {"0": "close", "1": "mid", "2": "open"}  # wrong for these tensors
+    (tmp_path / "turned" / "config.json").write_text(json.dumps(config))
+    wrong = evaluate(EvaluateConfig(model=tmp_path / "turned", dev=data / "dev.csv",
+                                    dtype="float32"))
+    assert wrong["accuracy"] < ours["accuracy"]

@@ -1,0 +1,135 @@
+"""Labelled files: what is read from each form, and one line for each that cannot be."""
+
+import json
+import os
+
+import pytest
+
+from distilbert_jax.data import labelled
+from distilbert_jax.data.labelled import Columns, read
+from distilbert_jax.errors import UserError
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.csv", 'text,label\n"one, two",x\nthree,y\n'),
+    ("a.CSV", b"\xef\xbb\xbftext,label\r\n\"one, two\",x\r\nthree,y\r\n"),
+    ("a.tsv", "text\tlabel\none, two\tx\nthree\ty\n"),
+    ("a.jsonl", '{"text": "one, two", "label": "x"}\n{"label": "y", "text": "three"}\n')])
+def test_forms(name, content, tmp_path):
+    found = read([write(tmp_path / name, content)], Columns(), "train")
+    assert found.texts == [("one, two",), ("three",)] and found.labels == ["x", "y"]
+    assert found.where[0].startswith(str(tmp_path / name))
+
+
+def test_quotes_are_literal_between_tabs(tmp_path):
+    content = 'text\tlabel\n"one\tx\ntwo "2"\ty\n'
+    found = read([write(tmp_path / "a.tsv", content)], Columns(), "dev")
+    assert found.texts == [('"one',), ('two "2"',)]
+
+
+def test_pairs_and_numbers_from_parquet_and_saved_datasets(tmp_path):
+    import datasets
+
+    rows = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "score": [0.5, 1.0]}
+    data = datasets.Dataset.from_dict(rows)
+    data.to_parquet(tmp_path / "a.parquet")
+    datasets.DatasetDict({"train": data, "validation": data.select([1])}).save_to_disk(
+        str(tmp_path / "saved"))
+    found = read([str(tmp_path / "a.parquet")], Columns(), "train")
+    assert found.texts == [("a", "c"), ("b", "d")] and labelled.kind_of(found) == "regress"
+    assert labelled.numbers(found) == [0.5, 1.0]
+    assert read([str(tmp_path / "saved")], Columns(), "dev").texts == [("b", "d")]
+
+
+def test_classes_of_a_saved_dataset_have_their_names(tmp_path):
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"),
+                                  "label": datasets.ClassLabel(names=["bad", "good"])})
+    datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features).save_to_disk(
+        str(tmp_path / "saved"))
+    assert read([str(tmp_path / "saved")], Columns(), "train").labels == ["good", "bad"]
+
+
+def test_tagged_words(tmp_path):
+    content = "-DOCSTART- -X- O\n\nEU NNP B-ORG\nrejects VBZ O\n\nPeter NNP B-PER\n"
+    found = read([write(tmp_path / "a.conll", content)], Columns(), "train")
+    assert found.texts == [("EU", "rejects"), ("Peter",)] and found.tagged
+    assert labelled.kind_of(found) == "tag"
+    names = labelled.class_names(found)
+    assert names == ("O", "B-ORG", "B-PER")
+    assert labelled.classes(found, names) == [[1, 0], [2]]
+
+
+@pytest.mark.parametrize("labels, kind", [
+    (["1", "0"], "classify"), (["1.5", "2"], "regress"), ([1, 0], "classify"),
+    ([1.0, 0.5], "regress"), (["a", "1.5"], "classify")])
+def test_the_kind_goes_by_the_labels(labels, kind, tmp_path):
+    lines = [json.dumps({"text": "a", "label": label}) for label in labels]
+    found = read([write(tmp_path / "a.jsonl", "\n".join(lines))], Columns(), "train")
+    assert labelled.kind_of(found) == kind
+
+
+def test_labels_are_matched_by_name_in_any_case(tmp_path):
+    found = read([write(tmp_path / "a.csv", "text,label\na,Yes\nb,no\n")], Columns(), "train")
+    assert labelled.classes(found, ("no", "yes")) == [1, 0]
+    numbers = read([write(tmp_path / "n.csv", "text,label\na,10\nb,9\n")], Columns(), "train")
+    assert labelled.class_names(numbers) == ("9", "10")
+
+
+BAD = [  # (file, content, columns, parts of the message)
+    ("a.csv", "title,label\na,x\n", Columns(), ["name the column of the text", "title, label"]),
+    ("a.csv", "text,sentence,label\na,b,x\n", Columns(), ["name the column of the text"]),
+    ("a.csv", "text,class\na,x\n", Columns(), ["no column label", "--label", "text, class"]),
+    ("a.csv", "text,label,score\na,x,1\n", Columns(), ["name the column of the label"]),
+    ("a.csv", "text,label\na,x\n", Columns(("body",)), ["no column body of --text"]),
+    ("a.csv", "text,label\na,x\n", Columns(label="y"), ["no column y"]),
+    ("a.csv", "text,label\na,x\nb\n", Columns(), ["a.csv:3: 1 columns", "first line has 2"]),
+    ("a.csv", "text,label\na,\n", Columns(), ["a.csv:2: no label"]),
+    ("a.csv", "text,label\na,-1\n", Columns(), ["a.csv:2: no label (-1 in column label)"]),
+    ("a.csv", "text,label\n ,x\n", Columns(), ["a.csv:2: the text is empty"]),
+    ("a.csv", "text,text\na,x\n", Columns(), ["two columns have one name"]),
+    ("a.csv", 'text,label\n"a,x\n', Columns(), ["not a table"]),
+    ("a.csv", "text,label\n", Columns(), ["no examples in"]),
+    ("a.csv", b"text,label\n\xff\xfea,x\n", Columns(), ["a.csv:2: not UTF-8"]),
+    ("a.jsonl", '{"text": 3, "label": "x"}', Columns(), ["text is int, not text"]),
+    ("a.jsonl", '{"text": "a", "label": "x"', Columns(), ["a.jsonl:1: not JSON"]),
+    ("a.txt", "text label\n", Columns(), ["labelled data is read from .csv .tsv"]),
+    ("a.xlsx", "PK", Columns(), ["labelled data is read from .csv .tsv"]),
+    ("a.parquet", "PAR1", Columns(), ["a.parquet: cannot be read"]),
+    ("a.csv.gz", b"\x1f\x8b\x08\x00", Columns(), ["a.csv.gz: damaged gzip"]),
+    ("a.conll", "word\n", Columns(), ["a.conll:1: a line has a word and its tag"]),
+]
+
+
+@pytest.mark.parametrize("name, content, columns, parts", BAD)
+def test_files_that_cannot_be(name, content, columns, parts, tmp_path):
+    with pytest.raises(UserError) as error:
+        read([write(tmp_path / name, content)], columns, "train")
+    assert all(part in str(error.value) for part in parts), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_labels_that_cannot_be(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        read([str(tmp_path / "absent.csv")], Columns(), "train")
+    one = read([write(tmp_path / "a.csv", "text,label\na,x\nb,x\n")], Columns(), "train")
+    with pytest.raises(UserError, match="all labels are 'x'"):
+        labelled.class_names(one)
+    with pytest.raises(UserError, match="label 'x' is not among the labels y, z"):
+        labelled.classes(one, ("y", "z"))
+    with pytest.raises(UserError, match="label 'x' is not a finite number"):
+        labelled.numbers(one)
+    with pytest.raises(UserError, match="holds no tagged words"):
+        labelled.kind_of(one, "tag")
+    nan = read([write(tmp_path / "n.csv", "text,label\na,nan\n")], Columns(), "train")
+    with pytest.raises(UserError, match="is not a finite number"):
+        labelled.numbers(nan)
+    tags = write(tmp_path / "t.conll", "a O\n")
+    with pytest.raises(UserError, match="some hold tagged words, some texts"):
+        read([tags, os.fspath(tmp_path / "a.csv")], Columns(), "train")
