@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from distilbert_jax.training.train import Interrupted
@@ -16,6 +17,8 @@ from distilbert_jax.training.train import Interrupted
 pytest.importorskip("transformers")
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
+import evaluate  # noqa: E402
+import finetune  # noqa: E402
 import launch  # noqa: E402
 import prepare  # noqa: E402
 import pretrain  # noqa: E402
@@ -42,14 +45,16 @@ def tree(folder):
             for path in folder.rglob("*")}
 
 
-def refused(program, words, capfd, monkeypatch):
-    """Run an entry point that must fail; what it says after "error: "."""
+def refused(program, words, capfd, monkeypatch, last=False):
+    """Run an entry point that must fail; what it says after "error: ", after other lines if `last`.
+    """
     before = tree(Path())
     monkeypatch.setattr(sys, "argv", [program.__file__, *words])
     with pytest.raises(SystemExit) as end:
         launch.launch(program.main)
     error = capfd.readouterr().err
     assert end.value.code == 2, error
+    error = error.splitlines(keepends=True)[-1] if last else error
     assert error.startswith("error: ") and error.count("\n") == 1 and error.endswith("\n"), error
     assert tree(Path()) == before
     return error
@@ -295,6 +300,80 @@ def test_flags_that_cannot_be(words, parts, place, capfd, monkeypatch):
     assert all(part in error for part in parts), error
 
 
+LABELLED = with_file("a.csv", b"text,label\n" + b"ba,x\nbe,y\n" * 21)
+TASK = "--model teacher --train a.csv --dev a.csv --output new --batch-size 8 --steps 1"
+
+
+def with_classifier(change=lambda tensors: None, **config):
+    """The teacher was trained to choose between x and y."""
+    def make():
+        LABELLED()
+        with_config(architectures=["BertForSequenceClassification"],
+                    id2label={"0": "x", "1": "y"}, **config)()
+
+        def more(tensors):
+            headless(tensors)
+            width = tensors["bert.embeddings.LayerNorm.weight"].size
+            tensors["classifier.weight"] = np.ones((2, width), np.float32)
+            tensors["classifier.bias"] = np.zeros(2, np.float32)
+            tensors["bert.pooler.dense.weight"] = np.ones((width, width), np.float32)
+            tensors["bert.pooler.dense.bias"] = np.zeros(width, np.float32)
+            change(tensors)
+        with_tensors(more)()
+    return make
+
+
+TASKS_THAT_CANNOT = [  # (program, what is made, words after those of TASK, parts of the message)
+    (finetune, LABELLED, "--model=", ["--model is missing"]),
+    (finetune, LABELLED, "--model nowhere/x/y", ["model folder nowhere/x/y does not exist"]),
+    (finetune, LABELLED, "--task mrcp", ["unknown --task 'mrcp'; did you mean mrpc?"]),
+    (finetune, LABELLED, "--data .", ["--data . is the folder of a task: name it by --task"]),
+    (finetune, LABELLED, "--task mrpc --data absent", ["--data absent is not a folder"]),
+    (finetune, LABELLED, "--train absent.csv", ["absent.csv: no such file"]),
+    (finetune, LABELLED, "--text body", ["a.csv:2: no column body of --text", "text, label"]),
+    (finetune, LABELLED, "--label class", ["a.csv:2: no column class"]),
+    (finetune, LABELLED, "--text a b c", ["--text", "must be one column or two"]),
+    (finetune, LABELLED, "--kind span", ["unknown --kind 'span'", "classify, regress, tag"]),
+    (finetune, LABELLED, "--kind regress", ["label 'x' is not a finite number"]),
+    (finetune, LABELLED, "--max-length 25", ["--max-length 25 is beyond the model's 24 pos"]),
+    (finetune, LABELLED, "--max-length 4", ["--max-length 4 must be at least 8"]),
+    (finetune, LABELLED, "--batch-size 64", ["--batch-size 64 is more than the 42 examples"]),
+    (finetune, LABELLED, "--epochs 0", ["--epochs 0.0 must be positive"]),
+    (finetune, LABELLED, "--seeds 0", ["--seeds 0 must be at least 1"]),
+    (finetune, LABELLED, "--temperature 0", ["--temperature 0.0 must be positive"]),
+    (finetune, LABELLED, "--learning-rate 0", ["--learning-rate 0.0 must be positive"]),
+    (finetune, LABELLED, "--alpha-hard 0 --alpha-soft 0", ["all loss weights are 0"]),
+    (finetune, LABELLED, "--alpha-ce 1", ["unknown flag '--alpha-ce'"]),
+    (finetune, LABELLED, "--unlabelled a.csv", ["--unlabelled needs a teacher"]),
+    (finetune, LABELLED, "--hidden-map 1:1", ["--hidden-map needs a teacher"]),
+    (finetune, LABELLED, "--teacher teacher", ["teacher is BertForMaskedLM, not trained"]),
+    (finetune, LABELLED, "--distil --teacher t", ["--distil trains its own teacher"]),
+    (finetune, LABELLED, "--distil --student-layers 3", ["--student-layers 3: the teacher has 2"]),
+    (finetune, LABELLED, "--mesh 3x1", ["--mesh 3x1 needs 3 devices, found 8"]),
+    (finetune, LABELLED, "--output gs://bucket/run", ["writes to a folder of this machine"]),
+    (finetune, with_classifier(lambda t: t.pop("classifier.weight")), "--teacher teacher",
+     ["missing classifier.weight [2, 16]"]),
+    (finetune, with_classifier(problem_type="multi_label_classification"), "--teacher teacher",
+     ["gives each text several labels"]),
+    (finetune, lambda: (with_classifier()(), with_file("a.csv", b"text,label\nba,1\nbe,2\n" * 9)(
+        )), "--teacher teacher", ["labels of the model are x, y, those of the data 1, 2"]),
+    (finetune, lambda: (with_classifier()(), other_tokenizer(), shutil.copy(
+        "teacher/config.json", "other"), shutil.copy("teacher/model.safetensors", "other")),
+     "--teacher other", ["tokenizer"]),
+    (evaluate, LABELLED, "", ["teacher is BertForMaskedLM, not trained for a task"]),
+    (evaluate, with_classifier(), "--dev absent.csv", ["absent.csv: no such file"]),
+    (evaluate, with_classifier(), "--kind regress", ["the model chooses among x, y"]),
+]
+
+
+@pytest.mark.parametrize("program, made, words, parts", TASKS_THAT_CANNOT)
+def test_tasks_that_cannot_be(program, made, words, parts, place, capfd, monkeypatch):
+    made()
+    first = TASK if program is finetune else "--model teacher --dev a.csv --output new"
+    error = refused(program, [*first.split(), *words.split()], capfd, monkeypatch, last=True)
+    assert all(part in error for part in parts), error
+
+
 OTHERS = [  # (program, what is made, all its words, parts of the message)
     (run, None, "--teacher teacher", ["--corpus is missing"]),
     (run, None, "--corpus corpus.txt", ["--teacher is missing"]),
@@ -382,7 +461,9 @@ def command(script, *words, **environment):
 @pytest.mark.parametrize("script, groups", [
     ("run.py", ("data", "models", "losses", "training", "devices", "output")),
     ("pretrain.py", ("data", "models", "training", "devices", "output")),
-    ("prepare.py", ("data", "models", "output"))])
+    ("prepare.py", ("data", "models", "output")),
+    ("finetune.py", ("data", "models", "losses", "training", "devices", "output")),
+    ("evaluate.py", ("data", "models", "devices", "output"))])
 def test_help(script, groups, place):
     done = command(script, "--help")
     assert done.returncode == 0 and not done.stderr

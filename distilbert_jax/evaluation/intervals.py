@@ -4,19 +4,18 @@ Each draw takes examples with replacement, the same ones for every model, and of
 some with replacement, so that differences are paired (Efron and Tibshirani 1993, chapter 13).
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from distilbert_jax.evaluation.metrics import score
+from distilbert_jax.evaluation.metrics import Values, score
 
 DRAWS = 1000
 LEVELS = (2.5, 97.5)  # per cent
 
 
 def drawn(
-    names: Sequence[str], labels: Sequence[Any], answers: dict[str, list[Sequence[Any]]],
+    names: Sequence[str], labels: Values, answers: Mapping[str, Sequence[Values]],
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
     """Scores of each model in each draw.
@@ -44,7 +43,7 @@ def drawn(
     return found
 
 
-def _array(values: Sequence[Any]) -> np.ndarray:
+def _array(values: Values) -> np.ndarray:
     """One element an example, also where each is a list of tags."""
     out = np.empty(len(values), object if isinstance(values[0], (list, tuple)) else None)
     out[:] = values

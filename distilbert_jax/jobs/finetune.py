@@ -36,6 +36,7 @@ from distilbert_jax.models.families import FAMILIES
 from distilbert_jax.models.start import init_params
 from distilbert_jax.training.assemble import Assembly, assemble, dtypes
 from distilbert_jax.training.checkpoint import refuse_other_run
+from distilbert_jax.training.objective import Objective
 from distilbert_jax.training.train import Run, train
 
 if TYPE_CHECKING:
@@ -101,10 +102,25 @@ def finetune(config: FinetuneConfig) -> Path:
     if teacher and teacher.config.task != task.kind:
         raise UserError(f"--teacher {config.teacher} was trained to {teacher.config.task}, the "
                         f"data are there to {task.kind}")
+    layers = _student_layers(config, start, teacher or start)
     rate = config.learning_rate or (task.task.learning_rate if config.task else RATE)
     job = Job(dataclasses.replace(config, learning_rate=rate), task, tokenizer, mesh)
     with hold(config.output):
-        return _compare(job, start, teacher)
+        return _compare(job, start, teacher, layers)
+
+
+def _student_layers(config: FinetuneConfig, start: hub.Pretrained, teacher: hub.Pretrained
+                    ) -> list[int]:
+    """Which layers are kept of the model that the student starts from; checked with what is
+    compared to the teacher's, before anything is trained."""
+    own, wish = start.config.num_hidden_layers, config.student_layers
+    if not wish and not (config.teacher or config.distil):
+        return list(range(own))
+    layers = student.choose_layers(wish, own)
+    if config.teacher or config.distil:
+        shape = dataclasses.replace(start.config, num_hidden_layers=len(layers))
+        Objective.of(config, shape, teacher.config)
+    return layers
 
 
 def _load_start(name: str) -> hub.Pretrained:
@@ -125,20 +141,19 @@ def _check_tokenizers(config: FinetuneConfig, tokenizer: Any, teacher: hub.Pretr
                         "tokenizers: a student reads the texts as its teacher does")
 
 
-def _compare(job: Job, start: hub.Pretrained, teacher: hub.Pretrained | None) -> Path:
+def _compare(job: Job, start: hub.Pretrained, teacher: hub.Pretrained | None, layers: list[int]
+             ) -> Path:
     """Train every model of the comparison, for every seed, and report."""
     config, runs = job.config, {}
     first = config.seed
     if config.distil:
-        own = _train(job, start, "", first, "teacher", None)
+        whole = list(range(start.config.num_hidden_layers))
+        own = _train(job, start, whole, first, "teacher", None)
         teacher = own.model
         runs["teacher"] = [own]
     elif teacher:
         runs["teacher"] = [_judged(job, teacher)]
     main = "distilled" if teacher else "model"
-    layers = config.student_layers
-    if teacher and not layers:
-        layers = str(max(1, start.config.num_hidden_layers // 2))
     lessons = _lessons(job, teacher, runs["teacher"][0]) if teacher else None
     for seed in range(first, first + config.seeds):
         if teacher and config.baseline:
@@ -223,7 +238,7 @@ def _judged(job: Job, model: hub.Pretrained, folder: Path | None = None, seconds
                     for name in parts}, seconds)
 
 
-def _train(job: Job, start: hub.Pretrained, layers: str, seed: int, role: str,
+def _train(job: Job, start: hub.Pretrained, layers: list[int], seed: int, role: str,
            lessons: _Lessons | None) -> Trained:
     """Train one model of the comparison in OUTPUT/seed-S/ROLE, or take it from there."""
     config = dataclasses.replace(
@@ -261,14 +276,12 @@ def _finished(folder: Path, settings: dict[str, Any]) -> float | None:
     return before["seconds"]
 
 
-def _start(job: Job, source: hub.Pretrained, layers: str, seed: int
+def _start(job: Job, source: hub.Pretrained, layers: list[int], seed: int
            ) -> tuple[EncoderConfig, dict[str, Any]]:
     """Shape and parameters before the first update; a head that is not there begins at random."""
     config, task = job.config, job.task
-    kept = student.choose_layers(layers, source.config.num_hidden_layers) if layers else range(
-        source.config.num_hidden_layers)
     shape = dataclasses.replace(
-        source.config, num_hidden_layers=len(kept), task=task.kind, num_labels=task.outputs,
+        source.config, num_hidden_layers=len(layers), task=task.kind, num_labels=task.outputs,
         pooler=False, mlm_head=False, hidden_dropout=config.dropout,
         attention_dropout=config.dropout, head_dropout=config.dropout)
     head = jax.device_get(init_params(shape, seed))["task_head"]
@@ -282,7 +295,7 @@ def _start(job: Job, source: hub.Pretrained, layers: str, seed: int
         head = head | {"dense": source.params["pooler"]}
     return shape, {
         "embeddings": source.params["embeddings"], "task_head": head,
-        "layers": {i: source.params["layers"][n] for i, n in enumerate(kept)}}
+        "layers": {i: source.params["layers"][n] for i, n in enumerate(layers)}}
 
 
 def _trained(job: Job, config: FinetuneConfig, source: hub.Pretrained, shape: EncoderConfig,

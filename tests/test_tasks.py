@@ -1,0 +1,146 @@
+"""The table of tasks, metrics of degenerate answers, intervals, and labels of models and data."""
+
+import numpy as np
+import pytest
+
+from distilbert_jax.config import EvaluateConfig, FinetuneConfig
+from distilbert_jax.data.tokenize import load_tokenizer
+from distilbert_jax.errors import UserError
+from distilbert_jax.evaluation import intervals
+from distilbert_jax.evaluation.metrics import METRICS, compute
+from distilbert_jax.evaluation.tasks import OWN_METRICS, TASKS
+from distilbert_jax.jobs.task_data import read_task
+
+FOLDERS = {"cola": "glue/CoLA", "sst2": "glue/SST-2", "mrpc": "glue/MRPC", "stsb": "glue/STS-B",
+           "rte": "glue/RTE", "wnli": "glue/WNLI", "imdb": "imdb", "trec": "trec",
+           "wnut17": "wnut17"}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_row_is_judged_by_metrics_of_its_kind(name):
+    row = TASKS[name]
+    assert row.kind in OWN_METRICS
+    assert all(METRICS[metric].kind == row.kind for metric in row.metrics)
+    assert row.kind == "classify" or not row.labels
+
+
+@pytest.mark.parametrize("name", sorted(set(FOLDERS) - {"imdb", "sst2"}))
+def test_real_files_are_read_as_their_row_says(name, shared, capsys):
+    """As many examples as published, no warning, and every label has its name."""
+    tokenizer = load_tokenizer(str(shared / "minilm-l6"), None)
+    found = read_task(EvaluateConfig(model="m", task=name, data=shared / FOLDERS[name]), tokenizer,
+                      512, dev=())
+    assert len(found.parts["dev"]) == TASKS[name].rows["dev"]
+    assert "warning" not in capsys.readouterr().err
+    if found.kind == "classify" and TASKS[name].labels:
+        assert found.labels == tuple(label for _, label in TASKS[name].labels)
+        assert set(found.parts["dev"].truth) == set(range(len(found.labels)))
+
+
+def test_labels_mean_what_they_say(shared):
+    """The first examples of dev, read by a person."""
+    tokenizer = load_tokenizer(str(shared / "minilm-l6"), None)
+
+    def first(name):
+        found = read_task(EvaluateConfig(model="m", task=name, data=shared / FOLDERS[name]),
+                          tokenizer, 512, dev=())
+        return found.parts["dev"].raw.texts[0][0], found.parts["dev"].raw.labels[0]
+
+    assert first("sst2") == ("it 's a charming and often affecting journey . ", "positive")
+    assert first("cola")[1] == "acceptable" and first("rte")[1] == "not_entailment"
+    assert first("mrpc")[1] == "equivalent"
+
+
+def test_metrics_of_a_constant_answer():
+    labels = [0, 1, 1, 0]
+    found = compute(["accuracy", "f1", "matthews"], labels, [0, 0, 0, 0])
+    assert found == {"accuracy": 0.5, "f1": 0.0, "matthews": 0.0, "score": pytest.approx(0.5 / 3)}
+    constant = compute(["pearson", "spearman"], [1.0, 2.0, 3.0], [1.0, 1.0, 1.0])
+    assert constant == {"pearson": None, "spearman": None, "score": None}
+
+
+def test_metrics_by_hand():
+    assert compute(["f1"], [1, 1, 0, 0], [1, 0, 1, 0])["f1"] == 0.5
+    assert compute(["spearman"], [1.0, 2.0, 3.0], [1.0, 3.0, 9.0])["spearman"] == 1.0
+    tags = [["B-A", "I-A", "O", "B-B"]]
+    assert compute(["entity_f1"], tags, [["B-A", "I-A", "O", "O"]])["entity_f1"] == (
+        pytest.approx(2 / 3))
+    # seqeval's default: an I- after O opens an entity
+    assert compute(["entity_f1"], [["O", "B-A"]], [["O", "I-A"]])["entity_f1"] == 1.0
+
+
+def test_an_interval_covers_as_often_as_it_says(monkeypatch):
+    monkeypatch.setattr(intervals, "DRAWS", 200)
+    random, covered = np.random.default_rng(0), 0
+    for trial in range(100):
+        right = (random.random(200) < 0.8).astype(int)
+        drawn = intervals.drawn(["accuracy"], np.ones(200, int), {"m": [right]}, seed=trial)
+        low, high = intervals.interval(drawn["m"])
+        covered += low <= 0.8 <= high
+    assert 88 <= covered <= 100
+
+
+def test_a_model_beside_itself_keeps_everything(monkeypatch):
+    monkeypatch.setattr(intervals, "DRAWS", 20)
+    answers = np.random.default_rng(0).integers(0, 2, 50)
+    drawn = intervals.drawn(["accuracy"], np.ones(50, int), {"a": [answers], "b": [answers]})
+    assert (drawn["a"] == drawn["b"]).all()
+    assert intervals.interval(np.full(10, np.nan)) is None
+
+
+def read(tmp_path, toy, train, known=(), dev="text,label\nba,a\nbe,b\n", **config):
+    tokenizer = load_tokenizer(str(toy / "teacher"), None)
+    (tmp_path / "train.csv").write_text(train)
+    (tmp_path / "dev.csv").write_text(dev)
+    settings = FinetuneConfig(model="m", **config)
+    return read_task(settings, tokenizer, 24, known, train=(str(tmp_path / "train.csv"),),
+                     dev=(str(tmp_path / "dev.csv"),) if dev else ())
+
+
+TRAIN = "text,label\nba,a\nbe,b\nbu,a\n"
+BAD = [  # (train, known labels, settings, part of the message)
+    ("text,label\nba,a\nbe,a\n", (), {}, "all labels are 'a'"),
+    (TRAIN, ("a", "c"), {}, "the labels of the model are a, c, those of the data a, b"),
+    (TRAIN, ("a", "b", "c"), {}, "the labels of the model are a, b, c, those of the data a, b"),
+    (TRAIN, ("LABEL_0", "LABEL_1"), {}, "the labels of the model are LABEL_0, LABEL_1"),
+    (TRAIN, (), {"max_length": 25}, "--max-length 25 is beyond the model's 24 positions"),
+    (TRAIN, (), {"kind": "tag"}, "holds no tagged words"),
+    (TRAIN, (), {"kind": "regress"}, "label 'a' is not a finite number"),
+    ("text,label\nba,0.5\nbe,1.5\n", ("a", "b"), {}, "labels of the data are numbers"),
+]
+
+
+@pytest.mark.parametrize("train, known, config, message", BAD)
+def test_data_that_cannot_be(train, known, config, message, tmp_path, toy):
+    with pytest.raises(UserError) as error:
+        read(tmp_path, toy, train, known, **config)
+    assert message in str(error.value)
+
+
+def test_labels_of_dev_must_be_known(tmp_path, toy):
+    with pytest.raises(UserError, match="dev.csv:2: label 'c' is not among the labels a, b"):
+        read(tmp_path, toy, TRAIN, dev="text,label\nba,c\n")
+
+
+def test_numbers_stand_for_labels_without_a_name(tmp_path, toy):
+    found = read(tmp_path, toy, "text,label\nba,0\nbe,1\n", ("LABEL_0", "LABEL_1"),
+                 dev="text,label\nba,1\n")
+    assert found.labels == ("0", "1") and found.parts["dev"].truth == [1]
+    turned = read(tmp_path, toy, TRAIN, ("B", "A"))
+    assert turned.labels == ("B", "A") and turned.parts["train"].examples.labels[0] == 1
+
+
+def test_what_is_odd_is_said(tmp_path, toy, capsys):
+    read(tmp_path, toy, TRAIN + "ba,b\n" + "da " * 30 + ",b\n")
+    said = capsys.readouterr().err
+    assert "warning: 2 of 2 texts of --dev are in --train too" in said
+    assert "warning: 1 texts of --train have two labels" in said
+    assert "1 were longer and are cut" in said
+
+
+def test_a_tenth_is_held_out_where_no_dev_is_given(tmp_path, toy):
+    rows = "".join(f"{'ba ' * n}be,{'ab'[n % 2]}\n" for n in range(1, 80))
+    found = read(tmp_path, toy, "text,label\n" + rows, dev="")
+    assert len(found.parts["train"]) + len(found.parts["dev"]) == 79
+    assert 1 <= len(found.parts["dev"]) < 25
+    assert not set(found.parts["train"].raw.texts) & set(found.parts["dev"].raw.texts)
