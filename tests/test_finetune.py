@@ -253,3 +253,13 @@ def test_a_teacher_with_another_order_gives_the_same_answers(distilled, data, tm
     wrong = evaluate(EvaluateConfig(model=tmp_path / "turned", dev=data / "dev.csv",
                                     dtype="float32"))
     assert wrong["accuracy"] < ours["accuracy"]
+
+
+def test_a_model_trained_for_the_task_keeps_its_head(toy, data, distilled, tmp_path):
+    """A new head would begin at random."""
+    _, folder = distilled
+    again = finetune(settings(toy, data, tmp_path / "out", model=folder, steps=1,
+                              learning_rate=1e-9))
+    before, after = (hub.load_task(str(name)).params["task_head"] for name in (folder, again))
+    for part in before:
+        np.testing.assert_allclose(after[part]["kernel"], before[part]["kernel"], atol=1e-6)
