@@ -63,7 +63,7 @@ def parse(config_class: type, description: str, argv: Sequence[str],
             value_type = int if field.name == "steps" else type(field.default)
             value_type = meta.get("type", str if value_type is tuple else value_type)
             kind = {"type": value_type, "metavar": "X"}
-            kind |= {"nargs": meta["nargs"]} if "nargs" in meta else {}
+            kind |= {"nargs": meta["nargs"], "action": "extend"} if "nargs" in meta else {}
         group.add_argument(flag(field.name), help=text, **kind)
     given = vars(parser.parse_args(argv))
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}

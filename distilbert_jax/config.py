@@ -188,6 +188,9 @@ class LoopConfig(Config):
                   "must be positive, finite")
         check(self, "weight_decay", 0 <= self.weight_decay < float("inf"),
               "must be 0 or a positive, finite number")
+        for name, most in {"steps": 2**31 - 1, "batch_size": 2**24, "learning_rate": 1e6,
+                           "weight_decay": 1e6}.items():
+            check(self, name, (getattr(self, name) or 0) <= most, f"must be at most {most}")
         for name in ("warmup", "dropout"):
             check(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
         check(self, "accumulate", self.batch_size % self.accumulate == 0,
@@ -259,7 +262,7 @@ class DistilConfig(TrainConfig):
         if self.student and (self.student_layers or self.init == "random"):
             raise UserError(f"--student {self.student} is a start of its own: leave out "
                             "--student-layers and --init")
-        check(self, "temperature", 0 < self.temperature < float("inf"), "must be positive, finite")
+        check_temperature(self)
         check_weights(self.alphas)
 
     @property
@@ -289,6 +292,7 @@ class PretrainConfig(TrainConfig):
         for name, least in (("vocab_size", 100), ("hidden_size", 1), ("num_hidden_layers", 1),
                             ("num_attention_heads", 1)):
             check(self, name, getattr(self, name) >= least, f"must be at least {least}")
+        check(self, "vocab_size", self.vocab_size <= 2**24, f"must be at most {2**24}")
         check(self, "num_attention_heads", self.hidden_size % self.num_attention_heads == 0,
               f"must divide --hidden-size {self.hidden_size}")
 
@@ -298,12 +302,28 @@ def _as_flag(field: dataclasses.Field, value: Any) -> Any:
     several are possible, a Path or number or list of numbers where a word is expected."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
+    name = flag(field.name)
     if isinstance(field.default, tuple):
+        if value is None or isinstance(value, (bytes, dict)):
+            raise UserError(f"{name} {value!r} must be a word or a list of them")
         value = (value,) if isinstance(value, (str, int, float)) else value
-        return tuple(os.fspath(v) if isinstance(v, os.PathLike) else v for v in value)
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{name} {value!r} must be a list")
+        value = tuple(os.fspath(v) if isinstance(v, os.PathLike) else v for v in value)
+        kind = field.metadata.get("type", str)
+        if not all(isinstance(v, (int, float) if kind is float else kind) for v in value):
+            raise UserError(f"{name} {value!r} must hold " + (
+                "numbers" if kind is float else "names"))
+        return value
     if isinstance(field.default, str) and not isinstance(value, str):
         numbers = value if isinstance(value, (list, tuple)) else [value]
         return ",".join(map(str, numbers)) if value is not None else field.default
+    kind = field.metadata.get("type", int if field.default is None else type(field.default))
+    if kind in (int, float, bool) and not (value is None and field.default is None):
+        known = {int: int, float: (int, float), bool: bool}[kind]
+        if not isinstance(value, known) or (isinstance(value, bool) and kind is not bool):
+            said = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
+            raise UserError(f"{name} {value!r} must be {said}")
     return value
 
 
@@ -389,7 +409,7 @@ class FinetuneConfig(LoopConfig, TaskData):
         check(self, "seeds", self.seeds >= 1, "must be at least 1")
         check(self, "epochs", self.epochs is None or 0 < self.epochs < float("inf"),
               "must be positive, finite")
-        check(self, "temperature", 0 < self.temperature < float("inf"), "must be positive, finite")
+        check_temperature(self)
         check_weights(self.alphas)
         if self.teacher and self.distil:
             raise UserError("--distil trains its own teacher from --model: leave out --teacher")
@@ -412,11 +432,19 @@ class EvaluateConfig(TaskData):
                           "figures are printed alone")
 
 
+def check_temperature(config: Any) -> None:
+    """Raise a UserError unless softmaxes at the temperature can be told apart and computed."""
+    check(config, "temperature", 0 < config.temperature < float("inf"), "must be positive, finite")
+    check(config, "temperature", 1e-3 <= config.temperature <= 1e3, "must be 0.001 to 1000")
+
+
 def check_weights(alphas: Mapping[str, float]) -> None:
     """Raise a UserError unless all weights are finite, not negative, and one is positive."""
     for name, weight in alphas.items():
-        if not 0 <= weight < float("inf"):
+        if isinstance(weight, str) or not 0 <= weight < float("inf"):
             raise UserError(f"--alpha-{name} {weight} must be 0 or a positive, finite number")
+        if weight > 1e9:
+            raise UserError(f"--alpha-{name} {weight} must be at most 1e9")
     if not any(alphas.values()):
         raise UserError("all loss weights are 0: give at least one --alpha-... above 0")
 
@@ -450,6 +478,10 @@ def check(config: Any, name: str, good: bool, rule: str) -> None:
 
 def check_output(name: str) -> None:
     """Raise a UserError unless it is a folder of this machine, or one in a bucket."""
+    if not name.strip():
+        raise UserError("--output is empty: name a folder")
+    if not name.isprintable():
+        raise UserError(f"--output {name!r} holds characters that cannot be printed")
     scheme, found, rest = name.partition("://")
     if found and (scheme != "gs" or not re.fullmatch(r"[a-z0-9][\w.-]+/.*[^/]/?", rest)):
         raise UserError(f"--output {name} must be a folder of this machine, or look like "

@@ -1,5 +1,6 @@
 """What every entry point shares: recipes, several processes, one line and code 2 for an error."""
 
+import contextlib
 import importlib
 import os
 import pkgutil
@@ -9,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # so that a clone runs without being installed
@@ -50,8 +52,12 @@ def keep_compiled() -> None:
 
 def launch(main: Callable[[list[str]], None]) -> None:
     """Run `main` with the command line; what the user can mend ends in one line and code 2."""
-    for stream in (sys.stdout, sys.stderr):  # which may not take UTF-8
-        stream.reconfigure(errors="replace")
+    with (contextlib.redirect_stdout(_Lasting(sys.stdout)),
+          contextlib.redirect_stderr(_Lasting(sys.stderr))):
+        _launch(main)
+
+
+def _launch(main: Callable[[list[str]], None]) -> None:
     try:
         connect()
         keep_compiled()
@@ -69,6 +75,31 @@ def launch(main: Callable[[list[str]], None]) -> None:
             raise
         print("error:", *line.split("\n"), file=sys.stderr)
         sys.exit(2)
+
+
+class _Lasting:
+    """A stream that goes on without its reader: what cannot be written is dropped."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream or open(os.devnull, "w")  # None: it was closed by who started this
+        self._stream.reconfigure(errors="replace")  # it may not take UTF-8
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except OSError:  # no reader, or a full disk: from now on nothing is written
+            with open(os.devnull, "w") as nowhere, contextlib.suppress(OSError):
+                os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 def _missing_platform() -> str:

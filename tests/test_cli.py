@@ -45,6 +45,17 @@ def tree(folder):
             for path in folder.rglob("*")}
 
 
+def once(*words):
+    """The words of a command, in which a flag that comes again replaces the one before it."""
+    groups, flag = {}, ""
+    for word in " ".join(words).split():
+        if word.startswith("--"):
+            flag = word.split("=")[0]
+            groups.pop(flag, None)
+        groups.setdefault(flag, []).append(word)
+    return sum(groups.values(), [])
+
+
 def refused(program, words, capfd, monkeypatch, last=False):
     """Run an entry point that must fail; what it says after "error: ", after other lines if `last`.
     """
@@ -107,7 +118,7 @@ def truncated():
 def prepared(*words, tokenizer="teacher", change=lambda: None):
     """The folder ready/ was prepared from the corpus, with further words."""
     def make():
-        prepare.main([*PREPARE.split(), "--output", "ready", "--tokenizer", tokenizer, *words])
+        prepare.main(once(PREPARE, "--output ready --tokenizer", tokenizer, *words))
         change()
     return make
 
@@ -210,7 +221,22 @@ FOLDERS = [  # (what is made or broken, further words, parts of the message)
      ["ready/manifest.json is damaged"]),
     (with_file("new/data.partial/notes.txt", b"mine"), "",
      ["new/data.partial exists and is no unfinished preparation: remove it"]),
+    (with_file("u.txt", "ba be\n".encode("utf-16-le")), "--corpus u.txt", ["u.txt:1: holds NUL"]),
+    (with_file("m.txt", b"ba be\r" * 20), "--corpus m.txt", ["m.txt: lines end in carriage ret"]),
+    (with_file("texts/a.txt", b"ba be\n"), "--corpus texts --output texts/out",
+     ["--output texts/out lies in the folder of texts texts"]),
+    (with_tensors(lambda t: t.update({name: x.astype(np.int8) for name, x in t.items()})), "",
+     ["is int8, of a quantised model"]),
+    (with_config(tie_word_embeddings="false"), "", ["tie_word_embeddings must be true or false"]),
+    (with_config(layer_norm_eps=-1.0), "", ["layer_norm_eps -1.0 is not a positive number"]),
+    (with_config(pad_token_id=999), "", ["pad_token_id 999 is not a whole number from 0 below"]),
+    (with_file("teacher/config.json", b"[" * 100000), "", ["config.json cannot be read"]),
     # the output
+    (with_file("new/student/thesis.txt", b"mine"), "",
+     ["new/student was not made by this command and would be replaced"]),
+    (with_file("new/student", b"mine"), "", ["new/student was not made by this command"]),
+    (lambda: shutil.copytree("teacher", "new/student"), "--teacher new/student",
+     ["--teacher new/student would be written over by --output new"]),
     (with_file("new", b""), "", ["--output new", "File exists"]),
     (with_file("file", b""), "--output file/new", ["--output file/new", "Not a directory"]),
     (None, f"--output {'x' * 300}", ["--output xxx", "File name too long"]),
@@ -229,7 +255,7 @@ FOLDERS = [  # (what is made or broken, further words, parts of the message)
 def test_files_that_cannot_be(made, words, parts, place, capfd, monkeypatch):
     if made:
         made()
-    error = refused(run, [*TEACHER.split(), *words.split()], capfd, monkeypatch)
+    error = refused(run, once(TEACHER, words), capfd, monkeypatch)
     assert all(part in error for part in parts), error
 
 
@@ -238,6 +264,16 @@ FLAGS = [  # (words, parts of the message), with every file as it should be
     ("--mesh 0x8", ["--mesh 0x8 must look like 8x1"]),
     ("--mesh 16x1", ["--mesh 16x1 needs 16 devices, found 8", "JAX_NUM_CPU_DEVICES=16"]),
     ("--mesh 8x1 --batch-size 12", ["--batch-size 12", "12 rows", "8 devices"]),
+    ("--corpus a.txt --steps 1 --output  ", ["--output: expected one argument"]),
+    ("--output=", ["--output is empty"]),
+    ("--temperature 1e300", ["--temperature 1e+300 must be 0.001 to 1000"]),
+    ("--steps 100000000000000000000", ["--steps 100000000000000000000 must be at most 2147483647"]),
+    (f"--mesh {'9' * 5000}x1", ["must look like 8x1"]),
+    ("--teacher ~nosuch/x", ["~nosuch/x does not exist"]),
+    (f"--teacher {'x' * 300}", ["no folder xxx"]),
+    (f"--corpus {'x' * 300}", ["no such file or folder"]),
+    ("--corpus /dev/null", ["/dev/null is not a regular file"]),
+    ("--output teacher", ["--teacher teacher would be written over by --output teacher"]),
     ("--accumulate 4", ["--batch-size 8 in 4 micro-batches is 2 rows", "8 devices"]),
     ("--accumulate 3", ["--accumulate 3 must divide --batch-size 8"]),
     ("--accumulate 0", ["--accumulate 0 must be at least 1"]),
@@ -296,7 +332,7 @@ FLAGS = [  # (words, parts of the message), with every file as it should be
 
 @pytest.mark.parametrize("words, parts", FLAGS)
 def test_flags_that_cannot_be(words, parts, place, capfd, monkeypatch):
-    error = refused(run, [*TEACHER.split(), *words.split()], capfd, monkeypatch)
+    error = refused(run, once(TEACHER, words), capfd, monkeypatch)
     assert all(part in error for part in parts), error
 
 
@@ -370,7 +406,7 @@ TASKS_THAT_CANNOT = [  # (program, what is made, words after those of TASK, part
 def test_tasks_that_cannot_be(program, made, words, parts, place, capfd, monkeypatch):
     made()
     first = TASK if program is finetune else "--model teacher --dev a.csv --output new"
-    error = refused(program, [*first.split(), *words.split()], capfd, monkeypatch, last=True)
+    error = refused(program, once(first, words), capfd, monkeypatch, last=True)
     assert all(part in error for part in parts), error
 
 
@@ -430,7 +466,7 @@ OTHERS = [  # (program, what is made, all its words, parts of the message)
 def test_whole_commands_that_cannot_be(program, made, words, parts, place, capfd, monkeypatch):
     if made:
         made()
-    error = refused(program, words.split(), capfd, monkeypatch)
+    error = refused(program, once(words), capfd, monkeypatch)
     assert all(part in error for part in parts), error
 
 
@@ -482,7 +518,7 @@ def test_an_error_in_a_process_of_its_own(made, words, message, place):
     if made:
         made()
     before = tree(place)
-    done = command("run.py", *TEACHER.split(), *words.split())
+    done = command("run.py", *once(TEACHER, words))
     assert done.returncode == 2 and tree(place) == before
     assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
 
@@ -491,6 +527,18 @@ def test_a_platform_that_is_not_there(place):
     done = command("run.py", *TEACHER.split(), JAX_PLATFORMS="cuda")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: JAX_PLATFORMS=cuda names no platform that can be used")
+
+
+@pytest.mark.parametrize("after", [">&-", "> /dev/full", "| head -1"])
+def test_output_without_a_reader(after, place):
+    """What is printed is for people; a run ends as it would with them."""
+    words = " ".join(once(PREPARE))
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c",
+         f"{sys.executable} {EXPERIMENTS / 'prepare.py'} {words} {after}"],
+        capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (place / "new" / "manifest.json").exists()
 
 
 def test_output_that_takes_no_utf_8(place):

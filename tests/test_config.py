@@ -208,3 +208,12 @@ def test_what_a_person_writes_in_python():
     assert written == DistilConfig(teacher="a/b", corpus=("one.txt",), valid=("c", "d"), mix=(0.5,),
                                    student_layers="6", output="out")
     assert DistilConfig(student_layers=[0, 2]).student_layers == "0,2"
+
+
+@pytest.mark.parametrize("name, value", [
+    ("steps", "1"), ("batch_size", 8.0), ("seed", True), ("learning_rate", "1e-3"),
+    ("valid_share", None), ("corpus", 5), ("corpus", b"a"), ("mix", "1")])
+def test_values_of_another_kind_from_python(name, value):
+    """The checks of the settings themselves, without the type checker of the tests."""
+    with pytest.raises(UserError, match=flag(name)):
+        config._as_flag(next(f for f in dataclasses.fields(DistilConfig) if f.name == name), value)

@@ -56,6 +56,8 @@ def prepare(config: DataConfig, tokenizer: "transformers.PreTrainedTokenizerFast
         UserError: a source cannot be read, a part comes out empty, the disk is full, or a folder
             holds something else: other data, data prepared for another request, or damaged data.
     """
+    if not is_prepared(config.corpus):
+        sources.check([*config.corpus, *config.valid], str(folder))
     name, folder, spec = folder, store.local(folder), tokenize.spec(tokenizer)
     rows = _rows(config, spec)
     if is_prepared(config.corpus):

@@ -135,6 +135,12 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(file, 1):
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
+                    if line.count(b"\r") > 10:
+                        raise UserError(f"{path}: lines end in carriage returns alone; convert the "
+                                        "file")
+                if b"\0" in line:
+                    raise UserError(f"{path}:{number}: holds NUL bytes, as UTF-16 does; convert "
+                                    "the file to UTF-8")
                 yield number, line.decode()
     except UnicodeDecodeError as error:
         byte = f"byte {error.start + 1} of the line is 0x{error.object[error.start]:02x}"

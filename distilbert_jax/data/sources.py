@@ -87,10 +87,15 @@ class Documents:
             yield text
 
 
-def check(names: Sequence[str]) -> None:
-    """Raise a UserError if a source does not exist."""
+def check(names: Sequence[str], output: str = "") -> None:
+    """Raise a UserError if a source does not exist, or a folder of texts holds `output`."""
     for name in names:
         _resolve(name)
+        if output and os.path.isdir(name) and not store.is_remote(output):
+            folder = pathlib.Path(name).resolve()
+            if folder in (own := pathlib.Path(output).resolve(), *own.parents):
+                raise UserError(f"--output {output} lies in the folder of texts {name}, and would "
+                                "be read as one: name another --output")
 
 
 def published(name: str) -> str:
@@ -125,6 +130,8 @@ def describe(names: Sequence[str]) -> list[list[str | int]]:
 
 
 def _describe_file(path: str | pathlib.Path, name: str) -> list[str | int]:
+    if not store.is_remote(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is not a regular file, and cannot be read twice: save it to one")
     try:
         with store.errors_about(path), store.open_binary(path) as file:
             ends = hashlib.sha256(file.read(ENDS))

@@ -64,9 +64,25 @@ def load_tokenizer(
     if max(tokenizer.get_vocab().values()) >= size:
         raise UserError(f"tokenizer in {folder} has {size} tokens but ids up to "
                         f"{max(tokenizer.get_vocab().values())}")
+    _check_special(folder, tokenizer)
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _check_special(folder: str, tokenizer: "transformers.PreTrainedTokenizerFast") -> None:
+    """Refuse a vocabulary whose special tokens were made up, or are one and the same."""
+    model = tokenizer.backend_tokenizer.model
+    if type(model).__name__ == "WordPiece":
+        absent = [token for token in tokenizer.all_special_tokens
+                  if model.token_to_id(token) is None and token in SPECIAL_TOKENS]
+        if absent:
+            raise UserError(f"the vocabulary of the tokenizer in {folder} lacks "
+                            f"{', '.join(absent)}: is vocab.txt whole?")
+    if tokenizer.mask_token_id in (tokenizer.unk_token_id, tokenizer.pad_token_id,
+                                   tokenizer.cls_token_id, tokenizer.sep_token_id):
+        raise UserError(f"tokenizer in {folder} has one token, {tokenizer.mask_token}, as mask and "
+                        "for something else")
 
 
 def train_wordpiece(

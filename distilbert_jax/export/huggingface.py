@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from distilbert_jax.errors import UserError
 from distilbert_jax.machine import store
 from distilbert_jax.models.convert import to_hf
 from distilbert_jax.models.encoder import EncoderConfig
@@ -33,6 +34,10 @@ def export(
         labels: names of the classes of a task's head, in the order of its logits.
     """
     tensors = {name: array.astype(np.float32) for name, array in to_hf(params, family).items()}
+    for name, array in tensors.items():
+        if not np.isfinite(array).all():
+            raise UserError(f"{name} of the trained model holds NaN or infinity, and nothing is "
+                            "exported: lower --learning-rate, in another --output")
     description = {
         "architectures": [family.architecture], "model_type": family.model_type,
         "dtype": "float32", "tie_word_embeddings": True, **family.to_hf(config)}
@@ -47,7 +52,7 @@ def export(
         (new / "config.json").write_text(json.dumps(description, indent=2) + "\n")
         tokenizer.save_pretrained(new)
         _generalise(new / "tokenizer_config.json", config)
-        (new / "README.md").write_text(card, encoding="utf-8")
+        (new / "README.md").write_text(card, encoding="utf-8", errors="replace")
 
 
 def _generalise(path: Path, config: EncoderConfig) -> None:

@@ -21,7 +21,14 @@ from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import report
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.export.predict import fill_mask
-from distilbert_jax.jobs.setup import EVALUATION_ROWS, Setup, check_job, read_data, student_shape
+from distilbert_jax.jobs.setup import (
+    EVALUATION_ROWS,
+    Setup,
+    check_folder,
+    check_job,
+    read_data,
+    student_shape,
+)
 from distilbert_jax.machine import store
 from distilbert_jax.machine.lock import hold
 from distilbert_jax.machine.seal import fingerprint
@@ -54,6 +61,8 @@ def distil(config: DistilConfig) -> Path:
     if own:
         settings["--student"] = fingerprint(own)
     mesh = check_job(config, teacher.family, teacher.config, settings)
+    check_folder(config.output, "student", "checkpoints",
+                 {"--teacher": config.teacher, "--student": config.student})
     with hold(config.output):
         return _distil(config, teacher, own, mesh, settings)
 
@@ -151,14 +160,16 @@ def _write_report(
     metrics = read_metrics(config.output)
     report.plot(metrics, output / "losses.png", f"{Path(config.teacher).name} → student")
     example = _example(setup, models)
+    trained = (f" Trained {metrics[-1]['step']:,} updates on {metrics[-1]['tokens_seen']:,.0f} "
+               f"tokens in {metrics[-1]['seconds'] / 60:.1f} min.") if metrics else ""
     where = (f"Held-out: {last['masked']:,.0f} masked tokens of {len(setup.data.valid):,} rows, "
              f"the same for every model. Latency: {config.sequence_length} tokens, "
-             f"batch 1, {assembly.dtype}, median of 30. Trained {metrics[-1]['step']:,} updates on "
-             f"{metrics[-1]['tokens_seen']:,.0f} tokens in {metrics[-1]['seconds'] / 60:.1f} min.")
+             f"batch 1, {assembly.dtype}, median of 30.{trained}")
     (output / "report.md").write_text(
         f"# Distillation of {Path(config.teacher).name}\n\n{text}\n\n{against}\n\n{where}\n\n"
         f"![losses](losses.png)\n\n## Fill-mask\n\n{example}\n\n## Provenance\n\n"
-        f"`{shlex.join(['python', *sys.argv])}`\n\n{report.versions()}\n", encoding="utf-8")
+        f"`{shlex.join(['python', *sys.argv])}`\n\n{report.versions()}\n", encoding="utf-8",
+        errors="replace")
     plot, page, folder = (store.join(config.output, name) for name in (
         "losses.png", "report.md", "student"))
     print(f"\n{text}\n\n{against}\n{where}\n\n{example}\n\nplot: {plot}\nreport: {page}\n"

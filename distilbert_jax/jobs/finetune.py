@@ -24,6 +24,7 @@ from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import answers, report
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.jobs import task_report
+from distilbert_jax.jobs.setup import check_folder
 from distilbert_jax.jobs.task_data import TaskInput, read_task
 from distilbert_jax.machine import seal, store
 from distilbert_jax.machine.lock import hold
@@ -93,6 +94,8 @@ def finetune(config: FinetuneConfig) -> Path:
         jax.config.update("jax_enable_x64", True)
     mesh = make_mesh(config.mesh)
     store.check_writable(config.output)
+    check_folder(config.output, "model", "metrics.json",
+                 {"--model": config.model, "--teacher": config.teacher})
     known = teacher.labels if teacher else ()
     task = read_task(config, tokenizer, start.config.positions, known, train=config.train,
                      dev=config.dev, test=config.test, unlabelled=config.unlabelled)

@@ -15,7 +15,7 @@ from distilbert_jax.data.tokenize import load_tokenizer, train_wordpiece
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import report
 from distilbert_jax.export.huggingface import export
-from distilbert_jax.jobs.setup import check_job, read_data
+from distilbert_jax.jobs.setup import check_folder, check_job, read_data
 from distilbert_jax.machine import store
 from distilbert_jax.machine.lock import hold
 from distilbert_jax.machine.seal import fingerprint
@@ -47,6 +47,7 @@ def pretrain(config: PretrainConfig) -> Path:
     if source:
         settings["--model"] = fingerprint(source.params)
     mesh = check_job(config, family, shape, settings)
+    check_folder(config.output, "model", "checkpoints", {"--model": config.model})
     with hold(config.output):
         return _pretrain(config, source, family, shape, mesh, settings)
 

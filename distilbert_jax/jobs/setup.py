@@ -124,7 +124,8 @@ def check_job(
     positions = min(each.positions for each in shapes)
     check(config, "sequence_length", config.sequence_length <= positions,
           f"is beyond the model's {positions} positions")
-    sources.check([*([] if is_prepared(config.corpus) else config.corpus), *config.valid])
+    sources.check([*([] if is_prepared(config.corpus) else config.corpus), *config.valid],
+                  config.output)
     store.check_writable(config.output)
     with _errors_about_output(config.output):
         refuse_other_run(config.output, settings or config.meaning())
@@ -133,6 +134,31 @@ def check_job(
     mesh = make_mesh(config.mesh)
     rows_each(config, mesh)
     return mesh
+
+
+def check_folder(output: str, made: str, mark: str, inputs: dict[str, str]) -> None:
+    """Refuse a folder in which files that are not this job's would be lost.
+
+    Args:
+        output: of the job.
+        made: the folder in it that the job replaces.
+        mark: what lies beside that folder wherever a run of this job has made it.
+        inputs: flag → model that the job reads; none may be what it writes.
+
+    Raises:
+        UserError: `made` is not of such a run, or a model would be replaced by its own student.
+    """
+    for flag, name in inputs.items():
+        same = store.join(output, made)
+        if name and not store.is_remote(name) and not store.is_remote(output):
+            if os.path.realpath(name) in (os.path.realpath(output), os.path.realpath(same)):
+                raise UserError(f"{flag} {name} would be written over by --output {output}: name "
+                                "another --output")
+    target = store.join(output, made)
+    if store.exists(target) and not (
+            store.is_folder(target) and store.exists(store.join(output, mark))):
+        raise UserError(f"{target} was not made by this command and would be replaced: remove it, "
+                        "or name another --output")
 
 
 def student_shape(

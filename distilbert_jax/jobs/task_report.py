@@ -104,7 +104,8 @@ def write(output: Path, task: "TaskInput", runs: dict[str, list["Trained"]], mai
         where += f" Temperature {temperature}."
     (output / "report.md").write_text(
         f"# {task.name}\n\n{table}\n\n{words}\n\n{where}{detail}\n\n## Provenance\n\n"
-        f"`{shlex.join(['python', *sys.argv])}`\n\n{report.versions()}\n", encoding="utf-8")
+        f"`{shlex.join(['python', *sys.argv])}`\n\n{report.versions()}\n", encoding="utf-8",
+        errors="replace")
     print(f"\n{table}\n\n{words}\n{where}\n\nmodel: {output / 'model'}\nreport: "
           f"{output / 'report.md'}\nanswers: {output / 'predictions.tsv'}")
 

@@ -113,7 +113,8 @@ def _beat(path: store.AnyPath, own: dict[str, str | int], ended: threading.Event
 
 def _read(path: store.AnyPath) -> dict[str, str | int] | None:
     try:
-        return json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes())
+        return found if isinstance(found, dict) and isinstance(found.get("pid", 0), int) else {}
     except FileNotFoundError:
         return None
     except ValueError:  # cut short by a crash

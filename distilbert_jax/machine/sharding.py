@@ -59,7 +59,7 @@ def make_mesh(shape: str, topology: Any = None) -> Mesh:
     """
     here = len(topology.devices) if topology else jax.device_count()
     shape = shape or f"{here}x1"
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape)
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", shape)
     if not match:
         raise UserError(f"--mesh {shape} must look like 8x1: devices on data x devices on model")
     data, model = int(match[1]), int(match[2])

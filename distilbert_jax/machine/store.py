@@ -148,7 +148,7 @@ def glob(pattern: str) -> list[str]:
     """All names of files and folders that match a pattern, in which ** is any depth; sorted."""
     if not is_remote(pattern):
         base, parts = Path(), list(Path(pattern).parts)
-        while parts and (base / parts[0]).exists():  # a folder may be called [x]
+        while parts and os.path.exists(base / parts[0]):  # a folder may be called [x]
             base /= parts.pop(0)
         return sorted(disk.glob(os.path.join(disk.escape(str(base)), *parts), recursive=True)
                       if base.parts else disk.glob(pattern, recursive=True))

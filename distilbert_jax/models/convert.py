@@ -67,6 +67,9 @@ def from_hf(
         if list(array.shape) != expected:
             problems.append(f"{name} is {list(array.shape)}, config.json says {expected}")
             continue
+        if not (np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"):
+            problems.append(f"{name} is {array.dtype}, of a quantised model: undo that first")
+            continue
         array = array if array.dtype == np.float64 else array.astype(np.float32)
         if not np.isfinite(array).all():
             problems.append(f"{name} holds NaN or infinity")

@@ -5,6 +5,7 @@ Nothing is guessed, and no code from a file is run.
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -123,8 +124,17 @@ def _read_shape(folder: Path) -> tuple[Family, EncoderConfig]:
             config, hidden_act=SYNONYMS.get(config.hidden_act, config.hidden_act))
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                      "intermediate_size", "max_position_embeddings"):
-            if not isinstance(size := getattr(config, name), int) or size < 1:
+            if not isinstance(size := getattr(config, name), int) or not 1 <= size < 2**31:
                 raise UserError(f"config.json: {name} {size!r} is not a positive whole number")
+        for name in ("layer_norm_eps", "initializer_range"):
+            if not isinstance(size := getattr(config, name), (int, float)) or size <= 0:
+                raise UserError(f"config.json: {name} {size!r} is not a positive number")
+        for name, most in (("type_vocab_size", 2**31), ("pad_token_id", config.vocab_size)):
+            if not isinstance(size := getattr(config, name), int) or not 0 <= size < most:
+                raise UserError(f"config.json: {name} {size!r} is not a whole number from 0 below "
+                                f"{most}")
+        if not isinstance(raw.get("tie_word_embeddings", True), bool):
+            raise UserError("config.json: tie_word_embeddings must be true or false")
         choose(config.hidden_act, ACTIVATIONS, f"activation in {folder}/config.json")
         if config.hidden_size % config.num_attention_heads:
             raise UserError(f"config.json: {config.num_attention_heads} attention heads do not "
@@ -141,10 +151,12 @@ def _named(folder: Path, error: Exception) -> UserError:
 
 
 def _resolve(name: str) -> Path:
-    folder = store.fetch(name).expanduser()
-    if folder.is_dir():
+    if not name.isprintable():
+        raise UserError(f"model folder {name!r} holds characters that cannot be printed")
+    folder = Path(os.path.expanduser(store.fetch(name)))
+    if os.path.isdir(folder):
         return folder
-    if folder.exists():
+    if os.path.exists(folder):
         raise UserError(f"{name} is a file; give the folder that holds config.json and the weights")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
         raise UserError(f"model folder {name} does not exist")
@@ -167,8 +179,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; give a Hugging Face folder") from error
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds no JSON object")
     return raw
@@ -182,7 +194,7 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
             return _checked(read, folder / stem)
         index = folder / f"{stem}.index.json"
         if index.exists():
-            names = _checked(lambda path: dict(json.loads(path.read_text())["weight_map"]), index)
+            names = _checked(_read_index, index)
             tensors: dict[str, np.ndarray] = {}
             for part in sorted(set(names.values())):
                 more = _checked(read, folder / part)
@@ -201,6 +213,14 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     raise UserError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
 
+def _read_index(path: Path) -> dict[str, str]:
+    """The file that holds each tensor."""
+    names = dict(json.loads(path.read_text())["weight_map"])
+    if not all(isinstance(part, str) for part in names.values()):
+        raise ValueError("weight_map names parts that are no text")
+    return names
+
+
 def _checked(read: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any]:
     try:
         return read(path)
@@ -217,5 +237,9 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} needs PyTorch to be read: pip install torch, or convert the "
                         "folder to safetensors") from error
     tensors = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(tensors, dict) or not all(
+            isinstance(name, str) and isinstance(t, torch.Tensor) for name, t in tensors.items()):
+        raise ValueError("it is no dict of tensors by name; save model.state_dict()")
+    tensors = {name: t.detach() for name, t in tensors.items()}
     return {name: (t.float() if t.is_floating_point() and t.itemsize < 4 else t).numpy()
             for name, t in tensors.items()}

@@ -115,9 +115,11 @@ def _path(output: str | Path) -> str:
 def _lines(path: Path) -> list[dict[str, int | float]]:
     """All lines of a file that are complete; a crash may have cut off the last one."""
     lines = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             continue
+        if isinstance(line, dict) and {"step", "tokens_seen", "seconds"} <= set(line):
+            lines.append(line)
     return lines
