@@ -405,3 +405,11 @@ def test_weights_of_other_frameworks_name_the_way(file, originals, tmp_path):
     (tmp_path / file).touch()
     with pytest.raises(UserError, match=f"holds only {file}: convert it"):
         hub.load(str(tmp_path))
+
+
+def test_the_front_for_python_is_these_functions():
+    from distilbert_jax import convert as front
+    from distilbert_jax.export.huggingface import export
+    from distilbert_jax.models import hub
+
+    assert (front.load, front.load_task, front.export) == (hub.load, hub.load_task, export)
