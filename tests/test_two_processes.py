@@ -42,7 +42,8 @@ def start(toy, output, processes, *words, devices=8, own=lambda number: {}):
     if processes > 1:
         common |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
                    "JAX_NUM_PROCESSES": str(processes)}
-    flags = ["--teacher", toy / "teacher", "--corpus", toy / "corpus.txt", "--output", output,
+    corpus = [] if "--corpus" in words else ["--corpus", toy / "corpus.txt"]
+    flags = ["--teacher", toy / "teacher", *corpus, "--output", output,
              "--sequence-length", "16", "--batch-size", "8", "--student-layers", "1",
              "--learning-rate", "0.01", "--steps", STEPS, "--save-every", "2",
              "--valid-share", "0.1", "--dtype", "float64", *words]
