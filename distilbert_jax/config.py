@@ -433,7 +433,7 @@ class EvaluateConfig(TaskData):
 
 
 def check_temperature(config: Any) -> None:
-    """Raise a UserError unless softmaxes at the temperature can be told apart and computed."""
+    """Raise a UserError unless the temperature is one at which a softmax can be computed."""
     check(config, "temperature", 0 < config.temperature < float("inf"), "must be positive, finite")
     check(config, "temperature", 1e-3 <= config.temperature <= 1e3, "must be 0.001 to 1000")
 

@@ -117,6 +117,12 @@ def test_data_that_cannot_be(train, known, config, message, tmp_path, toy):
     assert message in str(error.value)
 
 
+def test_a_task_has_one_kind(tmp_path, toy):
+    with pytest.raises(UserError, match="--kind regress does not go with --task sst2, which is"):
+        read(tmp_path, toy, "sentence,label\nba,0\nbe,1\n", dev="sentence,label\nba,0\n",
+             task="sst2", kind="regress")
+
+
 def test_labels_of_dev_must_be_known(tmp_path, toy):
     with pytest.raises(UserError, match="dev.csv:2: label 'c' is not among the labels a, b"):
         read(tmp_path, toy, TRAIN, dev="text,label\nba,c\n")

@@ -94,7 +94,7 @@ def finetune(config: FinetuneConfig) -> Path:
         jax.config.update("jax_enable_x64", True)
     mesh = make_mesh(config.mesh)
     store.check_writable(config.output)
-    check_folder(config.output, "model", "metrics.json",
+    check_folder(config.output, "model", f"seed-{config.seed}",
                  {"--model": config.model, "--teacher": config.teacher})
     known = teacher.labels if teacher else ()
     task = read_task(config, tokenizer, start.config.positions, known, train=config.train,

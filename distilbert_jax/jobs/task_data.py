@@ -102,6 +102,9 @@ def read_task(
     _check_overlap(raw)
     first = raw["train" if "train" in raw else "dev"]
     kind = labelled.kind_of(first, config.kind or (row.kind if row else ""))
+    if row and kind != row.kind:
+        raise UserError(f"--kind {kind} does not go with --task {config.task}, which is there to "
+                        f"{row.kind}")
     length = config.max_length or min(row.max_length if row else 128, positions)
     if length > positions:
         raise UserError(f"--max-length {length} is beyond the model's {positions} positions")

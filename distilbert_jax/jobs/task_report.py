@@ -99,7 +99,7 @@ def write(output: Path, task: "TaskInput", runs: dict[str, list["Trained"]], mai
     where = (f"Score: {' and '.join(METRICS[n].text for n in task.task.metrics)}, on "
              f"{len(task.parts['dev']):,} dev examples; median of the seeds, interval by bootstrap "
              f"over examples and seeds. Cut: {', '.join(f'{n:,} in {p}' for p, n in cut.items())}. "
-             f"Latency: batch 1, PyTorch-free, float32, median of 30.")
+             f"Latency: batch 1, float32, median of 30.")
     if temperature:
         where += f" Temperature {temperature}."
     (output / "report.md").write_text(

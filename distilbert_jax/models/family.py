@@ -46,8 +46,11 @@ class Family:
             self.written)
 
     def for_task(self, task: str) -> "Family":
-        """The same with the head of a task: its tensors and its class in transformers; "" for
-        the language model itself."""
+        """This family with the head of a task instead of the language model's.
+
+        Args:
+            task: a key of `heads`; "" returns the family as it is.
+        """
         if not task:
             return self
         kind = "TokenClassification" if task == "tag" else "SequenceClassification"
