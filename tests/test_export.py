@@ -12,6 +12,7 @@ import pytest
 from test_held_out import outputs
 
 from distilbert_jax.data.tokenize import load_tokenizer
+from distilbert_jax.errors import UserError
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.models import bert, hub
 from distilbert_jax.models.encoder import graphdef
@@ -94,6 +95,15 @@ def test_transformers_gives_our_logits(exported):
     real = mask > 0
     np.testing.assert_allclose(
         np.asarray(logits)[real], expected.numpy()[real], rtol=0, atol=2e-5)
+
+
+def test_a_model_that_is_not_finite_is_not_exported(exported, tmp_path):
+    _, config, params, family, tokenizer = exported
+    broken = jax.tree.map(np.array, params)
+    broken["embeddings"]["norm"]["bias"][3] = np.nan
+    with pytest.raises(UserError, match="LayerNorm.bias of the trained model holds NaN"):
+        export(tmp_path / "model", broken, config, family, tokenizer, "card")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_tokenizer_gives_what_the_model_takes(exported):

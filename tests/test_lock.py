@@ -66,3 +66,10 @@ def test_the_holder_gives_signs_of_life(tmp_path, monkeypatch):
     with lock.hold(tmp_path):
         while "beat" not in json.loads((tmp_path / "lock.json").read_text()):
             pass
+
+
+@pytest.mark.parametrize("content", ["[1]", '"a"', '{"pid": "x"}', "{"])
+def test_a_lock_of_another_form_holds_nothing(content, tmp_path):
+    (tmp_path / "lock.json").write_text(content)
+    with lock.hold(tmp_path):
+        assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()

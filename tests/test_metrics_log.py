@@ -55,3 +55,9 @@ def test_a_full_disk(policy, tmp_path, capfd):
         log._file = file
         log.write(2, {"loss": 2.0})
     assert entries(tmp_path) == [(1, 0, 1.0), (2, 0, 2.0)]
+
+
+def test_lines_of_another_form_are_passed_over(tmp_path):
+    whole = '{"step": 1, "tokens_seen": 2, "seconds": 3.0}'
+    (tmp_path / "metrics.jsonl").write_text(f'[]\n{whole}\n{{"step": 2}}\n3\n')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]

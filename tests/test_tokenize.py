@@ -179,3 +179,22 @@ def test_a_learnt_vocabulary_keeps_accents_and_syllables(lowercase):
     assert len(set(map(tuple, (tokenizer.encode(w) for w in ("möchte", "mochte"))))) == 2
     upper = tokenize.train_wordpiece(["Ab ab"] * 30, 100, lowercase).tokenize("Ab ab")
     assert (upper[0] == upper[-1]) == lowercase
+
+
+@pytest.mark.parametrize("absent", ["[UNK]", "[MASK]"])
+def test_a_special_token_must_be_in_the_vocabulary(absent, toy, tmp_path):
+    """transformers would add it at the end, as a token that the model does not have."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ba", "be"]
+    (tmp_path / "vocab.txt").write_text("".join(f"{w}\n" for w in words if w != absent))
+    shutil.copy(toy / "teacher" / "config.json", tmp_path)
+    with pytest.raises(UserError) as error:
+        tokenize.load_tokenizer(str(tmp_path), None)
+    assert absent in str(error.value)
+
+
+def test_one_token_cannot_be_the_mask_and_something_else(toy, tmp_path):
+    shutil.copytree(toy / "teacher", tmp_path / "one")
+    path = tmp_path / "one" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"mask_token": "[UNK]"}))
+    with pytest.raises(UserError, match=r"has one token, \[UNK\], as mask and for something else"):
+        tokenize.load_tokenizer(str(tmp_path / "one"), None)
