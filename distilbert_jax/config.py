@@ -374,6 +374,10 @@ class FinetuneConfig(LoopConfig, TaskData):
     student_layers: str | int | Sequence[int] = option(
         "", "models", "how many layers of --model to keep (evenly chosen), or which: 0,3,5; "
         "default: all of them, or half of a teacher's")
+    choose: str = option(
+        "", "models", "how so many layers are chosen: even, or greedy, which removes the one whose "
+        "absence changes the teacher's answers least, again and again; default: greedy where the "
+        "student starts at its teacher")
     baseline: bool = option(
         True, "models", "with a teacher, also train the student without it, for comparison",
         **FREE)
@@ -385,6 +389,9 @@ class FinetuneConfig(LoopConfig, TaskData):
     unlabelled: Words = option(
         (), "data", "files without labels from which the teacher's answers are learnt",
         nargs="+", **BY_CONTENT)
+    augment: int = option(
+        0, "data", "variants of each training text, in which --model's masked-language head chose "
+        "some of the words, and from which the teacher's answers are learnt")
     epochs: float | None = option(
         None, "training", "passes over the data; default: the task's, or 3", type=float)
     seeds: int = option(
@@ -407,6 +414,7 @@ class FinetuneConfig(LoopConfig, TaskData):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, "seeds", self.seeds >= 1, "must be at least 1")
+        check(self, "augment", 0 <= self.augment <= 1000, "must be 0 to 1000")
         check(self, "epochs", self.epochs is None or 0 < self.epochs < float("inf"),
               "must be positive, finite")
         check_temperature(self)
@@ -415,10 +423,33 @@ class FinetuneConfig(LoopConfig, TaskData):
             raise UserError("--distil trains its own teacher from --model: leave out --teacher")
         if not (self.teacher or self.model):
             raise UserError("--model is missing: give the Hugging Face folder to start from")
-        if not (self.teacher or self.distil):
-            for name in ("unlabelled", "hidden_map"):
+        if not self.taught:
+            for name in ("unlabelled", "hidden_map", "augment"):
                 if getattr(self, name):
                     raise UserError(f"{flag(name)} needs a teacher: give --teacher or --distil")
+        if self.choose:
+            choose(self.choose, ("even", "greedy"), "--choose")
+            if "," in self.student_layers:
+                raise UserError(f"--student-layers {self.student_layers} names the layers: leave "
+                                "out --choose")
+        if self.choose == "greedy" and not self._starts_at_teacher:
+            raise UserError("--choose greedy keeps layers of the teacher, and the student starts "
+                            "at --model: leave out --model, or give --distil")
+
+    @property
+    def taught(self) -> bool:
+        """Whether there is a teacher."""
+        return bool(self.teacher or self.distil)
+
+    @property
+    def _starts_at_teacher(self) -> bool:
+        return bool(self.distil or (self.teacher and not self.model))
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the student's layers are chosen by the teacher's answers."""
+        return (self._starts_at_teacher and "," not in self.student_layers
+                and self.choose != "even")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,8 @@ from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import intervals
 from distilbert_jax.jobs import finetune as job
 from distilbert_jax.jobs.evaluate import evaluate
-from distilbert_jax.jobs.finetune import finetune, order
+from distilbert_jax.jobs.finetune import finetune
+from distilbert_jax.jobs.task_model import order
 from distilbert_jax.machine import seal
 from distilbert_jax.models import hub
 from distilbert_jax.training import train as loop
@@ -73,7 +74,7 @@ def test_what_is_left(distilled):
     config, folder = distilled
     output = folder.parent
     assert {path.name for path in output.iterdir()} == {
-        "model", "answers", "seed-56", "seed-57", "metrics.json", "predictions.tsv",
+        "model", "answers", "layers.json", "seed-56", "seed-57", "metrics.json", "predictions.tsv",
         "test_predictions.tsv", "submission.tsv", "report.md", "confusion.png"}
     assert {path.name for path in (output / "seed-56").iterdir()} == {
         "teacher", "plain", "distilled"}
@@ -206,6 +207,42 @@ def test_numbers_and_unlabelled_texts_from_a_teacher(toy, tmp_path):
     assert answers.shape == (100, 1)
     assert hub.load_task(str(folder)).config.num_hidden_layers == 1
     assert "spearman" in (folder.parent / "metrics.json").read_text()
+
+
+def test_layers_are_chosen_by_what_the_teacher_answers(toy, distilled, data, tmp_path):
+    """A layer that changes nothing goes first, though the even choice keeps it."""
+    whole = hub.load_task(str(distilled[1].parent / "seed-56" / "teacher" / "model"))
+    path = tmp_path / "teacher"
+    shutil.copytree(whole.folder, path)
+    tensors = load_file(path / "model.safetensors")
+    for name in tensors:  # the first layer adds nothing to its input, and that is normalised
+        if "layer.0." in name and ".output.dense" in name:
+            tensors[name] = np.zeros_like(tensors[name])
+        if "LayerNorm" in name and ("layer.0." in name or "embeddings" in name):
+            tensors[name] = np.full_like(tensors[name], name.endswith("weight"))
+    save_file(tensors, path / "model.safetensors")
+    common = {"model": "", "teacher": path, "steps": 1, "baseline": False}
+    finetune(settings(toy, data, tmp_path / "out", **common, student_layers=1))
+    found = json.loads((tmp_path / "out" / "layers.json").read_text())["removals"]
+    assert [row["left"] for row in found] == [[0, 1], [1]]
+    assert found[-1]["change"] < 1e-6 < found[-1]["evenly"]
+    kept = hub.load_task(str(tmp_path / "out" / "model")).params["layers"][0]
+    theirs = hub.load_task(str(path)).params["layers"][1]
+    assert np.allclose(kept["output_norm"]["scale"], theirs["output_norm"]["scale"], atol=0.02)
+    finetune(settings(toy, data, tmp_path / "even", **common, student_layers=1, choose="even"))
+    assert not (tmp_path / "even" / "layers.json").exists()
+
+
+def test_words_of_the_model_s_own_head(toy, data, tmp_path):
+    config = settings(toy, data, tmp_path / "out", distil=True, augment=2, steps=None, epochs=0.5)
+    folder = finetune(config)
+    left = folder.parent
+    assert np.load(left / "answers" / "logits.npy").shape == (3 * 160, 3)
+    for role, updates in (("teacher", 5), ("plain", 15), ("distilled", 15)):
+        lines = read_metrics(left / "seed-56" / role)
+        assert lines[-1]["step"] == updates, role  # as many for plain as for distilled
+    with pytest.raises(UserError, match="has no masked-language-model head to draw words from"):
+        finetune(settings(toy, data, tmp_path / "b", model="", teacher=folder, augment=1))
 
 
 def test_tags(toy, tmp_path):

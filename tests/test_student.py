@@ -11,7 +11,12 @@ from flax import nnx
 from distilbert_jax.errors import UserError
 from distilbert_jax.models import bert
 from distilbert_jax.models.encoder import abstract_params, graphdef
-from distilbert_jax.models.student import choose_layers, student_config, student_params
+from distilbert_jax.models.student import (
+    choose_layers,
+    remove_layers,
+    student_config,
+    student_params,
+)
 
 
 @pytest.mark.parametrize("wish, teacher, layers", [
@@ -88,3 +93,15 @@ def test_folding_starts_with_the_teachers_embeddings(teacher, x64, batch_of):
     np.testing.assert_allclose(folded, expected, rtol=0, atol=1e-13)
     assert abs(dropped - expected).max() > 0.01
     jax.tree.map(np.testing.assert_array_equal, params, before)
+
+
+def test_layers_are_removed_one_by_one_where_it_costs_least():
+    worth, asked = [5.0, 1.0, 4.0, 0.5], []
+
+    def change(layers):
+        asked.append(layers)
+        return sum(worth) - sum(worth[n] for n in layers)
+
+    assert remove_layers(4, 2, change) == [
+        ([0, 1, 2, 3], 0.0), ([0, 1, 2], 0.5), ([0, 2], 1.5)]
+    assert len(asked) == 4 + 3 and remove_layers(2, 2, change) == [([0, 1], 0.0)]

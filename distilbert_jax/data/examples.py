@@ -47,6 +47,12 @@ class Examples:
         """Where the positions of each example begin among those of all."""
         return np.concatenate([[0], np.cumsum([len(at) for at in self.positions])])
 
+    def some(self, numbers: np.ndarray) -> "Examples":
+        """The examples of these numbers, in this order."""
+        return Examples(**{
+            name: [getattr(self, name)[i] for i in numbers]
+            for name in ("ids", "types", "positions", "words", "labels")}, cut=0)
+
     def __add__(self, other: "Examples") -> "Examples":
         return Examples(*(getattr(self, f.name) + getattr(other, f.name)
                           for f in dataclasses.fields(self)))

@@ -48,6 +48,23 @@ def logits(
     Returns:
         [P, C] float32 (float64 of a model in float64).
     """
+    return collect(answer_step(graph, mesh), params, examples, mesh, label)
+
+
+def collect(
+    step: Callable[..., jax.Array], params: dict[str, Any], examples: Examples, mesh: Mesh,
+    label: str = "",
+) -> np.ndarray:
+    """What a step says at all positions of all examples, in their order.
+
+    Args:
+        step: jitted, (parameters, batch) → [R, S, C].
+        params: on the mesh.
+        examples, mesh, label: as for logits.
+
+    Returns:
+        [P, C] of the step's dtype.
+    """
     length = max(SHORTEST, int(-(-examples.lengths.max() // 8) * 8))
     rows = _packed(examples, length)
     counts = np.diff(examples.starts)
@@ -55,7 +72,7 @@ def logits(
     data = mesh.shape["data"]
     taken = max(1, BATCH_TOKENS // length)
     size = math.ceil(min(taken, len(rows)) / data) * data
-    step, found = answer_step(graph, mesh), None
+    found = None
     own = local_rows(mesh, size)
     progress = bar(total=len(rows), desc=label or "answer", unit=" rows", leave=False, delay=2)
     for start in range(0, len(rows), size):
@@ -117,6 +134,16 @@ def probabilities(found: np.ndarray) -> np.ndarray:
     """The softmax of logits [P, C]."""
     shifted = np.exp(found - found.max(-1, keepdims=True))
     return shifted / shifted.sum(-1, keepdims=True)
+
+
+def change(before: np.ndarray, after: np.ndarray) -> float:
+    """How far some logits [P, C] are from others: mean KL(before ‖ after), or squared error of one.
+    """
+    if before.shape[-1] == 1:
+        return float(np.mean((before - after) ** 2))
+    likely = probabilities(before)
+    logs = (np.log(np.maximum(x, 1e-30)) for x in (likely, probabilities(after)))
+    return float(np.mean(np.sum(likely * np.subtract(*logs), axis=-1)))
 
 
 def loss(kind: str, found: np.ndarray, examples: Examples) -> float:

@@ -10,8 +10,8 @@ from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import intervals, report
 from distilbert_jax.jobs import task_report
-from distilbert_jax.jobs.finetune import answered
 from distilbert_jax.jobs.task_data import read_task
+from distilbert_jax.jobs.task_model import answered
 from distilbert_jax.machine import seal, store
 from distilbert_jax.machine.sharding import make_mesh
 from distilbert_jax.models import hub
@@ -39,7 +39,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float | None]:
     if task.kind != model.config.task:
         raise UserError(f"--model {config.model} was trained to {model.config.task}, the data are "
                         f"there to {task.kind}")
-    found = answered(config, task, mesh, model, ("dev",))
+    found = answered(config, task, mesh, model, "dev")
     figures = task_report.figures(task, "dev", found)
     drawn = intervals.drawn(task.task.metrics, task.parts["dev"].truth,
                             {"model": [task_report.given(task, "dev", found)]})["model"]

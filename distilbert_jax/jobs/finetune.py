@@ -5,72 +5,43 @@ where it was stopped and is not trained again once it is complete.
 """
 
 import dataclasses
-import functools
 import json
-import math
-import operator
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from distilbert_jax.config import EvaluateConfig, FinetuneConfig
+from distilbert_jax.config import FinetuneConfig
 from distilbert_jax.data.examples import Grid
 from distilbert_jax.data.tokenize import load_tokenizer, spec
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import answers, report
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.jobs import task_report
+from distilbert_jax.jobs.lessons import Lessons, choose_layers, lessons
 from distilbert_jax.jobs.setup import check_folder
-from distilbert_jax.jobs.task_data import TaskInput, read_task
+from distilbert_jax.jobs.task_data import read_task
+from distilbert_jax.jobs.task_model import Job, Trained, judged, start_of
 from distilbert_jax.machine import seal, store
 from distilbert_jax.machine.lock import hold
 from distilbert_jax.machine.progress import say
 from distilbert_jax.machine.seal import fingerprint
-from distilbert_jax.machine.sharding import first_process_first, make_mesh, shardings, to_host
+from distilbert_jax.machine.sharding import first_process_first, make_mesh, to_host
 from distilbert_jax.models import hub, student
-from distilbert_jax.models.encoder import EncoderConfig, graphdef
+from distilbert_jax.models.encoder import EncoderConfig
 from distilbert_jax.models.families import FAMILIES
-from distilbert_jax.models.start import init_params
-from distilbert_jax.training.assemble import Assembly, assemble, dtypes
+from distilbert_jax.training.assemble import Assembly, assemble
 from distilbert_jax.training.checkpoint import refuse_other_run
 from distilbert_jax.training.objective import Objective
 from distilbert_jax.training.train import Run, train
 
-if TYPE_CHECKING:
-    import transformers
-
-RATE, EPOCHS = 5e-5, 3  # where neither the user nor the task says
+RATE = 5e-5  # where neither the user nor the task says
 SHOWN = 1000  # examples that are judged while training
-
-
-@dataclasses.dataclass(frozen=True)
-class Trained:
-    """A model of the comparison: its folder, and its answers."""
-
-    folder: Path
-    model: hub.Pretrained
-    found: dict[str, np.ndarray]  # part → logits [P, C]
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What all trainings of one command share."""
-
-    config: FinetuneConfig
-    task: TaskInput
-    tokenizer: "transformers.PreTrainedTokenizerFast"
-    mesh: Mesh
-
-    def steps(self, examples: int) -> int:
-        """Updates of a training."""
-        epochs = self.config.epochs or (
-            self.task.task.epochs if self.config.task else EPOCHS)
-        return self.config.steps or max(1, math.ceil(epochs * examples / self.config.batch_size))
+# Settings that a training without a teacher does not depend on.
+OF_TEACHING = ("--distil", "--student-layers", "--choose", "--temperature", "--hidden-map",
+               "--augment")
 
 
 def finetune(config: FinetuneConfig) -> Path:
@@ -106,6 +77,10 @@ def finetune(config: FinetuneConfig) -> Path:
         raise UserError(f"--teacher {config.teacher} was trained to {teacher.config.task}, the "
                         f"data are there to {task.kind}")
     layers = _student_layers(config, start, teacher or start)
+    if config.augment and not start.config.mlm_head:
+        raise UserError(f"--augment: {config.model or config.teacher} has no masked-language-model "
+                        "head to draw words from; train one: python experiments/pretrain.py "
+                        f"--model {config.model or config.teacher} ...")
     rate = config.learning_rate or (task.task.learning_rate if config.task else RATE)
     job = Job(dataclasses.replace(config, learning_rate=rate), task, tokenizer, mesh)
     with hold(config.output):
@@ -114,13 +89,13 @@ def finetune(config: FinetuneConfig) -> Path:
 
 def _student_layers(config: FinetuneConfig, start: hub.Pretrained, teacher: hub.Pretrained
                     ) -> list[int]:
-    """Which layers are kept of the model that the student starts from; checked with what is
-    compared to the teacher's, before anything is trained."""
+    """Which layers are kept of the model that the student starts from, or how many of its
+    teacher; checked with what is compared to the teacher's, before anything is trained."""
     own, wish = start.config.num_hidden_layers, config.student_layers
-    if not wish and not (config.teacher or config.distil):
+    if not wish and not config.taught:
         return list(range(own))
     layers = student.choose_layers(wish, own)
-    if config.teacher or config.distil:
+    if config.taught:
         shape = dataclasses.replace(start.config, num_hidden_layers=len(layers))
         Objective.of(config, shape, teacher.config)
     return layers
@@ -148,21 +123,24 @@ def _compare(job: Job, start: hub.Pretrained, teacher: hub.Pretrained | None, la
              ) -> Path:
     """Train every model of the comparison, for every seed, and report."""
     config, runs = job.config, {}
-    first = config.seed
     if config.distil:
         whole = list(range(start.config.num_hidden_layers))
-        own = _train(job, start, whole, first, "teacher", None)
-        teacher = own.model
-        runs["teacher"] = [own]
+        runs["teacher"] = [_train(job, start, whole, config.seed, "teacher")]
     elif teacher:
-        runs["teacher"] = [_judged(job, teacher)]
-    main = "distilled" if teacher else "model"
-    lessons = _lessons(job, teacher, runs["teacher"][0]) if teacher else None
-    for seed in range(first, first + config.seeds):
-        if teacher and config.baseline:
-            runs.setdefault("plain", []).append(_train(job, start, layers, seed, "plain", None))
+        runs["teacher"] = [judged(job, teacher)]
+    main, learnt = ("distilled" if runs else "model"), None
+    if runs:
+        teacher = runs["teacher"][0].model
+        learnt = lessons(job, runs["teacher"][0], start if config.augment else None)
+        if config.greedy and len(layers) < teacher.config.num_hidden_layers:
+            layers = choose_layers(job, teacher, len(layers))
+    for seed in range(config.seed, config.seed + config.seeds):
+        if runs and config.baseline:
+            # As many updates as the distilled one has, so that only what is learnt differs.
+            runs.setdefault("plain", []).append(
+                _train(job, start, layers, seed, "plain", job.steps(len(learnt.examples))))
         begun = teacher if config.distil or not config.model else start
-        runs.setdefault(main, []).append(_train(job, begun, layers, seed, main, lessons))
+        runs.setdefault(main, []).append(_train(job, begun, layers, seed, main, lessons=learnt))
     output = Path(config.output)
     with first_process_first():
         if jax.process_index() == 0:
@@ -172,98 +150,45 @@ def _compare(job: Job, start: hub.Pretrained, teacher: hub.Pretrained | None, la
     return output / "model"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Lessons:
-    """A teacher and its answers to all examples of the training."""
-
-    teacher: hub.Pretrained
-    answers: np.ndarray  # [P, C] logits in the order of our labels
-    digest: str
-
-
-def _lessons(job: Job, teacher: hub.Pretrained, judged: Trained) -> _Lessons:
-    """The teacher's answers, computed once and kept beside the data."""
-    score = task_report.figures(job.task, "dev", judged.found["dev"])["score"]
-    say("teacher: score on dev " + ("not defined" if score is None else f"{100 * score:.2f}"))
-    request = {
-        "teacher": fingerprint(teacher.params), "tokenizer": spec(job.tokenizer).fingerprint,
-        "data": job.task.digest("train", "unlabelled"), "dtype": job.config.dtype}
-    folder = Path(job.config.output) / "answers"
-    with first_process_first():
-        if not folder.exists() and jax.process_index() == 0:
-            found = answered(job.config, job.task, job.mesh, teacher, ("train", "unlabelled"))
-            with store.whole_folder(folder) as new:
-                np.save(new / "logits.npy", found)
-                (new / "request.json").write_text(json.dumps(request, indent=1))
-                seal.seal(new)
-    if fault := seal.find_fault(folder):
-        raise UserError(f"{folder} is damaged ({fault}): remove it, and the teacher answers again")
-    before = json.loads((folder / "request.json").read_text())
-    if other := [name for name in request if request[name] != before.get(name)]:
-        raise UserError(f"{folder} holds answers for another {', '.join(other)}: remove it, or "
-                        "choose another --output")
-    return _Lessons(teacher, np.load(folder / "logits.npy"), json.dumps(request))
-
-
-def answered(
-    config: FinetuneConfig | EvaluateConfig, task: TaskInput, mesh: Mesh, model: hub.Pretrained,
-    parts: tuple[str, ...],
-) -> np.ndarray:
-    """Logits [P, C] of a model for some parts, one after the other, in the order of our labels."""
-    dtype, param_dtype = dtypes(config, mesh)
-    graph = graphdef(model.config, dtype, param_dtype)
-    params = jax.tree.map(lambda x: np.asarray(x, param_dtype), model.params)
-    params = jax.device_put(params, shardings(params, mesh))
-    found = [answers.logits(graph, params, task.parts[name].examples, mesh, name)
-             for name in parts if name in task.parts]
-    return np.concatenate(found)[:, order(model.labels, task.labels)]
-
-
-def order(theirs: tuple[str, ...], ours: tuple[str, ...]) -> list[int]:
-    """Which of a model's logits stands for each of our labels, matched by name.
-
-    Names that say nothing (LABEL_0, …) stand for their number.
-    """
-    if not ours:
-        return [0]
-    names = [name.lower() for name in theirs]
-    if not set(name.lower() for name in ours) <= set(names):
-        return list(range(len(ours)))
-    return [names.index(name.lower()) for name in ours]
-
-
-def _judged(job: Job, model: hub.Pretrained, folder: Path | None = None, seconds: float = 0.0
-            ) -> Trained:
-    """A model that is trained, with its answers."""
-    parts = [name for name in ("dev", "test") if name in job.task.parts]
-    return Trained(folder or model.folder, model,
-                   {name: answered(job.config, job.task, job.mesh, model, (name,))
-                    for name in parts}, seconds)
-
-
-def _train(job: Job, start: hub.Pretrained, layers: list[int], seed: int, role: str,
-           lessons: _Lessons | None) -> Trained:
+def _train(job: Job, source: hub.Pretrained, layers: list[int], seed: int, role: str,
+           steps: int | None = None, lessons: Lessons | None = None) -> Trained:
     """Train one model of the comparison in OUTPUT/seed-S/ROLE, or take it from there."""
     config = dataclasses.replace(
         job.config, seed=seed, output=str(Path(job.config.output, f"seed-{seed}", role)))
-    shape, params = _start(job, start, layers, seed)
-    settings = config.meaning() | {
-        "--model": fingerprint(params), "--train": job.task.digest("train"),
-        "--unlabelled": job.task.digest("unlabelled") if lessons else "",
-        "--steps": job.steps(sum(len(job.task.parts[name]) for name in _taught(job, lessons))),
-        "--teacher": lessons.digest if lessons else "",
-        "tokenizer": spec(job.tokenizer).fingerprint}
+    shape, params = start_of(job, source, layers, seed)
+    examples = lessons.examples if lessons else job.task.parts["train"].examples
+    steps = steps or job.steps(len(examples))
+    settings = _settings(job, config, lessons) | {"--model": fingerprint(params), "--steps": steps}
     folder = Path(config.output)
     refuse_other_run(folder, settings)
     done = _finished(folder, settings)
     if done is None:
-        done = _trained(job, config, start, shape, params, settings, role, lessons)
-    return _judged(job, hub.load_task(str(folder / "model")), folder, done)
+        assembly = assemble(config, source.family, shape, lessons.teacher.config if lessons else
+                            None, job.mesh, steps)
+        grid = Grid(examples, config.batch_size, steps, config.seed,
+                    job.mesh.shape["data"] * config.accumulate, lessons and lessons.answers)
+        run = Run(
+            config=config, steps=steps, settings=settings, output=config.output, batches=grid,
+            vocabulary=None, label=role, assembly=assembly, evaluate=_evaluator(job, assembly),
+            describe=task_report.line)
+        say(f"{role}, seed {config.seed}: {len(layers)} layers with "
+            f"{report.count_parameters(params):,} parameters; {steps:,} updates of "
+            f"{config.batch_size} examples, {steps * config.batch_size / len(examples):.1f} passes "
+            f"over {len(examples):,}; rows are {grid.filled(min(steps, 100)):.0%} full; "
+            f"{assembly.dtype}")
+        done = _trained(job, run, source, shape, params, lessons)
+    return judged(job, hub.load_task(str(folder / "model")), folder, done)
 
 
-def _taught(job: Job, lessons: _Lessons | None) -> list[str]:
-    """The parts that are trained on: those without labels only where a teacher answers."""
-    return ["train"] + (["unlabelled"] if lessons and "unlabelled" in job.task.parts else [])
+def _settings(job: Job, config: FinetuneConfig, lessons: Lessons | None) -> dict[str, Any]:
+    """What a continuation of a training must share; of a teacher only where there is one."""
+    shared = config.meaning()
+    if not lessons:
+        shared = {name: value for name, value in shared.items()
+                  if name not in OF_TEACHING and not name.startswith("--alpha-")}
+    return shared | {
+        "--train": job.task.digest("train"), "--teacher": lessons.digest if lessons else "",
+        "tokenizer": spec(job.tokenizer).fingerprint}
 
 
 def _finished(folder: Path, settings: dict[str, Any]) -> float | None:
@@ -279,61 +204,24 @@ def _finished(folder: Path, settings: dict[str, Any]) -> float | None:
     return before["seconds"]
 
 
-def _start(job: Job, source: hub.Pretrained, layers: list[int], seed: int
-           ) -> tuple[EncoderConfig, dict[str, Any]]:
-    """Shape and parameters before the first update; a head that is not there begins at random."""
-    config, task = job.config, job.task
-    shape = dataclasses.replace(
-        source.config, num_hidden_layers=len(layers), task=task.kind, num_labels=task.outputs,
-        pooler=False, mlm_head=False, hidden_dropout=config.dropout,
-        attention_dropout=config.dropout, head_dropout=config.dropout)
-    head = jax.device_get(init_params(shape, seed))["task_head"]
-    known = source.config.task == task.kind and (
-        {name.lower() for name in source.labels} == {name.lower() for name in task.labels})
-    if known:
-        columns = order(source.labels, task.labels)
-        head = source.params["task_head"] | {"output": jax.tree.map(
-            lambda x: x[..., columns], source.params["task_head"]["output"])}
-    elif "dense" in head and "pooler" in source.params:
-        head = head | {"dense": source.params["pooler"]}
-    return shape, {
-        "embeddings": source.params["embeddings"], "task_head": head,
-        "layers": {i: source.params["layers"][n] for i, n in enumerate(layers)}}
-
-
-def _trained(job: Job, config: FinetuneConfig, source: hub.Pretrained, shape: EncoderConfig,
-             params: dict[str, Any], settings: dict[str, Any], role: str, lessons: _Lessons | None
-             ) -> float:
-    """Train, export to `config.output`/model, and return the seconds that it took."""
-    task, folder = job.task, Path(config.output)
-    examples = functools.reduce(
-        operator.add, (task.parts[name].examples for name in _taught(job, lessons)))
-    steps = job.steps(len(examples))
-    teacher = lessons.teacher if lessons else None
-    assembly = assemble(config, source.family, shape, teacher.config if teacher else None,
-                        job.mesh, steps)
-    grid = Grid(examples, config.batch_size, steps, config.seed,
-                job.mesh.shape["data"] * config.accumulate, lessons.answers if lessons else None)
-    teachers = assembly.place(assembly.teachers(teacher.params)) if assembly.teacher_graph else {}
-    passes = steps * config.batch_size / len(examples)
-    say(f"{role}, seed {config.seed}: {len(params['layers'])} layers with "
-        f"{report.count_parameters(params):,} parameters; {steps:,} updates of "
-        f"{config.batch_size} examples, {passes:.1f} passes over {len(examples):,}; rows are "
-        f"{grid.filled(min(steps, 100)):.0%} full; {assembly.dtype}")
+def _trained(job: Job, run: Run, source: hub.Pretrained, shape: EncoderConfig,
+             params: dict[str, Any], lessons: Lessons | None) -> float:
+    """Train, export to OUTPUT/seed-S/ROLE/model, and return the seconds that it took."""
+    folder, assembly = Path(run.output), run.assembly
+    teachers = {}
+    if assembly.teacher_graph:
+        teachers = assembly.place(assembly.teachers(lessons.teacher.params))
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(
-        config=config, steps=steps, settings=settings, output=config.output, batches=grid,
-        vocabulary=None, label=role, assembly=assembly, evaluate=_evaluator(job, assembly),
-        describe=task_report.line)
     state = train(run, assembly.init(assembly.cast(params)), teachers)
     found = to_host(state.params["student"])
     seconds = task_report.seconds(folder)
     with first_process_first():
         if jax.process_index() == 0:
-            family = FAMILIES[source.family.model_type].for_task(task.kind)
+            family = FAMILIES[source.family.model_type].for_task(job.task.kind)
             export(folder / "model", found, shape, family, job.tokenizer,
-                   task_report.card(task, role, config), task.labels)
-            seal.write_json(folder / "finished.json", {"seconds": seconds, "settings": settings})
+                   task_report.card(job.task, run.label, run.config), job.task.labels)
+            seal.write_json(folder / "finished.json",
+                            {"seconds": seconds, "settings": run.settings})
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return seconds
 
@@ -342,9 +230,7 @@ def _evaluator(job: Job, assembly: Assembly) -> Any:
     """A function from parameters to figures on the dev part, or on a sample of it."""
     part = job.task.parts["dev"]
     some = np.sort(np.random.default_rng(0).permutation(len(part))[:SHOWN])
-    examples = dataclasses.replace(part.examples, cut=0, **{
-        name: [getattr(part.examples, name)[i] for i in some]
-        for name in ("ids", "types", "positions", "words", "labels")})
+    examples = part.examples.some(some)
     truth = [part.truth[i] for i in some]
 
     def evaluate(params: dict[str, Any]) -> dict[str, float]:

@@ -16,8 +16,8 @@ from distilbert_jax.training.metrics_log import read_metrics
 
 if TYPE_CHECKING:
     from distilbert_jax.config import FinetuneConfig
-    from distilbert_jax.jobs.finetune import Trained
     from distilbert_jax.jobs.task_data import TaskInput
+    from distilbert_jax.jobs.task_model import Trained
 
 COLUMNS = ("model", "layers", "parameters", "score", "min to max", "95 % interval", "retention",
            "latency [ms]")

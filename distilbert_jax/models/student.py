@@ -1,6 +1,7 @@
 """Teacher parameters → student parameters: which layers are kept, and what is dropped."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,31 @@ def choose_layers(wish: str, teacher_layers: int) -> list[int]:
         raise UserError(f"--student-layers {wish}: the teacher has {teacher_layers} layers, "
                         f"0 to {teacher_layers - 1}")
     return sorted(int(n) for n in layers)
+
+
+def remove_layers(
+    total: int, count: int, change: Callable[[list[int]], float]
+) -> list[tuple[list[int], float]]:
+    """Remove one layer after the other: each time the one whose absence costs least.
+
+    Greedy removal makes total + (total - 1) + … calls, where all subsets would make many more.
+
+    Args:
+        total: layers of the teacher.
+        count: layers that are left in the end.
+        change: ascending layer numbers → what is lost with these alone.
+
+    Returns:
+        (the layers left, what is lost) after each removal; of none, all layers and 0.
+    """
+    steps = [(list(range(total)), 0.0)]
+    while len(steps[-1][0]) > count:
+        left = steps[-1][0]
+        tried = [[n for n in left if n != out] for out in left]
+        costs = [change(layers) for layers in tried]
+        best = int(np.argmin(costs))
+        steps.append((tried[best], costs[best]))
+    return steps
 
 
 def student_config(

@@ -1,0 +1,150 @@
+"""A teacher for a task → what its student learns from: its answers, and which layers to keep.
+
+The answers are computed once and kept beside the data, sealed; so are the variants of the training
+texts, to which only a teacher knows answers.
+"""
+
+import dataclasses
+import functools
+import json
+import operator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from distilbert_jax.data.examples import Examples
+from distilbert_jax.data.tokenize import spec
+from distilbert_jax.errors import UserError
+from distilbert_jax.evaluation import answers
+from distilbert_jax.evaluation.augment import variants
+from distilbert_jax.jobs import task_report
+from distilbert_jax.jobs.task_model import Job, Trained, cut, on_devices, order
+from distilbert_jax.machine import seal, store
+from distilbert_jax.machine.progress import say
+from distilbert_jax.machine.seal import fingerprint
+from distilbert_jax.machine.sharding import first_process_first
+from distilbert_jax.models import hub, student
+
+SAMPLE = 512  # examples on which layers are chosen
+
+
+@dataclasses.dataclass(frozen=True)
+class Lessons:
+    """A teacher, all examples of the training, and its answers to them."""
+
+    teacher: hub.Pretrained
+    examples: Examples
+    answers: np.ndarray  # [P, C] logits in the order of our labels
+    digest: str
+
+
+def lessons(job: Job, teacher: Trained, words: hub.Pretrained | None) -> Lessons:
+    """The teacher's answers to all that the student is trained on.
+
+    Args:
+        job: what is trained.
+        teacher: judged.
+        words: the masked language model that --augment draws words from; None without it.
+
+    Raises:
+        UserError: the folder of answers is damaged, or holds those of something else.
+    """
+    score = task_report.figures(job.task, "dev", teacher.found["dev"])["score"]
+    say("teacher: score on dev " + ("not defined" if score is None else f"{100 * score:.2f}"))
+    config, model = job.config, teacher.model
+    request = {
+        "teacher": fingerprint(model.params), "tokenizer": spec(job.tokenizer).fingerprint,
+        "data": job.task.digest("train", "unlabelled"), "dtype": config.dtype,
+        "augment": [config.augment, config.seed, fingerprint(words.params)] if words else None}
+    folder = Path(config.output) / "answers"
+    given = [job.task.parts[name].examples for name in ("train", "unlabelled")
+             if name in job.task.parts]
+    with first_process_first():
+        if not folder.exists() and jax.process_index() == 0:
+            _answer(job, folder, given, model, words, request)
+    if fault := seal.find_fault(folder):
+        raise UserError(f"{folder} is damaged ({fault}): remove it, and the teacher answers again")
+    before = json.loads((folder / "request.json").read_text())
+    if other := [name for name in request if request[name] != before.get(name)]:
+        raise UserError(f"{folder} holds answers for another {', '.join(other)}: remove it, or "
+                        "choose another --output")
+    if words:
+        given += _variants(job, np.load(folder / "variants.npy"))
+    return Lessons(model, functools.reduce(operator.add, given), np.load(folder / "logits.npy"),
+                   json.dumps(request))
+
+
+def _answer(job: Job, folder: Path, given: list[Examples], model: hub.Pretrained,
+            words: hub.Pretrained | None, request: dict[str, Any]) -> None:
+    """Let the teacher answer everything, and write it down."""
+    graph, params = on_devices(job.config, job.mesh, model)
+    columns = order(model.labels, job.task.labels)
+    with store.whole_folder(folder) as new:
+        if words:
+            tokenizer = job.tokenizer
+            drawn = variants(
+                *on_devices(job.config, job.mesh, words), given[0], job.mesh, job.config.augment,
+                tokenizer.mask_token_id, tokenizer.all_special_ids, job.config.seed)
+            np.save(new / "variants.npy", drawn)
+            given = given + _variants(job, drawn)
+        found = np.concatenate([
+            answers.logits(graph, params, examples, job.mesh, "teacher") for examples in given])
+        np.save(new / "logits.npy", found[:, columns])
+        (new / "request.json").write_text(json.dumps(request, indent=1))
+        seal.seal(new)
+
+
+def _variants(job: Job, drawn: np.ndarray) -> list[Examples]:
+    """Copies of the training examples without labels, with other words."""
+    train = job.task.parts["train"].examples
+    ends = np.cumsum(train.lengths)[:-1]
+    return [dataclasses.replace(
+        train, ids=np.split(ids, ends), labels=[np.full(len(own), np.nan) for own in train.labels])
+        for ids in drawn]
+
+
+def choose_layers(job: Job, teacher: hub.Pretrained, count: int) -> list[int]:
+    """Drop the layer whose absence changes the teacher's answers least, until `count` are left.
+
+    What changes is measured on a sample of the training examples, without any training: the KL
+    divergence from the teacher's answers, or the squared error of numbers. The result is kept in
+    OUTPUT/layers.json, so that a continuation on other devices keeps the same layers.
+    """
+    path = Path(job.config.output) / "layers.json"
+    request = {"teacher": fingerprint(teacher.params), "data": job.task.digest("train"),
+               "layers": count}
+    with first_process_first():
+        if jax.process_index() == 0 and not (
+                path.exists() and json.loads(path.read_text())["request"] == request):
+            removals = _removals(job, teacher, count)
+            seal.write_json(path, {"request": request, "removals": removals})
+    removals = json.loads(path.read_text())["removals"]
+    layers = removals[-1]["left"]
+    say(f"layers {', '.join(map(str, layers))} of the teacher are kept: without training, its "
+        f"answers change by {removals[-1]['change']:.4f} (evenly chosen: "
+        f"{removals[0]['evenly']:.4f})")
+    return layers
+
+
+def _removals(job: Job, teacher: hub.Pretrained, count: int) -> list[dict[str, Any]]:
+    """A row for each removal: which layers are left, and how much the answers change."""
+    train = job.task.parts["train"].examples
+    some = train.some(np.random.default_rng(0).permutation(len(train))[:SAMPLE])
+    total = teacher.config.num_hidden_layers
+
+    def logits(layers: list[int]) -> np.ndarray:
+        shape = dataclasses.replace(teacher.config, num_hidden_layers=len(layers))
+        params = teacher.params | {"layers": cut(teacher.params["layers"], layers)}
+        own = dataclasses.replace(teacher, config=shape, params=params)
+        return answers.logits(*on_devices(job.config, job.mesh, own), some, job.mesh, "layers")
+
+    whole = logits(list(range(total)))
+
+    def change(layers: list[int]) -> float:
+        return answers.change(whole, logits(layers))
+
+    evenly = change(student.choose_layers(str(count), total))
+    return [{"left": left, "change": cost, "evenly": evenly}
+            for left, cost in student.remove_layers(total, count, change)]

@@ -1,0 +1,118 @@
+"""A model for a task, as every training and judgement has it: how it begins, and its answers."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from distilbert_jax.config import EvaluateConfig, FinetuneConfig
+from distilbert_jax.evaluation import answers
+from distilbert_jax.jobs.task_data import TaskInput
+from distilbert_jax.machine.sharding import shardings
+from distilbert_jax.models import hub
+from distilbert_jax.models.encoder import EncoderConfig, graphdef
+from distilbert_jax.models.start import init_params
+from distilbert_jax.training.assemble import dtypes
+
+if TYPE_CHECKING:
+    import transformers
+
+EPOCHS = 3  # where neither the user nor the task says
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What all trainings of one command share."""
+
+    config: FinetuneConfig
+    task: TaskInput
+    tokenizer: "transformers.PreTrainedTokenizerFast"
+    mesh: Mesh
+
+    def steps(self, examples: int) -> int:
+        """Updates of a training on so many examples."""
+        epochs = self.config.epochs or (
+            self.task.task.epochs if self.config.task else EPOCHS)
+        return self.config.steps or max(1, math.ceil(epochs * examples / self.config.batch_size))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model of the comparison: its folder, and its answers."""
+
+    folder: Path
+    model: hub.Pretrained
+    found: dict[str, np.ndarray]  # part → logits [P, C]
+    seconds: float
+
+
+def answered(
+    config: FinetuneConfig | EvaluateConfig, task: TaskInput, mesh: Mesh, model: hub.Pretrained,
+    part: str,
+) -> np.ndarray:
+    """Logits [P, C] of a model for a part of the data, in the order of our labels."""
+    graph, params = on_devices(config, mesh, model)
+    found = answers.logits(graph, params, task.parts[part].examples, mesh, part)
+    return found[:, order(model.labels, task.labels)]
+
+
+def on_devices(config: FinetuneConfig | EvaluateConfig, mesh: Mesh, model: hub.Pretrained
+               ) -> tuple[Any, dict[str, Any]]:
+    """A model's structure, and its parameters on the mesh."""
+    dtype, param_dtype = dtypes(config, mesh)
+    params = jax.tree.map(lambda x: np.asarray(x, param_dtype), model.params)
+    return (graphdef(model.config, dtype, param_dtype),
+            jax.device_put(params, shardings(params, mesh)))
+
+
+def order(theirs: tuple[str, ...], ours: tuple[str, ...]) -> list[int]:
+    """Which of a model's logits stands for each of our labels, matched by name.
+
+    Names that say nothing (LABEL_0, …) stand for their number.
+    """
+    if not ours:
+        return [0]
+    names = [name.lower() for name in theirs]
+    if not set(name.lower() for name in ours) <= set(names):
+        return list(range(len(ours)))
+    return [names.index(name.lower()) for name in ours]
+
+
+def judged(job: Job, model: hub.Pretrained, folder: Path | None = None, seconds: float = 0.0
+           ) -> Trained:
+    """A model that is trained, with its answers to what it is judged on."""
+    parts = [name for name in ("dev", "test") if name in job.task.parts]
+    return Trained(folder or model.folder, model,
+                   {name: answered(job.config, job.task, job.mesh, model, name) for name in parts},
+                   seconds)
+
+
+def start_of(job: Job, source: hub.Pretrained, layers: list[int], seed: int
+             ) -> tuple[EncoderConfig, dict[str, Any]]:
+    """Shape and parameters before the first update; a head that is not there begins at random."""
+    config, task = job.config, job.task
+    shape = dataclasses.replace(
+        source.config, num_hidden_layers=len(layers), task=task.kind, num_labels=task.outputs,
+        pooler=False, mlm_head=False, hidden_dropout=config.dropout,
+        attention_dropout=config.dropout, head_dropout=config.dropout)
+    head = jax.device_get(init_params(shape, seed))["task_head"]
+    known = source.config.task == task.kind and (
+        {name.lower() for name in source.labels} == {name.lower() for name in task.labels})
+    if known:
+        columns = order(source.labels, task.labels)
+        head = source.params["task_head"] | {"output": jax.tree.map(
+            lambda x: x[..., columns], source.params["task_head"]["output"])}
+    elif "dense" in head and "pooler" in source.params:
+        head = head | {"dense": source.params["pooler"]}
+    return shape, {
+        "embeddings": source.params["embeddings"], "task_head": head,
+        "layers": cut(source.params["layers"], layers)}
+
+
+def cut(layers: dict[int, Any], kept: list[int]) -> dict[int, Any]:
+    """Some of a model's layers, numbered anew."""
+    return {i: layers[n] for i, n in enumerate(kept)}

@@ -1,0 +1,68 @@
+"""Variants of training texts: what is replaced, and that words are drawn as the model expects."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from conftest import SPECIAL, VOCAB
+
+from distilbert_jax.data.examples import Examples
+from distilbert_jax.evaluation.augment import RATE, variants
+from distilbert_jax.machine.sharding import make_mesh, shardings
+from distilbert_jax.models.encoder import EncoderConfig, graphdef
+from distilbert_jax.models.start import init_params
+
+SHAPE = EncoderConfig(
+    vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=4,
+    intermediate_size=24, max_position_embeddings=32, type_vocab_size=2)
+CLS, SEP, MASK = SPECIAL[2:]
+
+
+def examples(count, size):
+    random = np.random.default_rng(0)
+    ids = [np.concatenate([[CLS], random.integers(len(SPECIAL), VOCAB, size), [SEP]]).astype(
+        np.int32) for _ in range(count)]
+    one = [np.zeros(1, np.int32)] * count
+    return Examples(ids=ids, types=[np.zeros_like(x) for x in ids], positions=one, words=one,
+                    labels=[np.ones(1)] * count, cut=0)
+
+
+def draw(mesh, some, copies, bias, seed=0):
+    """Variants by a model whose logits are this bias alone."""
+    params = init_params(SHAPE, 0)
+    params["embeddings"]["word"]["embedding"] = np.zeros((VOCAB, 16), np.float32)
+    params["mlm_head"]["bias"] = np.asarray(bias, np.float32)
+    mesh = make_mesh(mesh)
+    return variants(graphdef(SHAPE, "float32"), jax.device_put(params, shardings(params, mesh)),
+                    some, mesh, copies, MASK, SPECIAL, seed)
+
+
+def test_some_ordinary_tokens_are_others():
+    some, bias = examples(30, 20), np.zeros(VOCAB)
+    bias[MASK] = 100.0  # a special token is not drawn, however likely
+    found = draw("8x1", some, 2, bias)
+    whole = np.concatenate(some.ids)
+    assert found.shape == (2, len(whole)) and found.dtype == np.int32
+    special = np.isin(whole, SPECIAL)
+    assert (found[:, special] == whole[special]).all() and not np.isin(
+        found[:, ~special], SPECIAL).any()
+    changed = (found != whole).reshape(2, 30, 22).sum(-1)
+    assert changed.max() <= round(RATE * 20) and changed.mean() > 0.8 * RATE * 20
+    assert (found[0] != found[1]).any() and (draw("8x1", some, 2, bias) == found).all()
+    assert (draw("2x4", some, 2, bias) == found).all() and (
+        draw("8x1", some, 2, bias, seed=1) != found).any()
+
+
+def test_words_are_drawn_from_the_model_s_distribution():
+    some, bias = examples(600, 20), np.full(VOCAB, -100.0)
+    share = {10: 0.6, 11: 0.3, 71: 0.1}  # 71 is the last id
+    for word, likely in share.items():
+        bias[word] = np.log(likely)
+    some = dataclasses.replace(some, ids=[np.where(np.isin(x, list(share)), 30, x).astype(np.int32)
+                                          for x in some.ids])
+    found = draw("8x1", some, 1, bias)[0]
+    drawn = found[np.isin(found, list(share))]
+    assert len(drawn) == 600 * 3 and set(drawn) == set(share)
+    for word, likely in share.items():
+        assert np.mean(drawn == word) == pytest.approx(likely, abs=0.04)  # 4 standard errors
