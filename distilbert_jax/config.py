@@ -375,9 +375,9 @@ class FinetuneConfig(LoopConfig, TaskData):
         "", "models", "how many layers of --model to keep (evenly chosen), or which: 0,3,5; "
         "default: all of them, or half of a teacher's")
     choose: str = option(
-        "", "models", "how so many layers are chosen: even, or greedy, which removes the one whose "
-        "absence changes the teacher's answers least, again and again; default: greedy where the "
-        "student starts at its teacher")
+        "", "models", "how so many layers are chosen: even, or greedy, which removes the one "
+        "without which the teacher's answers are read best from the states that are left, again "
+        "and again; default: greedy where the student starts at its teacher")
     baseline: bool = option(
         True, "models", "with a teacher, also train the student without it, for comparison",
         **FREE)

@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from distilbert_jax.data.examples import Examples, lay, rows_of
 from distilbert_jax.evaluation.metrics import compute
+from distilbert_jax.kernels.products import wide
 from distilbert_jax.machine.progress import bar
 from distilbert_jax.machine.sharding import by_rows, local_rows, on_mesh, place_rows, to_host
 from distilbert_jax.training.objective import observe
@@ -32,6 +34,34 @@ def answer_step(graph: nnx.GraphDef, mesh: Mesh) -> Callable[..., jax.Array]:
         return model.task_logits(observe(model, batch).last, batch["target_positions"])
 
     return jax.jit(on_mesh(step, mesh), out_shardings=by_rows(mesh))
+
+
+@functools.cache
+def states_step(graph: nnx.GraphDef, mesh: Mesh) -> Callable[..., jax.Array]:
+    """Jitted: (parameters, batch) → last hidden states [R, S, D] where the task is answered."""
+
+    def step(params, batch):
+        last = observe(nnx.merge(graph, params), batch).last
+        found = jnp.take_along_axis(last, batch["target_positions"][..., None], axis=1)
+        return found.astype(wide(found.dtype))
+
+    return jax.jit(on_mesh(step, mesh), out_shardings=by_rows(mesh))
+
+
+def readable(states: np.ndarray, given: np.ndarray) -> float:
+    """How well a linear map reads answers from hidden states: R², at most 1.
+
+    Fitted by ridge regression on the first half, its strength chosen there by leave-one-out, and
+    judged on the second half.
+
+    Args:
+        states: [P, D]; given: [P, C] answers.
+    """
+    from sklearn.linear_model import RidgeCV
+
+    half = len(states) // 2
+    fitted = RidgeCV(np.logspace(0, 4, 9)).fit(states[:half], given[:half])
+    return float(fitted.score(states[half:], given[half:]))
 
 
 def logits(
@@ -134,16 +164,6 @@ def probabilities(found: np.ndarray) -> np.ndarray:
     """The softmax of logits [P, C]."""
     shifted = np.exp(found - found.max(-1, keepdims=True))
     return shifted / shifted.sum(-1, keepdims=True)
-
-
-def change(before: np.ndarray, after: np.ndarray) -> float:
-    """How far some logits [P, C] are from others: mean KL(before ‖ after), or squared error of one.
-    """
-    if before.shape[-1] == 1:
-        return float(np.mean((before - after) ** 2))
-    likely = probabilities(before)
-    logs = (np.log(np.maximum(x, 1e-30)) for x in (likely, probabilities(after)))
-    return float(np.mean(np.sum(likely * np.subtract(*logs), axis=-1)))
 
 
 def loss(kind: str, found: np.ndarray, examples: Examples) -> float:

@@ -27,7 +27,7 @@ from distilbert_jax.machine.seal import fingerprint
 from distilbert_jax.machine.sharding import first_process_first
 from distilbert_jax.models import hub, student
 
-SAMPLE = 512  # examples on which layers are chosen
+SAMPLE = 1024  # examples on which layers are chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +106,12 @@ def _variants(job: Job, drawn: np.ndarray) -> list[Examples]:
 
 
 def choose_layers(job: Job, teacher: hub.Pretrained, count: int) -> list[int]:
-    """Drop the layer whose absence changes the teacher's answers least, until `count` are left.
+    """Remove the layer without which the teacher's answers are read best, until `count` are left.
 
-    What changes is measured on a sample of the training examples, without any training: the KL
-    divergence from the teacher's answers, or the squared error of numbers. The result is kept in
-    OUTPUT/layers.json, so that a continuation on other devices keeps the same layers.
+    No layer is trained for it: a linear map is fitted from the states of the layers that are left,
+    at the positions that the task's head reads, to the answers of the whole teacher, on a sample
+    of the training examples. The result is kept in OUTPUT/layers.json, so that a continuation on
+    other devices keeps the same layers.
     """
     path = Path(job.config.output) / "layers.json"
     request = {"teacher": fingerprint(teacher.params), "data": job.task.digest("train"),
@@ -118,33 +119,32 @@ def choose_layers(job: Job, teacher: hub.Pretrained, count: int) -> list[int]:
     with first_process_first():
         if jax.process_index() == 0 and not (
                 path.exists() and json.loads(path.read_text())["request"] == request):
-            removals = _removals(job, teacher, count)
-            seal.write_json(path, {"request": request, "removals": removals})
-    removals = json.loads(path.read_text())["removals"]
-    layers = removals[-1]["left"]
-    say(f"layers {', '.join(map(str, layers))} of the teacher are kept: without training, its "
-        f"answers change by {removals[-1]['change']:.4f} (evenly chosen: "
-        f"{removals[0]['evenly']:.4f})")
+            seal.write_json(path, {"request": request} | _removals(job, teacher, count))
+    found = json.loads(path.read_text())
+    layers, share = found["removals"][-1]["left"], found["removals"][-1]["readable"]
+    say(f"layers {', '.join(map(str, layers))} of the teacher are kept: from their states a linear "
+        f"map reads {share:.1%} of the variance of its answers (evenly chosen: "
+        f"{found['evenly']:.1%})")
     return layers
 
 
-def _removals(job: Job, teacher: hub.Pretrained, count: int) -> list[dict[str, Any]]:
-    """A row for each removal: which layers are left, and how much the answers change."""
+def _removals(job: Job, teacher: hub.Pretrained, count: int) -> dict[str, Any]:
+    """A row for each removal: which layers are left, and how well the answers are read."""
     train = job.task.parts["train"].examples
     some = train.some(np.random.default_rng(0).permutation(len(train))[:SAMPLE])
     total = teacher.config.num_hidden_layers
+    graph, params = on_devices(job.config, job.mesh, teacher)
+    whole = answers.logits(graph, params, some, job.mesh, "layers")
 
-    def logits(layers: list[int]) -> np.ndarray:
+    def lost(layers: list[int]) -> float:
         shape = dataclasses.replace(teacher.config, num_hidden_layers=len(layers))
-        params = teacher.params | {"layers": cut(teacher.params["layers"], layers)}
-        own = dataclasses.replace(teacher, config=shape, params=params)
-        return answers.logits(*on_devices(job.config, job.mesh, own), some, job.mesh, "layers")
+        kept = teacher.params | {"layers": cut(teacher.params["layers"], layers)}
+        graph, params = on_devices(
+            job.config, job.mesh, dataclasses.replace(teacher, config=shape, params=kept))
+        states = answers.collect(answers.states_step(graph, job.mesh), params, some, job.mesh,
+                                 "layers")
+        return 1 - answers.readable(states, whole)
 
-    whole = logits(list(range(total)))
-
-    def change(layers: list[int]) -> float:
-        return answers.change(whole, logits(layers))
-
-    evenly = change(student.choose_layers(str(count), total))
-    return [{"left": left, "change": cost, "evenly": evenly}
-            for left, cost in student.remove_layers(total, count, change)]
+    removals = student.remove_layers(total, count, lost)
+    return {"removals": [{"left": left, "readable": 1 - loss} for left, loss in removals],
+            "evenly": 1 - lost(student.choose_layers(str(count), total))}
