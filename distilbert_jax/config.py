@@ -453,14 +453,32 @@ class FinetuneConfig(LoopConfig, TaskData):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(TaskData):
-    """The judgement of a model on labelled data."""
+class EvaluateConfig(DataConfig, TaskData):
+    """The judgement of a model: on labelled data, or as a masked language model on texts."""
 
     model: Word = option("", "models", "Hugging Face folder to judge")
+    teacher: Word = option(
+        "", "models", "masked language model to compare a masked language model with")
     dtype: str = option("auto", "devices", "as for training")
     mesh: str = option("", "devices", "DATAxMODEL, e.g. 8x1; default: all devices on data")
     output: Word = option("", "output", "folder for metrics.json and predictions.tsv; default: "
                           "figures are printed alone")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model:
+            raise UserError("--model is missing: give the Hugging Face folder to judge")
+        if self.on_texts and (self.task or self.data or self.dev):
+            raise UserError("--corpus and --valid are texts for a masked language model, --task, "
+                            "--data and --dev labelled data: give one or the other")
+        if self.teacher and not self.on_texts:
+            raise UserError(f"--teacher {self.teacher} is compared on texts: give --corpus or "
+                            "--valid")
+
+    @property
+    def on_texts(self) -> bool:
+        """Whether texts are given, on which hidden words are guessed."""
+        return bool(self.corpus or self.valid)
 
 
 def check_temperature(config: Any) -> None:

@@ -1,6 +1,7 @@
 """Measure, side by side in one run:
 
     python experiments/benchmark.py train     our update beside PyTorch's
+    python experiments/benchmark.py finetune  our training for a task beside the Trainer's
     python experiments/benchmark.py head      the fused vocabulary head beside the dense one
     python experiments/benchmark.py prepare   the preparation of a corpus, and of ten times as much
 
@@ -14,11 +15,12 @@ from pathlib import Path
 from launch import launch
 
 from distilbert_jax.benchmark import head, preparation, problem, training_report
-from distilbert_jax.benchmark.settings import HeadBenchmark, TrainBenchmark
+from distilbert_jax.benchmark.settings import HeadBenchmark, TaskBenchmark, TrainBenchmark
 from distilbert_jax.cli import parse
 from distilbert_jax.config import PrepareConfig
 from distilbert_jax.errors import UserError, choose
 from distilbert_jax.evaluation.report import versions
+from distilbert_jax.jobs.time_task import time_task
 
 
 def train(argv: list[str]) -> None:
@@ -33,6 +35,12 @@ def train(argv: list[str]) -> None:
         raise UserError(f"--output {config.output} cannot be used: {error.strerror}") from error
     print((training_report.sweep if config.sweep else training_report.run)(config))
     print(f"{versions()}\nfigures and plot: {config.output}")
+
+
+def finetune(argv: list[str]) -> None:
+    """Our training for a task beside the Hugging Face Trainer's, in examples per second."""
+    print(time_task(parse(TaskBenchmark, finetune.__doc__, argv, {})))
+    print(versions())
 
 
 def fused_head(argv: list[str]) -> None:
@@ -52,7 +60,7 @@ def prepare(argv: list[str]) -> None:
     print(preparation.describe(preparation.measure(dataclasses.replace(config, workers=workers))))
 
 
-JOBS = {"train": train, "head": fused_head, "prepare": prepare}
+JOBS = {"train": train, "finetune": finetune, "head": fused_head, "prepare": prepare}
 
 
 def main(argv: list[str]) -> None:

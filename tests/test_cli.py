@@ -396,7 +396,15 @@ TASKS_THAT_CANNOT = [  # (program, what is made, words after those of TASK, part
     (finetune, lambda: (with_classifier()(), other_tokenizer(), shutil.copy(
         "teacher/config.json", "other"), shutil.copy("teacher/model.safetensors", "other")),
      "--teacher other", ["tokenizer"]),
+    (finetune, LABELLED, "--distil --choose best", ["--choose", "even, greedy"]),
+    (finetune, LABELLED, "--student-layers 1 --choose greedy", ["--choose greedy keeps layers of"]),
+    (finetune, LABELLED, "--distil --student-layers 1, --choose greedy", ["leave out --choose"]),
+    (finetune, LABELLED, "--augment 2", ["--augment needs a teacher"]),
+    (finetune, with_classifier(), "--model= --teacher teacher --augment 1",
+     ["teacher has no masked-language-model head to draw words from"]),
     (evaluate, LABELLED, "", ["teacher is BertForMaskedLM, not trained for a task"]),
+    (evaluate, LABELLED, "--valid corpus.txt", ["--task, --data and --dev labelled data: give"]),
+    (evaluate, LABELLED, "--teacher teacher", ["--teacher teacher is compared on texts"]),
     (evaluate, with_classifier(), "--dev absent.csv", ["absent.csv: no such file"]),
     (evaluate, with_classifier(), "--kind regress", ["the model chooses among x, y"]),
 ]

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from distilbert_jax.config import EvaluateConfig, FinetuneConfig
+from distilbert_jax.config import DistilConfig, EvaluateConfig, FinetuneConfig
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import intervals
 from distilbert_jax.jobs import finetune as job
+from distilbert_jax.jobs.distil import distil
 from distilbert_jax.jobs.evaluate import evaluate
 from distilbert_jax.jobs.finetune import finetune
 from distilbert_jax.jobs.task_model import order
@@ -129,6 +130,33 @@ def test_evaluate_gives_the_same_figures(distilled, data, tmp_path, capsys):
     assert "accuracy: " in capsys.readouterr().out
     assert (tmp_path / "judged" / "predictions.tsv").read_text() == (
         folder.parent / "predictions.tsv").read_text()
+
+
+def test_a_masked_language_model_is_judged_as_at_the_end_of_its_run(toy, tmp_path, capsys):
+    """The same held-out texts, beside its teacher, from the same corpus or all of --valid."""
+    corpus = tmp_path / "corpus.txt"
+    random = np.random.default_rng(3)
+    corpus.write_text("".join(" ".join(random.choice(WORDS, 9)) + "\n" for _ in range(200)))
+    common = {"corpus": str(corpus), "sequence_length": 16, "valid_share": 0.2, "mesh": "8x1",
+              "dtype": "float32"}
+    student = distil(DistilConfig(
+        **common, teacher=toy / "teacher", steps=2, batch_size=8, output=tmp_path / "run"))
+    assert capsys.readouterr().out
+    found = evaluate(EvaluateConfig(
+        **common, model=student, teacher=toy / "teacher", output=tmp_path / "judged"))
+    said = capsys.readouterr().out
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert f"{found['perplexity']:.3f}" in report and f"{found['perplexity']:.3f}" in said
+    assert f" {100 * found['teacher_top1']:.2f} |" in report
+    left = json.loads((tmp_path / "judged" / "metrics.json").read_text())
+    assert left["metrics"] == found and left["teacher"] == "teacher"
+    prepared = evaluate(EvaluateConfig(
+        model=student, corpus=str(tmp_path / "run" / "data"), sequence_length=16, mesh="8x1",
+        dtype="float32"))
+    assert prepared["perplexity"] == found["perplexity"] and "kl" not in prepared
+    whole = evaluate(EvaluateConfig(
+        model=student, valid=str(corpus), sequence_length=16, mesh="8x1", dtype="float32"))
+    assert whole["masked"] > 3 * found["masked"]
 
 
 def test_the_same_command_again_trains_nothing(distilled, monkeypatch):

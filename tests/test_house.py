@@ -65,11 +65,13 @@ def test_torch_is_imported_only_where_a_bin_file_is_read_and_to_compare_with():
     tops = [name for name, tree in FILES.items()
             if any(isinstance(node, ast.Import | ast.ImportFrom) and of_torch(node)
                    for node in tree.body)]
-    assert tops == ["benchmark/torch_loop.py"]
+    assert tops == ["benchmark/torch_loop.py", "benchmark/trainer.py"]
     users = [(name, node.name) for name, tree in FILES.items() for node in ast.walk(tree)
              if isinstance(node, ast.FunctionDef)
-             and any("torch_loop" in imported for imported in imports(node))]
-    assert users == [("benchmark/training.py", "_serve")]  # and so never without being asked for
+             and any(".torch_loop." in imported or ".trainer." in imported
+                     for imported in imports(node))]
+    # And so never without being asked for.
+    assert users == [("benchmark/task.py", "_worker"), ("benchmark/training.py", "__init__")]
 
 
 def test_mesh_axes_are_named_in_tables_only():

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from distilbert_jax.config import check, option
+from distilbert_jax.config import TaskData, Words, check, option
 from distilbert_jax.errors import UserError, choose
 
 
@@ -59,3 +59,32 @@ class TrainBenchmark(HeadBenchmark):
                             "for the others")
         if bool(self.corpus) != bool(self.tokenizer):
             raise UserError("--corpus and --tokenizer belong together: give both, or neither")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskBenchmark(TaskData):
+    """Our training for a task beside the Hugging Face Trainer's."""
+
+    model: str = option("", "models", "Hugging Face folder to start from")
+    train: Words = option((), "data", "labelled files, as for finetune.py", nargs="+")
+    batch_size: int = option(32, "training", "examples of an update")
+    updates: int = option(20, "training", "in a round")
+    rounds: int = option(5, "output", "how often each side is timed, in turn; the median counts")
+    dtype: str = option("auto", "devices", "float32 or bfloat16; auto: as for finetune.py")
+    sides: tuple[str, ...] = option(
+        ("ours", "trainer", "trainer-padded"), "devices", "of ours, trainer (each batch padded to "
+        "its longest) and trainer-padded (to the task's length); ours first (default: all)",
+        nargs="+")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model:
+            raise UserError("--model is missing: give the Hugging Face folder to start from")
+        for name, least in (("batch_size", 1), ("updates", 2), ("rounds", 1)):
+            check(self, name, getattr(self, name) >= least, f"must be at least {least}")
+        choose(self.dtype, ("auto", "float32", "bfloat16"), "--dtype")
+        for name in self.sides:
+            choose(name, ("ours", "trainer", "trainer-padded"), "--sides")
+        if self.sides[0] != "ours":
+            raise UserError(f"--sides {' '.join(self.sides)} must begin with ours, which the "
+                            "others are compared with")

@@ -1,18 +1,14 @@
 """Our update beside one in PyTorch: the same documents, losses and shapes, in turn, in one run.
 
-Each side lives in a process of its own, so that its peak of memory is its own, and works only
-while the others wait. Ours is the trainer's step on all its devices; PyTorch's is torch_loop.py.
+Ours is the trainer's step on all its devices; PyTorch's is torch_loop.py.
 """
 
 import dataclasses
-import multiprocessing
+import functools
 import os
-import resource
-import signal
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from multiprocessing.connection import Connection
 from typing import Any
 
 import jax
@@ -21,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distilbert_jax.benchmark.problem import Batch, Problem, flops, width
+from distilbert_jax.benchmark.sides import Side, peak_bytes
 from distilbert_jax.config import Masking
 from distilbert_jax.errors import UserError
 from distilbert_jax.machine.sharding import (
@@ -143,44 +140,44 @@ def _product(mesh: Mesh, dtype: str) -> Callable[[], float]:
     return rate
 
 
-def serve(side: str, began: float, pipe: Connection) -> None:
-    """Be one side, in a process of its own: the problem is received, then each True is a round.
+class _Timed:
+    """One side of the benchmark in its process."""
 
-    What is sent: first the platform and the masked batches, then (seconds, FLOP/s of products) of
-    each round, and at the end what is known of the side beside its speed; or a UserError.
-    """
-    try:
-        _serve(side, pipe.recv(), began, pipe)
-    except UserError as error:
-        pipe.send(error)
-    except (EOFError, ConnectionError):  # the driver is gone
-        pass
+    def __init__(self, side: str, problem: Problem, began: float):
+        """Build it, and make its first update; `began` is when its process was started."""
+        self._masked, self._compiling = None, 0.0
+        if side == "ours":
+            # What is compiled is timed, and so not looked up.
+            jax.config.update("jax_enable_compilation_cache", False)
+            self._worker = Ours(problem)
+            self._masked = self._worker.masked(problem.theirs)
+            self._numbers, self._compiling = (
+                range(len(problem.ours)), self._worker.compile_seconds)
+        else:
+            from distilbert_jax.benchmark.torch_loop import TorchLoop
 
+            self._worker = TorchLoop(problem.teacher, problem.student, problem.config,
+                                     problem.theirs, compiled=side == "torch.compile")
+            self._numbers = range(len(problem.theirs))
+        _seconds(self._worker, [0])
+        self._first = time.time() - began
+        _seconds(self._worker, self._numbers)  # warm, and other shapes compiled
+        self._worker.product()
 
-def _serve(side: str, problem: Problem, began: float, pipe: Connection) -> None:
-    if side == "ours":
-        # What is compiled is timed, and so not looked up.
-        jax.config.update("jax_enable_compilation_cache", False)
-        worker, masked = (ours := Ours(problem)), ours.masked(problem.theirs)
-        numbers, compiling = range(len(problem.ours)), ours.compile_seconds
-    else:
-        from distilbert_jax.benchmark.torch_loop import TorchLoop
+    def ready(self) -> tuple[str, list[Batch] | None]:
+        """The platform, and the batches that ours masked for the others."""
+        return self._worker.platform, self._masked
 
-        worker = TorchLoop(problem.teacher, problem.student, problem.config,
-                           problem.theirs, compiled=side == "torch.compile")
-        numbers, compiling, masked = range(len(problem.theirs)), 0.0, None
-    _seconds(worker, [0])
-    first = time.time() - began
-    _seconds(worker, numbers)  # warm, and other shapes compiled
-    worker.product()
-    pipe.send((worker.platform, masked))
-    while pipe.recv():
-        pipe.send((_seconds(worker, numbers), worker.product()))
-    device, need = worker.memory()
-    pipe.send({
-        "first_update_seconds": first, "compile_seconds": compiling, "device_bytes": device,
-        "process_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        "compiled_bytes": need, "devices": worker.devices, "dtype": worker.dtype})
+    def round(self) -> tuple[float, float]:
+        """Seconds of its updates, and the rate of a matrix product [FLOP/s]."""
+        return _seconds(self._worker, self._numbers), self._worker.product()
+
+    def end(self) -> dict[str, Any]:
+        """What is known of it beside its speed."""
+        device, need = self._worker.memory()
+        return {"first_update_seconds": self._first, "compile_seconds": self._compiling,
+                "device_bytes": device, "process_bytes": peak_bytes(), "compiled_bytes": need,
+                "devices": self._worker.devices, "dtype": self._worker.dtype}
 
 
 def _seconds(worker: Any, numbers: Iterable[int]) -> float:
@@ -191,44 +188,6 @@ def _seconds(worker: Any, numbers: Iterable[int]) -> float:
     for value in means.values():
         float(value)
     return time.perf_counter() - began
-
-
-class _Side:
-    """The driver's end of one side."""
-
-    def __init__(self, name: str, problem: Problem):
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(
-            target=serve, args=(name, time.time(), other), daemon=True)
-        # Ctrl-C reaches all processes of a terminal: the driver ends, and its sides with it.
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self._process.start()
-        signal.signal(signal.SIGINT, before)
-        other.close()
-        self.platform, self.masked = self._ask(problem)
-
-    def round(self) -> tuple[float, float]:
-        """Seconds of its updates, and the rate of a matrix product [FLOP/s]."""
-        return self._ask(True)
-
-    def end(self) -> dict[str, Any]:
-        """Let it go; what it knows of itself."""
-        known = self._ask(False)
-        self._process.join()
-        return known
-
-    def _ask(self, what: Any) -> Any:
-        try:
-            self._pipe.send(what)
-            answer = self._pipe.recv()
-        except (EOFError, ConnectionError):
-            self._process.join()
-            raise UserError(f"a side of the benchmark ended by itself, with code "
-                            f"{self._process.exitcode}; what it said stands above") from None
-        if isinstance(answer, UserError):
-            raise answer
-        return answer
 
 
 def measure(problem: Problem, sides: Sequence[str], rounds: int) -> Measured:
@@ -245,14 +204,14 @@ def measure(problem: Problem, sides: Sequence[str], rounds: int) -> Measured:
     # What one side does not use of an accelerator's memory is left to the others.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     load = os.getloadavg()[0]
-    running: dict[str, _Side] = {}
+    running: dict[str, Side] = {}
     for name in sides:
         given = problem if name == "ours" else dataclasses.replace(
-            problem, ours=[], theirs=running["ours"].masked)
-        running[name] = _Side(name, given)
-        if running[name].platform != running["ours"].platform:
-            raise UserError(f"ours runs on {running['ours'].platform}, {name} on "
-                            f"{running[name].platform}: install both for the same device")
+            problem, ours=[], theirs=running["ours"].ready[1])
+        running[name] = Side(functools.partial(_Timed, name, given))
+        if (own := running[name].ready[0]) != (first := running["ours"].ready[0]):
+            raise UserError(f"ours runs on {first}, {name} on {own}: install both for the same "
+                            "device")
     timed: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, side in running.items():

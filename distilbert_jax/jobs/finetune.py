@@ -23,7 +23,7 @@ from distilbert_jax.jobs import task_report
 from distilbert_jax.jobs.lessons import Lessons, choose_layers, lessons
 from distilbert_jax.jobs.setup import check_folder
 from distilbert_jax.jobs.task_data import read_task
-from distilbert_jax.jobs.task_model import Job, Trained, judged, start_of
+from distilbert_jax.jobs.task_model import Job, Trained, check_tokenizers, judged, start_of
 from distilbert_jax.machine import seal, store
 from distilbert_jax.machine.lock import hold
 from distilbert_jax.machine.progress import say
@@ -60,7 +60,7 @@ def finetune(config: FinetuneConfig) -> Path:
     teacher = hub.load_task(config.teacher) if config.teacher else None
     tokenizer = load_tokenizer(config.model or config.teacher, start.config.vocab_size)
     if teacher:
-        _check_tokenizers(config, tokenizer, teacher)
+        check_tokenizers(config, tokenizer, teacher)
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     mesh = make_mesh(config.mesh)
@@ -110,13 +110,6 @@ def _load_start(name: str) -> hub.Pretrained:
             return hub.load(name)
         except UserError as error:
             raise error from task_error
-
-
-def _check_tokenizers(config: FinetuneConfig, tokenizer: Any, teacher: hub.Pretrained) -> None:
-    theirs = load_tokenizer(config.teacher, teacher.config.vocab_size)
-    if spec(theirs).fingerprint != spec(tokenizer).fingerprint:
-        raise UserError(f"--model {config.model} and --teacher {config.teacher} have different "
-                        "tokenizers: a student reads the texts as its teacher does")
 
 
 def _compare(job: Job, start: hub.Pretrained, teacher: hub.Pretrained | None, layers: list[int]

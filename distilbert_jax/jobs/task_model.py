@@ -10,6 +10,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distilbert_jax.config import EvaluateConfig, FinetuneConfig
+from distilbert_jax.data.tokenize import load_tokenizer, spec
+from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import answers
 from distilbert_jax.jobs.task_data import TaskInput
 from distilbert_jax.machine.sharding import shardings
@@ -48,6 +50,17 @@ class Trained:
     model: hub.Pretrained
     found: dict[str, np.ndarray]  # part → logits [P, C]
     seconds: float
+
+
+def check_tokenizers(
+    config: FinetuneConfig | EvaluateConfig, tokenizer: "transformers.PreTrainedTokenizerFast",
+    teacher: hub.Pretrained,
+) -> None:
+    """Raise a UserError unless the teacher has the model's tokenizer."""
+    theirs = load_tokenizer(config.teacher, teacher.config.vocab_size)
+    if spec(theirs).fingerprint != spec(tokenizer).fingerprint:
+        raise UserError(f"--model {config.model} and --teacher {config.teacher} have different "
+                        "tokenizers: a student reads the texts as its teacher does")
 
 
 def answered(

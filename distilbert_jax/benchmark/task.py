@@ -1,0 +1,132 @@
+"""Our training for a task beside the Hugging Face Trainer's: the same examples, batches, rates.
+
+Both take tokenised examples; what each makes of them, padding included, is timed with it.
+"""
+
+import dataclasses
+import functools
+import os
+import statistics
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+from distilbert_jax.benchmark.sides import Side, Worker, peak_bytes
+from distilbert_jax.config import FinetuneConfig
+from distilbert_jax.data.examples import Examples, Grid
+from distilbert_jax.machine.sharding import make_mesh, place, place_rows, shardings
+from distilbert_jax.models.encoder import EncoderConfig
+from distilbert_jax.models.families import FAMILIES
+from distilbert_jax.training.assemble import assemble
+
+# glibc gives large tensors back to the kernel, which slows PyTorch down; these keep them.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2000000000000"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskProblem:
+    """What both sides train."""
+
+    config: FinetuneConfig
+    folder: str  # of the model to start from
+    model_type: str  # row of FAMILIES
+    shape: EncoderConfig
+    params: dict[str, Any]
+    examples: Examples
+    max_length: int  # tokens of the longest example that the task allows
+    updates: int  # of a round
+    rounds: int
+
+
+class OurSide:
+    """The step of finetune.py, with its batches."""
+
+    def __init__(self, problem: TaskProblem, began: float):
+        """Compile the step, for each number of rows that batches have, and make first updates."""
+        jax.config.update("jax_enable_compilation_cache", False)
+        config, self._updates, self._done = problem.config, problem.updates, 0
+        self._mesh = make_mesh(config.mesh)
+        steps = problem.rounds * problem.updates
+        self._grid = Grid(problem.examples, config.batch_size, steps, config.seed,
+                          self._mesh.shape["data"])
+        assembly = assemble(config, FAMILIES[problem.model_type], problem.shape, None, self._mesh,
+                            steps)
+        state = assembly.init(assembly.cast(problem.params))
+        self._state = place(state, shardings(state, self._mesh))
+        self._step = assembly.jitted(self._state, {})
+        sizes = {self._grid.size(step): step for step in reversed(range(steps))}
+        self._train(sizes.values())  # one of each number of rows, so that all is compiled
+        self._first = time.time() - began
+
+    def ready(self) -> None:
+        """Nothing has to be known before the first round."""
+
+    def round(self) -> float:
+        """Examples per second."""
+        began = time.perf_counter()
+        self._train(range(self._done, self._done + self._updates))
+        self._done += self._updates
+        return self._updates * self._grid.batch_size / (time.perf_counter() - began)
+
+    def end(self) -> dict[str, Any]:
+        """What is known of it beside its speed."""
+        return {"first_update_seconds": self._first, "process_bytes": peak_bytes(),
+                "padding": 1 - self._grid.filled(self._done)}
+
+    def _train(self, steps: Iterable[int]) -> None:
+        metrics: dict[str, jax.Array] = {}
+        for step in steps:
+            size = self._grid.size(step)
+            batch = place_rows(self._grid.read(step, np.arange(size)), self._mesh, size)
+            self._state, metrics = self._step(self._state, {}, None, batch)
+        jax.block_until_ready(metrics)
+
+
+def _worker(name: str, problem: TaskProblem, began: float) -> Worker:
+    if name == "ours":
+        return OurSide(problem, began)
+    from distilbert_jax.benchmark.trainer import TrainerSide
+
+    return TrainerSide(problem, name == "trainer-padded", began)
+
+
+def measure(problem: TaskProblem, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Time the sides in turn.
+
+    Returns:
+        Side → examples per second of each round (`rounds`), `first_update_seconds` from the
+        start of its process, all compiled, `process_bytes` at most, `padding` as a share of what
+        is computed.
+    """
+    sides = {}
+    for name in names:
+        if name != "ours":
+            os.environ.update(KEEP_MEMORY)
+        sides[name] = Side(functools.partial(_worker, name, problem))
+    timed: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(problem.rounds):
+        for name, side in sides.items():
+            timed[name].append(side.round())
+    return {name: {"rounds": timed[name]} | side.end() for name, side in sides.items()}
+
+
+def table(found: dict[str, dict[str, Any]], examples: int, epochs: int) -> str:
+    """A line for each side, in Markdown; all of a training, from its start on."""
+    rows = [("side", "examples/s", "ours is", "padding", "first update s",
+             f"{epochs} passes s", "ours is", "process MB")]
+    rows.append(("---", *["--:"] * (len(rows[0]) - 1)))
+    first = found["ours"]
+    totals = {}
+    for name, side in found.items():
+        speed = statistics.median(side["rounds"])
+        totals[name] = side["first_update_seconds"] + epochs * examples / speed
+        ratio = statistics.median(
+            a / b for a, b in zip(first["rounds"], side["rounds"], strict=True))
+        rows.append((
+            name, f"{speed:,.1f}", f"{ratio:.2f} x", f"{side['padding']:.0%}",
+            f"{side['first_update_seconds']:.1f}", f"{totals[name]:,.0f}",
+            f"{totals[name] / totals['ours']:.2f} x", f"{side['process_bytes'] / 1e6:,.0f}"))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
