@@ -33,7 +33,17 @@ def free_port():
 
 
 def start(toy, output, processes, *words, devices=8, own=lambda number: {}):
-    """Processes of one run; together they have `devices`, each its `own` environment."""
+    """Processes of one distillation of the toy; see started."""
+    corpus = [] if "--corpus" in words else ["--corpus", toy / "corpus.txt"]
+    return started(
+        toy, processes, "run", "--teacher", toy / "teacher", *corpus, "--output", output,
+        "--sequence-length", "16", "--batch-size", "8", "--student-layers", "1",
+        "--learning-rate", "0.01", "--steps", STEPS, "--save-every", "2",
+        "--valid-share", "0.1", "--dtype", "float64", *words, devices=devices, own=own)
+
+
+def started(toy, processes, *words, devices=8, own=lambda number: {}):
+    """Processes of one program; together they have `devices`, each its `own` environment."""
     common = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     common |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
                "JAX_NUM_CPU_DEVICES": str(devices // processes),
@@ -42,13 +52,8 @@ def start(toy, output, processes, *words, devices=8, own=lambda number: {}):
     if processes > 1:
         common |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
                    "JAX_NUM_PROCESSES": str(processes)}
-    corpus = [] if "--corpus" in words else ["--corpus", toy / "corpus.txt"]
-    flags = ["--teacher", toy / "teacher", *corpus, "--output", output,
-             "--sequence-length", "16", "--batch-size", "8", "--student-layers", "1",
-             "--learning-rate", "0.01", "--steps", STEPS, "--save-every", "2",
-             "--valid-share", "0.1", "--dtype", "float64", *words]
     return [subprocess.Popen(
-        [sys.executable, __file__, *map(str, flags)], text=True, stdin=subprocess.DEVNULL,
+        [sys.executable, __file__, *map(str, words)], text=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=common | own(i) | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {}))
         for i in range(processes)]
@@ -158,6 +163,33 @@ def test_a_signal_to_one_stops_both_at_the_same_update(toy, tmp_path):
     assert (tmp_path / "run" / "checkpoints" / str(step) / "sha256.json").exists()
 
 
+def test_two_processes_distil_a_task_as_one(toy, tmp_path):
+    """Teacher, its answers, chosen layers, both students and all answers; then nothing anew."""
+    random = np.random.default_rng(0)
+    for name, count in (("train", 48), ("dev", 20)):
+        texts = [" ".join(random.choice(["ba", "be", "da", "de"], 5)) for _ in range(count)]
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(
+            f"{text},{'ab'[text.count('a') > 2]}\n" for text in texts))
+    words = ("--model", toy / "teacher", "--train", tmp_path / "train.csv", "--dev",
+             tmp_path / "dev.csv", "--distil", "--student-layers", "1", "--augment", "1",
+             "--batch-size", "8", "--steps", "4", "--learning-rate", "0.01", "--dtype", "float64")
+    for processes, name in ((1, "alone"), (2, "together"), (2, "together")):
+        ended(started(toy, processes, "finetune", *words, "--output", tmp_path / name))
+    ours, theirs = ({path.relative_to(tmp_path / name): path for path in sorted(
+        (tmp_path / name).rglob("*")) if path.is_file()} for name in ("together", "alone"))
+    kept = [path for path in ours if "tensorboard" not in path.parts]
+    assert set(kept) == {path for path in theirs if "tensorboard" not in path.parts}
+    for path in kept:
+        if path.name == "model.safetensors":
+            from safetensors.numpy import load_file
+
+            expected = load_file(theirs[path])
+            for tensor, value in load_file(ours[path]).items():
+                np.testing.assert_allclose(value, expected[tensor], rtol=0, atol=PARAMETERS)
+    logits = [np.load(found[Path("answers/logits.npy")]) for found in (ours, theirs)]
+    np.testing.assert_allclose(*logits, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("given, message", [
     ({"JAX_NUM_PROCESSES": "2"}, "JAX_COORDINATOR_ADDRESS and JAX_PROCESS_ID not set"),
     ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2", "JAX_COORDINATOR_ADDRESS": "localhost:1"},
@@ -179,6 +211,7 @@ def test_an_environment_that_cannot_be(given, message, monkeypatch, capfd):
 
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT / "experiments"))
+    import finetune
     import launch
     import run
 
@@ -189,4 +222,5 @@ if __name__ == "__main__":
     processes.HEARTBEAT_SECONDS = int(os.environ.get("HEARTBEAT_SECONDS", "60"))
     job._write_report = lambda *_: None  # seen elsewhere, and slow
     held_out.BATCH_TOKENS = 256
-    launch.launch(run.main)
+    program = {"run": run, "finetune": finetune}[sys.argv.pop(1)]
+    launch.launch(program.main)

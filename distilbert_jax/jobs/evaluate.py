@@ -17,7 +17,7 @@ from distilbert_jax.jobs import task_report
 from distilbert_jax.jobs.task_data import read_task
 from distilbert_jax.jobs.task_model import answered, check_tokenizers, on_devices
 from distilbert_jax.machine import seal, store
-from distilbert_jax.machine.sharding import first_process_first, make_mesh, replicated
+from distilbert_jax.machine.sharding import make_mesh, replicated
 from distilbert_jax.models import hub
 from distilbert_jax.training.assemble import jitted_eval_step
 from distilbert_jax.training.labels import vocabulary
@@ -86,7 +86,7 @@ def _on_texts(config: EvaluateConfig) -> dict[str, float | None]:
         check_tokenizers(config, tokenizer, teacher)
     mesh = make_mesh(config.mesh)
     data = dataclasses.replace(config, corpus=config.corpus or config.valid)
-    with tempfile.TemporaryDirectory() as folder, first_process_first():
+    with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(data, tokenizer, folder)
         words = vocabulary(prepared.valid.counts, tokenizer.all_special_ids,
                            tokenizer.mask_token_id)

@@ -61,9 +61,8 @@ def lessons(job: Job, teacher: Trained, words: hub.Pretrained | None) -> Lessons
     folder = Path(config.output) / "answers"
     given = [job.task.parts[name].examples for name in ("train", "unlabelled")
              if name in job.task.parts]
-    with first_process_first():
-        if not folder.exists() and jax.process_index() == 0:
-            _answer(job, folder, given, model, words, request)
+    if not folder.exists():
+        _answer(job, folder, given, model, words, request)
     if fault := seal.find_fault(folder):
         raise UserError(f"{folder} is damaged ({fault}): remove it, and the teacher answers again")
     before = json.loads((folder / "request.json").read_text())
@@ -78,22 +77,25 @@ def lessons(job: Job, teacher: Trained, words: hub.Pretrained | None) -> Lessons
 
 def _answer(job: Job, folder: Path, given: list[Examples], model: hub.Pretrained,
             words: hub.Pretrained | None, request: dict[str, Any]) -> None:
-    """Let the teacher answer everything, and write it down."""
+    """Let the teacher answer everything, by all processes, and write it down."""
+    drawn = None
+    if words:
+        tokenizer = job.tokenizer
+        drawn = variants(
+            *on_devices(job.config, job.mesh, words), given[0], job.mesh, job.config.augment,
+            tokenizer.mask_token_id, tokenizer.all_special_ids, job.config.seed)
+        given = given + _variants(job, drawn)
     graph, params = on_devices(job.config, job.mesh, model)
-    columns = order(model.labels, job.task.labels)
-    with store.whole_folder(folder) as new:
-        if words:
-            tokenizer = job.tokenizer
-            drawn = variants(
-                *on_devices(job.config, job.mesh, words), given[0], job.mesh, job.config.augment,
-                tokenizer.mask_token_id, tokenizer.all_special_ids, job.config.seed)
-            np.save(new / "variants.npy", drawn)
-            given = given + _variants(job, drawn)
-        found = np.concatenate([
-            answers.logits(graph, params, examples, job.mesh, "teacher") for examples in given])
-        np.save(new / "logits.npy", found[:, columns])
-        (new / "request.json").write_text(json.dumps(request, indent=1))
-        seal.seal(new)
+    found = np.concatenate([
+        answers.logits(graph, params, examples, job.mesh, "teacher") for examples in given])
+    with first_process_first():
+        if jax.process_index() == 0:
+            with store.whole_folder(folder) as new:
+                np.save(new / "logits.npy", found[:, order(model.labels, job.task.labels)])
+                if drawn is not None:
+                    np.save(new / "variants.npy", drawn)
+                (new / "request.json").write_text(json.dumps(request, indent=1))
+                seal.seal(new)
 
 
 def _variants(job: Job, drawn: np.ndarray) -> list[Examples]:
@@ -116,10 +118,11 @@ def choose_layers(job: Job, teacher: hub.Pretrained, count: int) -> list[int]:
     path = Path(job.config.output) / "layers.json"
     request = {"teacher": fingerprint(teacher.params), "data": job.task.digest("train"),
                "layers": count}
-    with first_process_first():
-        if jax.process_index() == 0 and not (
-                path.exists() and json.loads(path.read_text())["request"] == request):
-            seal.write_json(path, {"request": request} | _removals(job, teacher, count))
+    if not (path.exists() and json.loads(path.read_text())["request"] == request):
+        removals = _removals(job, teacher, count)
+        with first_process_first():
+            if jax.process_index() == 0:
+                seal.write_json(path, {"request": request} | removals)
     found = json.loads(path.read_text())
     layers, share = found["removals"][-1]["left"], found["removals"][-1]["readable"]
     say(f"layers {', '.join(map(str, layers))} of the teacher are kept: from their states a linear "
