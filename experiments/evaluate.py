@@ -7,8 +7,8 @@
 from launch import launch
 
 from distilbert_jax.cli import parse
-from distilbert_jax.config import EvaluateConfig
 from distilbert_jax.jobs.evaluate import evaluate
+from distilbert_jax.task_config import EvaluateConfig
 
 
 def main(argv: list[str]) -> None:

@@ -7,8 +7,8 @@
 from launch import launch
 
 from distilbert_jax.cli import parse
-from distilbert_jax.config import FinetuneConfig
 from distilbert_jax.jobs.finetune import finetune
+from distilbert_jax.task_config import FinetuneConfig
 
 
 def main(argv: list[str]) -> None:

@@ -9,13 +9,13 @@ from distilbert_jax import config
 from distilbert_jax.cli import parse
 from distilbert_jax.config import (
     DistilConfig,
-    FinetuneConfig,
     PrepareConfig,
     PretrainConfig,
     compute_dtype,
     flag,
 )
 from distilbert_jax.errors import UserError, choose, first_line
+from distilbert_jax.task_config import FinetuneConfig
 from distilbert_jax.training.losses import LOSSES
 
 RECIPES = {"short": {"steps": 7, "batch_size": 16, "alphas": {"ce": 5.0, "cos": 0.5}}}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from distilbert_jax.config import DistilConfig, EvaluateConfig, FinetuneConfig
+from distilbert_jax.config import DistilConfig
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import intervals
 from distilbert_jax.jobs import finetune as job
@@ -19,6 +19,7 @@ from distilbert_jax.jobs.finetune import finetune
 from distilbert_jax.jobs.task_model import order
 from distilbert_jax.machine import seal
 from distilbert_jax.models import hub
+from distilbert_jax.task_config import EvaluateConfig, FinetuneConfig
 from distilbert_jax.training import train as loop
 from distilbert_jax.training.metrics_log import read_metrics
 

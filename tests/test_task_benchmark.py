@@ -9,9 +9,9 @@ from test_augment import examples
 
 from distilbert_jax.benchmark import task
 from distilbert_jax.benchmark.task import OurSide, TaskProblem
-from distilbert_jax.config import FinetuneConfig
 from distilbert_jax.models import hub
 from distilbert_jax.models.start import init_params
+from distilbert_jax.task_config import FinetuneConfig
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ from flax import nnx
 from test_examples import examples
 from test_sharding import mesh_of
 
-from distilbert_jax.config import FinetuneConfig
 from distilbert_jax.data.examples import lay, rows_of
 from distilbert_jax.evaluation import answers
 from distilbert_jax.models import hub
 from distilbert_jax.models.convert import to_hf
 from distilbert_jax.models.encoder import graphdef
 from distilbert_jax.models.families import FAMILIES
+from distilbert_jax.task_config import FinetuneConfig
 from distilbert_jax.training.assemble import assemble
 
 KINDS = ("classify", "regress", "tag")

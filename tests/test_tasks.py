@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from distilbert_jax.config import EvaluateConfig, FinetuneConfig
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import intervals
 from distilbert_jax.evaluation.metrics import METRICS, compute
 from distilbert_jax.evaluation.tasks import OWN_METRICS, TASKS
 from distilbert_jax.jobs.task_data import read_task
+from distilbert_jax.task_config import EvaluateConfig, FinetuneConfig
 
 FOLDERS = {"cola": "glue/CoLA", "sst2": "glue/SST-2", "mrpc": "glue/MRPC", "stsb": "glue/STS-B",
            "rte": "glue/RTE", "wnli": "glue/WNLI", "imdb": "imdb", "trec": "trec",

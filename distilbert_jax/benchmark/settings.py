@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from distilbert_jax.config import TaskData, Words, check, option
+from distilbert_jax.config import Words, check, option
 from distilbert_jax.errors import UserError, choose
+from distilbert_jax.task_config import TaskData
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

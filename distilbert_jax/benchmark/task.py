@@ -15,11 +15,11 @@ import jax
 import numpy as np
 
 from distilbert_jax.benchmark.sides import Side, Worker, peak_bytes
-from distilbert_jax.config import FinetuneConfig
 from distilbert_jax.data.examples import Examples, Grid
 from distilbert_jax.machine.sharding import make_mesh, place, place_rows, shardings
 from distilbert_jax.models.encoder import EncoderConfig
 from distilbert_jax.models.families import FAMILIES
+from distilbert_jax.task_config import FinetuneConfig
 from distilbert_jax.training.assemble import assemble
 
 # glibc gives large tensors back to the kernel, which slows PyTorch down; these keep them.

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 
-from distilbert_jax.config import EvaluateConfig
 from distilbert_jax.data.prepare import prepare
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
@@ -19,6 +18,7 @@ from distilbert_jax.jobs.task_model import answered, check_tokenizers, on_device
 from distilbert_jax.machine import seal, store
 from distilbert_jax.machine.sharding import make_mesh, replicated
 from distilbert_jax.models import hub
+from distilbert_jax.task_config import EvaluateConfig
 from distilbert_jax.training.assemble import jitted_eval_step
 from distilbert_jax.training.labels import vocabulary
 

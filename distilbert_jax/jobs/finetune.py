@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from distilbert_jax.config import FinetuneConfig
 from distilbert_jax.data.examples import Grid
 from distilbert_jax.data.tokenize import load_tokenizer, spec
 from distilbert_jax.errors import UserError
@@ -32,6 +31,7 @@ from distilbert_jax.machine.sharding import first_process_first, make_mesh, to_h
 from distilbert_jax.models import hub, student
 from distilbert_jax.models.encoder import EncoderConfig
 from distilbert_jax.models.families import FAMILIES
+from distilbert_jax.task_config import FinetuneConfig
 from distilbert_jax.training.assemble import Assembly, assemble
 from distilbert_jax.training.checkpoint import refuse_other_run
 from distilbert_jax.training.objective import Objective

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distilbert_jax.config import TaskData
 from distilbert_jax.data import labelled, sources
 from distilbert_jax.data.examples import Examples, encode
 from distilbert_jax.data.labelled import Columns, Labelled
 from distilbert_jax.errors import UserError, choose
 from distilbert_jax.evaluation.tasks import OWN_METRICS, TASKS, Task, own_task
 from distilbert_jax.machine.progress import say
+from distilbert_jax.task_config import TaskData
 
 if TYPE_CHECKING:
     import transformers

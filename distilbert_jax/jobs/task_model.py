@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from distilbert_jax.config import EvaluateConfig, FinetuneConfig
 from distilbert_jax.data.tokenize import load_tokenizer, spec
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import answers
@@ -18,6 +17,7 @@ from distilbert_jax.machine.sharding import shardings
 from distilbert_jax.models import hub
 from distilbert_jax.models.encoder import EncoderConfig, graphdef
 from distilbert_jax.models.start import init_params
+from distilbert_jax.task_config import EvaluateConfig, FinetuneConfig
 from distilbert_jax.training.assemble import dtypes
 
 if TYPE_CHECKING:

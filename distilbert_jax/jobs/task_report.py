@@ -15,9 +15,9 @@ from distilbert_jax.models.encoder import graphdef
 from distilbert_jax.training.metrics_log import read_metrics
 
 if TYPE_CHECKING:
-    from distilbert_jax.config import FinetuneConfig
     from distilbert_jax.jobs.task_data import TaskInput
     from distilbert_jax.jobs.task_model import Trained
+    from distilbert_jax.task_config import FinetuneConfig
 
 COLUMNS = ("model", "layers", "parameters", "score", "min to max", "95 % interval", "retention",
            "latency [ms]")

@@ -4,13 +4,13 @@ from importlib.util import find_spec
 
 from distilbert_jax.benchmark import task as sides
 from distilbert_jax.benchmark.settings import TaskBenchmark
-from distilbert_jax.config import FinetuneConfig
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
 from distilbert_jax.jobs.task_data import read_task
 from distilbert_jax.jobs.task_model import EPOCHS, Job, start_of
 from distilbert_jax.machine.sharding import make_mesh
 from distilbert_jax.models import hub
+from distilbert_jax.task_config import FinetuneConfig
 
 
 def time_task(config: TaskBenchmark) -> str:

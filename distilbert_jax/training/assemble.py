@@ -16,17 +16,11 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from distilbert_jax.config import (
-    DistilConfig,
-    EvaluateConfig,
-    FinetuneConfig,
-    LoopConfig,
-    Masking,
-    compute_dtype,
-)
+from distilbert_jax.config import DistilConfig, LoopConfig, Masking, compute_dtype
 from distilbert_jax.machine.sharding import by_rows, replicated, shardings
 from distilbert_jax.models.encoder import EncoderConfig, graphdef
 from distilbert_jax.models.family import Family
+from distilbert_jax.task_config import EvaluateConfig, FinetuneConfig
 from distilbert_jax.training.labels import LABELS
 from distilbert_jax.training.objective import Objective, Projections
 from distilbert_jax.training.optimizer import make_optimizer

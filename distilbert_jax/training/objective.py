@@ -13,11 +13,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from distilbert_jax.config import DistilConfig, FinetuneConfig
+from distilbert_jax.config import DistilConfig
 from distilbert_jax.errors import UserError, choose
 from distilbert_jax.kernels.dropout import RowKeys
 from distilbert_jax.kernels.head import Head, Targets, Term, fused_losses
 from distilbert_jax.models.encoder import EncoderConfig, Seen
+from distilbert_jax.task_config import FinetuneConfig
 from distilbert_jax.training.losses import LOSSES
 
 Batch = dict[str, Array]
