@@ -101,7 +101,8 @@ class FinetuneConfig(LoopConfig, TaskData):
         "default: every layer of the student, evenly")
     batch_size: int = option(32, "training", "examples per update, over all devices")
     learning_rate: float | None = option(
-        None, "training", "peak of the learning rate; default: the task's, or 5e-5", type=float)
+        None, "training", "peak of the learning rate; default: 5e-5 at 768 units, inversely as the "
+        "width of the model", type=float)
     warmup: float = option(
         0.1, "training", "share of the updates over which the rate rises, before it falls to 0")
     weight_decay: float = option(0.01, "training", "decoupled decay of the matrices (AdamW)")

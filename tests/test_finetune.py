@@ -229,6 +229,9 @@ def test_numbers_and_unlabelled_texts_from_a_teacher(toy, tmp_path):
     teacher = finetune(FinetuneConfig(**common, output=tmp_path / "teacher"))
     found = hub.load_task(str(teacher))
     assert found.config.task == "regress" and not found.labels
+    width = found.config.hidden_size
+    left = json.loads((teacher.parent / "seed-56" / "model" / "finished.json").read_text())
+    assert left["settings"]["--learning-rate"] == pytest.approx(5e-5 * 768 / width)
     folder = finetune(FinetuneConfig(
         **common | {"model": ""}, teacher=teacher, unlabelled=tmp_path / "more.csv",
         baseline=False, output=tmp_path / "out", alphas={"hard": 0.1, "soft": 0.9, "hidden": 1.0}))

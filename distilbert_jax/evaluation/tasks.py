@@ -23,7 +23,6 @@ class Task:
         ("train", "train.tsv"), ("dev", "dev.tsv"), ("test", "test.tsv"))
     max_length: int = 128
     epochs: int = 3
-    learning_rate: float = 5e-5
 
     def __post_init__(self) -> None:
         assert set(self.metrics) <= set(METRICS), self.metrics

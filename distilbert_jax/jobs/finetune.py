@@ -37,7 +37,9 @@ from distilbert_jax.training.checkpoint import refuse_other_run
 from distilbert_jax.training.objective import Objective
 from distilbert_jax.training.train import Run, train
 
-RATE = 5e-5  # where neither the user nor the task says
+# Of a model as wide as BERT-base (Devlin et al. 2019, appendix A.3); narrower ones take more, as
+# Adam's rate falls with the width (Yang et al. 2022, "Tensor Programs V", table 8).
+RATE, WIDTH = 5e-5, 768
 SHOWN = 1000  # examples that are judged while training
 # Settings that a training without a teacher does not depend on.
 OF_TEACHING = ("--distil", "--student-layers", "--choose", "--temperature", "--hidden-map",
@@ -81,7 +83,7 @@ def finetune(config: FinetuneConfig) -> Path:
         raise UserError(f"--augment: {config.model or config.teacher} has no masked-language-model "
                         "head to draw words from; train one: python experiments/pretrain.py "
                         f"--model {config.model or config.teacher} ...")
-    rate = config.learning_rate or (task.task.learning_rate if config.task else RATE)
+    rate = config.learning_rate or RATE * WIDTH / start.config.hidden_size
     job = Job(dataclasses.replace(config, learning_rate=rate), task, tokenizer, mesh)
     with hold(config.output):
         return _compare(job, start, teacher, layers)
@@ -167,8 +169,8 @@ def _train(job: Job, source: hub.Pretrained, layers: list[int], seed: int, role:
         say(f"{role}, seed {config.seed}: {len(layers)} layers with "
             f"{report.count_parameters(params):,} parameters; {steps:,} updates of "
             f"{config.batch_size} examples, {steps * config.batch_size / len(examples):.1f} passes "
-            f"over {len(examples):,}; rows are {grid.filled(min(steps, 100)):.0%} full; "
-            f"{assembly.dtype}")
+            f"over {len(examples):,}; rows are {grid.filled(min(steps, 100)):.0%} full; learning "
+            f"rate {config.learning_rate:.2g}; {assembly.dtype}")
         done = _trained(job, run, source, shape, params, lessons)
     return judged(job, hub.load_task(str(folder / "model")), folder, done)
 
