@@ -29,12 +29,12 @@ class TaskData(Config):
 
     task: str = option(
         "", "data", "a task whose files, columns, labels and metrics are known: cola, sst2, ...; "
-        "without it, columns and kind are taken from --train")
+        "without it, columns and kind are taken from the files")
     data: Word = option("", "data", "folder of the task's files: train.tsv, dev.tsv, ...",
                         **BY_CONTENT)
     dev: Words = option(
-        (), "data", "labelled files that the model is judged on; default: a tenth of --train, "
-        "chosen by the hash of the text", nargs="+", **BY_CONTENT)
+        (), "data", "labelled files that the model is judged on; default, in training: a tenth of "
+        "the examples, chosen by the hash of the text", nargs="+", **BY_CONTENT)
     text: Words = option(
         (), "data", "the column of the text, or the two columns of a pair; default: text, or "
         "sentence1 and sentence2", nargs="+")

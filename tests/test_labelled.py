@@ -6,7 +6,7 @@ import os
 import pytest
 
 from distilbert_jax.data import labelled
-from distilbert_jax.data.labelled import Columns, read
+from distilbert_jax.data.labelled import Columns, Labelled, read
 from distilbert_jax.errors import UserError
 
 
@@ -54,6 +54,13 @@ def test_classes_of_a_saved_dataset_have_their_names(tmp_path):
     datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features).save_to_disk(
         str(tmp_path / "saved"))
     assert read([str(tmp_path / "saved")], Columns(), "train").labels == ["good", "bad"]
+    tags = datasets.Features({
+        "tokens": datasets.List(datasets.Value("string")),
+        "ner_tags": datasets.List(datasets.ClassLabel(names=["O", "B-PER"]))})
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(
+        {"tokens": [["a", "b"]], "ner_tags": [[1, 0]]}, tags)}).save_to_disk(str(tmp_path / "tags"))
+    assert read([str(tmp_path / "tags")], Columns(), "train").labels == [["B-PER", "O"]]
+    assert read([str(tmp_path / "tags")], Columns(), "unlabelled", None).labels == [None]
 
 
 def test_tagged_words(tmp_path):
@@ -91,7 +98,6 @@ BAD = [  # (file, content, columns, parts of the message)
     ("a.csv", "text,label\na,x\n", Columns(label="y"), ["no column y"]),
     ("a.csv", "text,label\na,x\nb\n", Columns(), ["a.csv:3: 1 columns", "first line has 2"]),
     ("a.csv", "text,label\na,\n", Columns(), ["a.csv:2: no label"]),
-    ("a.csv", "text,label\na,-1\n", Columns(), ["a.csv:2: no label (-1 in column label)"]),
     ("a.csv", "text,label\n ,x\n", Columns(), ["a.csv:2: the text is empty"]),
     ("a.csv", "text,text\na,x\n", Columns(), ["two columns have one name"]),
     ("a.csv", 'text,label\n"a,x\n', Columns(), ["not a table"]),
@@ -99,6 +105,15 @@ BAD = [  # (file, content, columns, parts of the message)
     ("a.csv", b"text,label\n\xff\xfea,x\n", Columns(), ["a.csv:2: not UTF-8"]),
     ("a.jsonl", '{"text": 3, "label": "x"}', Columns(), ["text is int, not text"]),
     ("a.jsonl", '{"text": "a", "label": "x"', Columns(), ["a.jsonl:1: not JSON"]),
+    ("a.jsonl", '{"text": null, "label": "x"}', Columns(), ["a.jsonl:1: text is missing"]),
+    ("a.jsonl", '{"text": "a", "label": ["x", "y"]}', Columns(), ["label is a list: one label"]),
+    ("a.jsonl", '{"text": "a", "label": {"x": 0}}', Columns(), ["label is a dict: one label"]),
+    ("a.jsonl", '{"text": "a", "label": NaN}', Columns(), ["a.jsonl:1: no label"]),
+    ("a.jsonl", '{"text": "a", "label": Infinity}', Columns(), ["label inf is not finite"]),
+    ("a.jsonl", '{"text": "\\ud83d", "label": "x"}', Columns(), ["half a surrogate pair"]),
+    ("a.jsonl", '{"tokens": ["a", "b"], "tags": ["O"]}', Columns(), ["2 words need a list of as"]),
+    ("a.jsonl", '{"tokens": ["a"], "tags": [null]}', Columns(), ["1 words need a list of as many"]),
+    ("a.jsonl", '{"tokens": ["a"], "label": "pos"}', Columns(), ["column label, found pos"]),
     ("a.txt", "text label\n", Columns(), ["labelled data is read from .csv .tsv"]),
     ("a.xlsx", "PK", Columns(), ["labelled data is read from .csv .tsv"]),
     ("a.parquet", "PAR1", Columns(), ["a.parquet: cannot be read"]),
@@ -113,6 +128,31 @@ def test_files_that_cannot_be(name, content, columns, parts, tmp_path):
         read([write(tmp_path / name, content)], columns, "train")
     assert all(part in str(error.value) for part in parts), error.value
     assert "\n" not in str(error.value)
+
+
+def test_texts_and_pairs_in_one_part(tmp_path):
+    names = [write(tmp_path / "a.csv", "text,label\na,x\n"),
+             write(tmp_path / "b.csv", "text1,text2,label\na,b,x\n")]
+    with pytest.raises(UserError, match="some hold single texts, some pairs"):
+        read(names, Columns(), "train")
+
+
+def test_labels_that_are_not_asked_for(tmp_path):
+    name = write(tmp_path / "a.csv", "text,label,score\na,x,1\n")
+    assert read([name], Columns(), "unlabelled", None).labels == [None]
+    name = write(tmp_path / "b.csv", "text,label\na,-1\nb,-1\n")
+    assert read([name], Columns(), "test", False).labels == [None, None]  # as in GLUE's test files
+    assert read([name], Columns(), "dev").labels == ["-1", "-1"]  # a class like any other
+
+
+@pytest.mark.parametrize("labels, message", [
+    (["Pos", "pos"], "'Pos' and 'pos' differ in case alone"),
+    (["a\tb", "c"], "holds a tab"), (["1,5", "2,5"], "decimal comma: write a point")])
+def test_labels_that_mislead(labels, message):
+    found = Labelled([("a",), ("b",)], labels, ["a.csv:2", "a.csv:3"])
+    with pytest.raises(UserError, match=message):
+        labelled.kind_of(found)
+        labelled.class_names(found)
 
 
 def test_labels_that_cannot_be(tmp_path):

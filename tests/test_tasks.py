@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 
+from distilbert_jax.data.examples import Examples
+from distilbert_jax.data.labelled import Columns, Labelled
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import intervals
 from distilbert_jax.evaluation.metrics import METRICS, compute
-from distilbert_jax.evaluation.tasks import OWN_METRICS, TASKS
-from distilbert_jax.jobs.task_data import read_task
+from distilbert_jax.evaluation.tasks import OWN_METRICS, TASKS, own_task
+from distilbert_jax.jobs import task_report
+from distilbert_jax.jobs.task_data import Part, TaskInput, read_task
 from distilbert_jax.task_config import EvaluateConfig, FinetuneConfig
 
 FOLDERS = {"cola": "glue/CoLA", "sst2": "glue/SST-2", "mrpc": "glue/MRPC", "stsb": "glue/STS-B",
@@ -136,12 +139,35 @@ def test_numbers_stand_for_labels_without_a_name(tmp_path, toy):
     assert turned.labels == ("B", "A") and turned.parts["train"].examples.labels[0] == 1
 
 
+def test_a_trained_model_is_judged_where_not_every_class_occurs(tmp_path, toy):
+    tokenizer = load_tokenizer(str(toy / "teacher"), None)
+    for content, known, labels, truth in (
+            ("text,label\nba,b\nbe,b\n", ("a", "b"), ("a", "b"), [1, 1]),
+            ("text,label\nba,1\nbe,1\n", ("LABEL_0", "LABEL_1"), ("0", "1"), [1, 1])):
+        (tmp_path / "dev.csv").write_text(content)
+        found = read_task(EvaluateConfig(model="m", dev=str(tmp_path / "dev.csv")), tokenizer, 24,
+                          known, dev=(str(tmp_path / "dev.csv"),))
+        assert found.labels == labels and found.parts["dev"].truth == truth
+        assert found.name == "dev"
+
+
+def test_numbers_that_are_all_the_same(tmp_path, toy):
+    constant = "text,label\nba,0.5\nbe,0.5\n"
+    with pytest.raises(UserError, match="all labels of --train are the same"):
+        read(tmp_path, toy, constant, dev=constant)
+
+
+def test_parts_are_alike(tmp_path, toy):
+    with pytest.raises(UserError, match=r"not alike: 1 text\(s\) an example in --train, 2 text"):
+        read(tmp_path, toy, TRAIN, dev="sentence1,sentence2,label\nba,be,a\n")
+
+
 def test_what_is_odd_is_said(tmp_path, toy, capsys):
     read(tmp_path, toy, TRAIN + "ba,b\n" + "da " * 30 + ",b\n")
     said = capsys.readouterr().err
     assert "warning: 2 of 2 texts of --dev are in --train too" in said
     assert "warning: 1 texts of --train have two labels" in said
-    assert "1 were longer and are cut" in said
+    assert "1 were longer and are cut" in said and "text → label; classify: a, b" in said
 
 
 def test_a_tenth_is_held_out_where_no_dev_is_given(tmp_path, toy):
@@ -150,3 +176,17 @@ def test_a_tenth_is_held_out_where_no_dev_is_given(tmp_path, toy):
     assert len(found.parts["train"]) + len(found.parts["dev"]) == 79
     assert 1 <= len(found.parts["dev"]) < 25
     assert not set(found.parts["train"].raw.texts) & set(found.parts["dev"].raw.texts)
+    rare = "".join(f"{'ba ' * n}be,only{n}\n" for n in range(80, 120))
+    more = read(tmp_path, toy, "text,label\n" + rows + rare, dev="")
+    assert len(more.parts["dev"]) == len(found.parts["dev"])  # a class of one stays in training
+
+
+@pytest.mark.parametrize("labels", [
+    ("$ and {", "b_$", "c"), tuple(f"intent {i}" for i in range(900))])
+def test_confusion_of_any_labels(labels, tmp_path):
+    truth = [0, 1, 2]
+    raw = Labelled([("a",)] * 3, list(labels[:3]), ["x"] * 3)
+    task = TaskInput("own", own_task("classify", Columns(), 128), labels, {
+        "dev": Part(raw, truth, Examples([], [], [], [], [], 0))})
+    task_report.plot_confusion(task, np.eye(3, len(labels)), tmp_path / "confusion.png")
+    assert (tmp_path / "confusion.png").stat().st_size < 500_000

@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import math
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,7 @@ class Labelled:
     labels: list[Any]  # str, number, or the tags of the words; None where there is none
     where: list[str]  # file:line of each, for messages
     tagged: bool = False
+    columns: str = ""  # of the first file, for messages: "sentence1, sentence2 → label"
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -50,10 +52,11 @@ class Labelled:
         """The examples with these numbers."""
         texts, labels, where = ([all_[i] for i in numbers]
                                 for all_ in (self.texts, self.labels, self.where))
-        return Labelled(texts, labels, where, self.tagged)
+        return dataclasses.replace(self, texts=texts, labels=labels, where=where)
 
 
-def read(names: Sequence[str], columns: Columns, split: str, labelled: bool = True) -> Labelled:
+def read(names: Sequence[str], columns: Columns, split: str, labelled: bool | None = True
+         ) -> Labelled:
     """Read files, or datasets.
 
     Args:
@@ -61,13 +64,13 @@ def read(names: Sequence[str], columns: Columns, split: str, labelled: bool = Tr
             folder saved by `datasets`, or hf:NAME[:CONFIG].
         columns: of the text and the label.
         split: train, dev or test: which part of a dataset is read.
-        labelled: whether each example must have a label; if not, a label is read where there is
-            one.
+        labelled: whether each example must have a label; if not, labels are read where there are
+            any, but for a column of nothing but -1, as in GLUE's test files; None reads no label.
 
     Raises:
         UserError: a file is missing, of another form, or damaged; a column or a label is missing.
     """
-    texts, labels, where, tagged = [], [], [], []
+    texts, labels, where, tagged, said = [], [], [], [], []
     for name in names:
         if not name.startswith("hf:") and not store.exists(name):
             raise UserError(f"{name}: no such file")
@@ -77,15 +80,24 @@ def read(names: Sequence[str], columns: Columns, split: str, labelled: bool = Tr
         for place, row in rows:
             chosen = chosen or _choose(row, columns, place, labelled)
             text, label = chosen
+            words = len(text) == 1 and isinstance(row.get(text[0]), list)
             texts.append(_text(row, text, place))
-            labels.append(_label(row, label, place, labelled))
+            labels.append(_tags(row, label, place, texts[-1], bool(labelled)) if words else
+                          _label(row, label, place, bool(labelled)))
             where.append(place)
-            tagged[-1] |= isinstance(row.get(text[0]), list)
+            tagged[-1] |= words
+        said += [(len(chosen[0]), ", ".join(chosen[0]) + (f" → {chosen[1]}" if chosen[1] else ""))
+                 ] if chosen else []
     if not texts:
         raise UserError(f"no examples in {' '.join(names)}")
     if any(tagged) != all(tagged):
         raise UserError(f"{' '.join(names)}: some hold tagged words, some texts: give one kind")
-    return Labelled(texts, labels, where, any(tagged))
+    if len({count for count, _ in said}) > 1:
+        raise UserError(f"{' '.join(names)}: some hold single texts, some pairs: name the columns "
+                        "by --text")
+    if not labelled and all(str(label) in ("-1", "None") for label in labels):
+        labels = [None] * len(labels)
+    return Labelled(texts, labels, where, any(tagged), said[0][1])
 
 
 def _ending(name: str) -> str:
@@ -159,14 +171,22 @@ def _dataset(name: str, split: str) -> Iterator[Row]:
     except Exception as error:  # the library has a dozen kinds
         raise UserError(f"{name}: cannot be read: {first_line(error)}") from error
     if isinstance(parts, datasets.DatasetDict):
-        wanted = "validation" if split == "dev" and "dev" not in parts else split
+        wanted = {"dev": ("dev", "validation"),
+                  "unlabelled": ("unlabelled", "unsupervised", "train")}.get(split, (split,))
+        wanted = next((part for part in wanted if part in parts), wanted[-1])
         parts = parts[choose(wanted, parts, f"split in {name}:")]
-    classes = {column: feature.int2str for column, feature in parts.features.items()
-               if isinstance(feature, datasets.ClassLabel)}
     for number, record in enumerate(parts, 1):
-        named = {column: of(record[column]) for column, of in classes.items()
-                 if record[column] is not None and record[column] >= 0}
-        yield f"{name}:{number}", record | named
+        yield f"{name}:{number}", {
+            column: _named(value, parts.features[column]) for column, value in record.items()}
+
+
+def _named(value: Any, feature: Any) -> Any:
+    """A class number, or a list of them, by name; None for the -1 of a label that is missing."""
+    if isinstance(value, list) and hasattr(getattr(feature, "feature", None), "int2str"):
+        return [_named(one, feature.feature) for one in value]
+    if hasattr(feature, "int2str") and isinstance(value, int):
+        return feature.int2str(value) if value >= 0 else None
+    return value
 
 
 def _sentences(name: str) -> Iterator[Row]:
@@ -188,7 +208,7 @@ def _sentences(name: str) -> Iterator[Row]:
 
 
 def _choose(
-    row: Mapping[str, Any], columns: Columns, place: str, labelled: bool
+    row: Mapping[str, Any], columns: Columns, place: str, labelled: bool | None
 ) -> tuple[tuple[str, ...], str]:
     """The columns of the text and of the label; "" where there is none and none is needed."""
     known = f"(columns: {', '.join(map(str, row))})"
@@ -199,6 +219,8 @@ def _choose(
     if len(texts) != 1:
         raise UserError(f"{place}: name the column of the text, or the two of a pair, by --text "
                         f"{known}")
+    if labelled is None:
+        return texts[0], ""
     labels = [columns.label] if columns.label else [label for label in LABELS if label in row]
     if len(labels) > 1:
         raise UserError(f"{place}: name the column of the label by --label {known}")
@@ -214,23 +236,50 @@ def _text(row: Mapping[str, Any], columns: tuple[str, ...], place: str) -> tuple
         values = values[0]
     for value in values:
         if not isinstance(value, str):
-            raise UserError(f"{place}: {' '.join(columns)} is {type(value).__name__}, not text")
+            raise UserError(f"{place}: {' '.join(columns)} is " + (
+                "missing" if value is None else f"{type(value).__name__}, not text"))
+        _check_characters(value, place)
     if not any(value.strip() for value in values):
         raise UserError(f"{place}: the text is empty")
     return tuple(values)
 
 
 def _label(row: Mapping[str, Any], column: str, place: str, needed: bool) -> Any:
-    """A label as it is written; None where there is none, as -1 in GLUE's test files says."""
+    """A label as it is written; None where there is none."""
     value = row.get(column) if column else None
     if isinstance(value, str):
         value = value.strip()
-    if isinstance(value, list):
-        return [str(tag) for tag in value]
-    missing = value is None or value == "" or value in (-1, "-1")
+        _check_characters(value, place)
+    if isinstance(value, (list, dict)):
+        raise UserError(f"{place}: {column} is a {type(value).__name__}: one label for each text "
+                        "is supported")
+    if isinstance(value, float) and math.isinf(value):
+        raise UserError(f"{place}: label {value} is not finite")
+    missing = value is None or value == "" or value != value  # NaN
     if missing and needed:
-        raise UserError(f"{place}: no label" + (f" (-1 in column {column})" if value else ""))
+        raise UserError(f"{place}: no label in column {column}")
     return None if missing else value
+
+
+def _tags(row: Mapping[str, Any], column: str, place: str, words: tuple[str, ...], needed: bool
+          ) -> list[str] | None:
+    """The tags of a sentence, one a word."""
+    tags = row.get(column) if column else None
+    if tags is None and not needed:
+        return None
+    if not isinstance(tags, list) or len(tags) != len(words) or any(
+            isinstance(tag, bool) or not isinstance(tag, (str, int)) for tag in tags):
+        raise UserError(f"{place}: {len(words)} words need a list of as many tags in column "
+                        f"{column}, found {str(tags)[:80]}")
+    return [str(tag) for tag in tags]
+
+
+def _check_characters(text: str, place: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place}: half a surrogate pair (\\ud800 to \\udfff) is no character"
+                        ) from error
 
 
 def kind_of(examples: Labelled, wish: str = "") -> str:
@@ -249,6 +298,9 @@ def kind_of(examples: Labelled, wish: str = "") -> str:
     decimals = [isinstance(label, float) or "." in str(label) for label in examples.labels]
     if wish:
         return wish
+    if all(re.fullmatch(r"-?\d+,\d+", str(label)) for label in examples.labels):
+        raise UserError(f"{examples.where[0]}: label {examples.labels[0]!r} looks like a number "
+                        "with a decimal comma: write a point, or give --kind classify")
     numbers = all(_is_number(label) for label in examples.labels)
     return "regress" if numbers and any(decimals) else "classify"
 
@@ -291,8 +343,7 @@ def classes(examples: Labelled, known: Sequence[str] = ()) -> list[int] | list[l
     def number(label: Any, place: str) -> int:
         name = class_name(label).lower()
         if name not in order:
-            raise UserError(f"{place}: label {label!r} is not among the labels "
-                            f"{', '.join(known)}")
+            raise UserError(f"{place}: label {label!r} is not among the labels {some(known)}")
         return order[name]
 
     if examples.tagged:
@@ -302,17 +353,33 @@ def classes(examples: Labelled, known: Sequence[str] = ()) -> list[int] | list[l
             for label, place in zip(examples.labels, examples.where, strict=True)]
 
 
-def class_names(examples: Labelled) -> tuple[str, ...]:
+def some(names: Sequence[str]) -> str:
+    """Names for a message, not all of very many."""
+    more = f", ... ({len(names)} in all)" if len(names) > 20 else ""
+    return ", ".join(names[:20]) + more
+
+
+def class_names(examples: Labelled, least: int = 2) -> tuple[str, ...]:
     """The names of the classes that occur, sorted; O before the other tags.
 
     Raises:
-        UserError: there is only one.
+        UserError: there are fewer than `least`, two that differ in case alone, or one that a table
+            cannot hold.
     """
     found = {class_name(label) for labels in examples.labels
              for label in (labels if examples.tagged else [labels])}
-    if len(found) < 2:
+    if odd := [name for name in found if min(name, default=" ") < " "]:
+        raise UserError(f"{examples.where[0]} ...: label {odd[0]!r} holds a tab or another control "
+                        "character")
+    by_case: dict[str, str] = {}
+    for name in sorted(found):
+        if (other := by_case.setdefault(name.lower(), name)) != name:
+            raise UserError(f"{examples.where[0]} ...: labels {other!r} and {name!r} differ in "
+                            "case alone: write them in one way")
+    if len(found) < least:
         raise UserError(f"{examples.where[0]} ...: all labels are {found.pop()!r}: there is "
                         "nothing to learn")
-    key = (lambda name: (0, int(name), "")) if all(name.isdigit() for name in found) else (
+    key = (lambda name: (0, int(name), "")) if all(
+        name.isascii() and name.isdigit() for name in found) else (
         lambda name: (name != "O", 0, name))
     return tuple(sorted(found, key=key))

@@ -61,7 +61,8 @@ def readable(states: np.ndarray, given: np.ndarray) -> float:
 
     half = len(states) // 2
     fitted = RidgeCV(np.logspace(0, 4, 9)).fit(states[:half], given[:half])
-    return float(fitted.score(states[half:], given[half:]))
+    share = float(fitted.score(states[half:], given[half:]))
+    return share if math.isfinite(share) else 0.0  # too few examples, or constant answers
 
 
 def logits(

@@ -14,7 +14,7 @@ from distilbert_jax.evaluation import intervals, report
 from distilbert_jax.evaluation.held_out import held_out
 from distilbert_jax.jobs import task_report
 from distilbert_jax.jobs.task_data import read_task
-from distilbert_jax.jobs.task_model import answered, check_tokenizers, on_devices
+from distilbert_jax.jobs.task_model import answered, check_tokenizers, on_devices, read_json
 from distilbert_jax.machine import seal, store
 from distilbert_jax.machine.sharding import make_mesh, replicated
 from distilbert_jax.models import hub
@@ -35,6 +35,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, float | None]:
     """
     if config.output:
         store.check_writable(config.output)
+        _check_output(config.output)
     return _on_texts(config) if config.on_texts else _on_task(config)
 
 
@@ -62,6 +63,16 @@ def _on_task(config: EvaluateConfig) -> dict[str, float | None]:
             "examples": len(task.parts["dev"]), "interval": pair}):
         task_report.write_predictions(output / "predictions.tsv", task, "dev", found)
     return figures
+
+
+def _check_output(output: str) -> None:
+    """Raise a UserError if files would be replaced that are not those of a judgement."""
+    folder = Path(output)
+    ours = "model" in read_json(folder / "metrics.json")
+    if list(folder.glob("seed-*")) or not ours and any(
+            (folder / name).exists() for name in ("metrics.json", "predictions.tsv")):
+        raise UserError(f"--output {output} holds files that were not made by this command and "
+                        "would be replaced: name another")
 
 
 def _write(config: EvaluateConfig, content: dict[str, Any]) -> Path | None:

@@ -19,10 +19,17 @@ from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import answers, report
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.jobs import task_report
-from distilbert_jax.jobs.lessons import Lessons, choose_layers, lessons
+from distilbert_jax.jobs.lessons import Lessons, check_output, choose_layers, lessons
 from distilbert_jax.jobs.setup import check_folder
 from distilbert_jax.jobs.task_data import read_task
-from distilbert_jax.jobs.task_model import Job, Trained, check_tokenizers, judged, start_of
+from distilbert_jax.jobs.task_model import (
+    Job,
+    Trained,
+    check_tokenizers,
+    judged,
+    read_json,
+    start_of,
+)
 from distilbert_jax.machine import seal, store
 from distilbert_jax.machine.lock import hold
 from distilbert_jax.machine.progress import say
@@ -67,8 +74,10 @@ def finetune(config: FinetuneConfig) -> Path:
         jax.config.update("jax_enable_x64", True)
     mesh = make_mesh(config.mesh)
     store.check_writable(config.output)
-    check_folder(config.output, "model", f"seed-{config.seed}",
-                 {"--model": config.model, "--teacher": config.teacher})
+    for made in ("model", *task_report.FILES):
+        check_folder(config.output, made, "seed-*/*",
+                     {"--model": config.model, "--teacher": config.teacher})
+    check_output(config.output)
     known = teacher.labels if teacher else ()
     task = read_task(config, tokenizer, start.config.positions, known, train=config.train,
                      dev=config.dev, test=config.test, unlabelled=config.unlabelled)
@@ -77,7 +86,8 @@ def finetune(config: FinetuneConfig) -> Path:
                         f"{len(task.parts['train'])} examples of --train")
     if teacher and teacher.config.task != task.kind:
         raise UserError(f"--teacher {config.teacher} was trained to {teacher.config.task}, the "
-                        f"data are there to {task.kind}")
+                        f"data are there to {task.kind}: give --kind {teacher.config.task} if they "
+                        "suit it, or another teacher")
     layers = _student_layers(config, start, teacher or start)
     if config.augment and not start.config.mlm_head:
         raise UserError(f"--augment: {config.model or config.teacher} has no masked-language-model "
@@ -153,7 +163,8 @@ def _train(job: Job, source: hub.Pretrained, layers: list[int], seed: int, role:
     shape, params = start_of(job, source, layers, seed)
     examples = lessons.examples if lessons else job.task.parts["train"].examples
     steps = steps or job.steps(len(examples))
-    settings = _settings(job, config, lessons) | {"--model": fingerprint(params), "--steps": steps}
+    settings = _settings(job, config, lessons) | {
+        "--model or --student-layers": fingerprint(params), "--steps": steps}
     folder = Path(config.output)
     refuse_other_run(folder, settings)
     done = _finished(folder, settings)
@@ -172,6 +183,8 @@ def _train(job: Job, source: hub.Pretrained, layers: list[int], seed: int, role:
             f"over {len(examples):,}; rows are {grid.filled(min(steps, 100)):.0%} full; learning "
             f"rate {config.learning_rate:.2g}; {assembly.dtype}")
         done = _trained(job, run, source, shape, params, lessons)
+    elif not (folder / "model").is_dir():
+        raise UserError(f"{folder / 'model'} is gone: remove {folder}, and it is trained again")
     return judged(job, hub.load_task(str(folder / "model")), folder, done)
 
 
@@ -191,7 +204,9 @@ def _finished(folder: Path, settings: dict[str, Any]) -> float | None:
     path = folder / "finished.json"
     if not path.exists():
         return None
-    before = json.loads(path.read_text())
+    before = read_json(path)
+    if "settings" not in before:
+        raise UserError(f"{path} is damaged: remove {folder}, and it is trained again")
     now = json.loads(json.dumps(settings))
     if other := [name for name in now if now[name] != before["settings"].get(name)]:
         raise UserError(f"{folder} holds another run ({', '.join(other)} differ): choose another "

@@ -20,7 +20,7 @@ from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import answers
 from distilbert_jax.evaluation.augment import variants
 from distilbert_jax.jobs import task_report
-from distilbert_jax.jobs.task_model import Job, Trained, cut, on_devices, order
+from distilbert_jax.jobs.task_model import Job, Trained, cut, on_devices, order, read_json
 from distilbert_jax.machine import seal, store
 from distilbert_jax.machine.progress import say
 from distilbert_jax.machine.seal import fingerprint
@@ -38,6 +38,16 @@ class Lessons:
     examples: Examples
     answers: np.ndarray  # [P, C] logits in the order of our labels
     digest: str
+
+
+def check_output(output: str) -> None:
+    """Raise a UserError if the folder holds something else under the names that are used here."""
+    answers, layers = Path(output, "answers"), Path(output, "layers.json")
+    for path, ours in ((answers, (answers / "request.json").exists()),
+                       (layers, "request" in read_json(layers))):
+        if path.exists() and not ours:
+            raise UserError(f"{path} was not made by this command: remove it, or name another "
+                            "--output")
 
 
 def lessons(job: Job, teacher: Trained, words: hub.Pretrained | None) -> Lessons:
@@ -118,12 +128,13 @@ def choose_layers(job: Job, teacher: hub.Pretrained, count: int) -> list[int]:
     path = Path(job.config.output) / "layers.json"
     request = {"teacher": fingerprint(teacher.params), "data": job.task.digest("train"),
                "layers": count}
-    if not (path.exists() and json.loads(path.read_text())["request"] == request):
+    found = read_json(path)
+    if found.get("request") != request:
         removals = _removals(job, teacher, count)
         with first_process_first():
             if jax.process_index() == 0:
                 seal.write_json(path, {"request": request} | removals)
-    found = json.loads(path.read_text())
+    found = read_json(path)
     layers, share = found["removals"][-1]["left"], found["removals"][-1]["readable"]
     say(f"layers {', '.join(map(str, layers))} of the teacher are kept: from their states a linear "
         f"map reads {share:.1%} of the variance of its answers (evenly chosen: "

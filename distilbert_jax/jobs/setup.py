@@ -141,8 +141,8 @@ def check_folder(output: str, made: str, mark: str, inputs: dict[str, str]) -> N
 
     Args:
         output: of the job.
-        made: the folder in it that the job replaces.
-        mark: what lies beside that folder wherever a run of this job has made it.
+        made: the folder or file in it that the job replaces.
+        mark: pattern of what lies beside it wherever a run of this job has made it.
         inputs: flag → model that the job reads; none may be what it writes.
 
     Raises:
@@ -156,7 +156,8 @@ def check_folder(output: str, made: str, mark: str, inputs: dict[str, str]) -> N
                                 "another --output")
     target = store.join(output, made)
     if store.exists(target) and not (
-            store.is_folder(target) and store.exists(store.join(output, mark))):
+            store.is_folder(target) == ("." not in made)
+            and store.glob(store.join(output, mark))):
         raise UserError(f"{target} was not made by this command and would be replaced: remove it, "
                         "or name another --output")
 

@@ -95,13 +95,14 @@ def read_task(
     files = _files(config, row, files)
     columns = row.columns if row and not (config.text or config.label) else Columns(
         tuple(config.text), config.label, row.columns.header if row else True)
-    raw = {name: labelled.read(names, columns, name, name in ("train", "dev"))
-           for name, names in files.items() if names}
-    if "train" in raw and "dev" not in raw:
-        raw |= _held_out(raw["train"])
-    _check_overlap(raw)
+    raw = {name: labelled.read(names, columns, name, {"test": False, "unlabelled": None}.get(
+        name, True)) for name, names in files.items() if names}
     first = raw["train" if "train" in raw else "dev"]
     kind = labelled.kind_of(first, config.kind or (row.kind if row else ""))
+    _check_alike(raw)
+    if "train" in raw and "dev" not in raw:
+        raw |= _held_out(raw["train"], kind)
+    _check_overlap(raw)
     if row and kind != row.kind:
         raise UserError(f"--kind {kind} does not go with --task {config.task}, which is there to "
                         f"{row.kind}")
@@ -114,8 +115,9 @@ def read_task(
     for name, part in raw.items():
         numbers, truth = _truth(part, kind, labels)
         parts[name] = Part(part, truth, encode(part, numbers, tokenizer, length))
-    found = TaskInput(config.task or Path(str(files.get("train") or files["dev"])).stem, task,
-                      labels, parts)
+    own = Path((files.get("train") or files["dev"])[0]).name.split(".")[0]
+    found = TaskInput(config.task or own, task, labels, parts)
+    say(f"{first.columns}; {kind}" + (f": {labelled.some(labels)}" if labels else ""))
     _check_expected(found, config.task)
     return found
 
@@ -142,11 +144,25 @@ def _files(
     return files
 
 
-def _held_out(train: Labelled) -> dict[str, Labelled]:
-    """A part of the training examples to be judged on, by the hash of their texts."""
+def _check_alike(raw: dict[str, Labelled]) -> None:
+    """Raise a UserError if one part holds pairs or words where another holds texts."""
+    shapes = {name: "words" if part.tagged else f"{len(part.texts[0])} text(s) an example"
+              for name, part in raw.items()}
+    if len(set(shapes.values())) > 1:
+        raise UserError("the parts are not alike: " + ", ".join(
+            f"{shape} in --{name}" for name, shape in shapes.items()))
+
+
+def _held_out(train: Labelled, kind: str) -> dict[str, Labelled]:
+    """A part of the training examples to be judged on, by the hash of their texts; a class that
+    would be in that part alone stays in the training."""
     held = [sources.is_held_out("\n".join(texts), DEV_SHARE) for texts in train.texts]
+    if kind == "classify":
+        taught = {label for h, label in zip(held, train.labels, strict=True) if not h}
+        held = [h and label in taught for h, label in zip(held, train.labels, strict=True)]
     if len(set(held)) < 2:
-        raise UserError(f"{len(train)} examples are too few to hold some out: give --dev")
+        raise UserError(f"{len(train)} examples with {len(set(train.texts))} different texts are "
+                        "too few to hold some out: give --dev")
     return {"train": train.some([i for i, h in enumerate(held) if not h]),
             "dev": train.some([i for i, h in enumerate(held) if h])}
 
@@ -174,8 +190,8 @@ def _named(
     """
     if kind == "regress":
         if known:
-            raise UserError(f"the model chooses among {', '.join(known)}, the labels of the data "
-                            "are numbers: give --kind classify, or another model")
+            raise UserError(f"the model chooses among {labelled.some(known)}, the labels of the "
+                            "data are numbers: give --kind classify, or another model")
         return raw, ()
     written = dict(task.labels)
     if task.labels:
@@ -183,7 +199,8 @@ def _named(
             written.get(labelled.class_name(label), label) for label in part.labels])
             for name, part in raw.items()}
     first = raw["train" if "train" in raw else "dev"]
-    own = tuple(written.values()) or labelled.class_names(first)
+    judged = bool(known) and "train" not in raw  # where not every class has to occur
+    own = tuple(written.values()) or labelled.class_names(first, 1 if judged else 2)
     if not known:
         return raw, own
     if {name.lower() for name in known} == {name.lower() for name in own}:
@@ -191,12 +208,13 @@ def _named(
     # Models of some trainers have names that say nothing; numbers in the data mean their order.
     plain = [f"LABEL_{i}" for i in range(len(known))]
     numbers = list(written) or list(own)
-    if list(known) == plain and numbers == [str(i) for i in range(len(known))]:
-        return raw, own
-    if "train" not in raw and {n.lower() for n in own} < {n.lower() for n in known}:
+    places = [str(i) for i in range(len(known))]
+    if list(known) == plain and (numbers == places or (judged and set(numbers) <= set(places))):
+        return raw, tuple(written.values()) or tuple(places)
+    if judged and {n.lower() for n in own} < {n.lower() for n in known}:
         return raw, tuple(known)
-    raise UserError(f"the labels of the model are {', '.join(known)}, those of the data "
-                    f"{', '.join(own)}: rename them in the data or in the model's config.json")
+    raise UserError(f"the labels of the model are {labelled.some(known)}, those of the data "
+                    f"{labelled.some(own)}: rename them in the data or in the model's config.json")
 
 
 def _truth(part: Labelled, kind: str, labels: tuple[str, ...]) -> tuple[Any, Any]:
@@ -224,10 +242,9 @@ def _check_expected(found: TaskInput, name: str) -> None:
         train = found.parts["train"]
         if len(train) < 2:
             raise UserError(f"{len(train)} example is too few to train on")
-        if found.kind != "regress":
-            numbers = np.concatenate(train.examples.labels)
-            if len(np.unique(numbers[~np.isnan(numbers)])) < 2:
-                raise UserError("all labels of --train are the same: there is nothing to learn")
+        numbers = np.concatenate(train.examples.labels)
+        if len(np.unique(numbers[~np.isnan(numbers)])) < 2:
+            raise UserError("all labels of --train are the same: there is nothing to learn")
     for part, content in found.parts.items():
         share = content.examples.lengths
         line = (f"{part}: {len(content):,} examples of {share.mean():.1f} tokens on average, the "

@@ -1,6 +1,7 @@
 """A model for a task, as every training and judgement has it: how it begins, and its answers."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,15 @@ def check_tokenizers(
                         "tokenizers: a student reads the texts as its teacher does")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} if it is missing, damaged or holds something else."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def answered(
     config: FinetuneConfig | EvaluateConfig, task: TaskInput, mesh: Mesh, model: hub.Pretrained,
     part: str,
@@ -90,9 +100,14 @@ def order(theirs: tuple[str, ...], ours: tuple[str, ...]) -> list[int]:
     if not ours:
         return [0]
     names = [name.lower() for name in theirs]
-    if not set(name.lower() for name in ours) <= set(names):
+    if not _named_alike(theirs, ours):
         return list(range(len(ours)))
     return [names.index(name.lower()) for name in ours]
+
+
+def _named_alike(theirs: tuple[str, ...], ours: tuple[str, ...]) -> bool:
+    """Whether each of our labels is one of theirs, in any case."""
+    return {name.lower() for name in ours} <= {name.lower() for name in theirs}
 
 
 def judged(job: Job, model: hub.Pretrained, folder: Path | None = None, seconds: float = 0.0
@@ -113,9 +128,9 @@ def start_of(job: Job, source: hub.Pretrained, layers: list[int], seed: int
         pooler=False, mlm_head=False, hidden_dropout=config.dropout,
         attention_dropout=config.dropout, head_dropout=config.dropout)
     head = jax.device_get(init_params(shape, seed))["task_head"]
-    known = source.config.task == task.kind and (
-        {name.lower() for name in source.labels} == {name.lower() for name in task.labels})
-    if known:
+    plain = source.labels == tuple(f"LABEL_{i}" for i in range(len(task.labels)))
+    if source.config.task == task.kind and len(source.labels) == len(task.labels) and (
+            plain or _named_alike(source.labels, task.labels)):
         columns = order(source.labels, task.labels)
         head = source.params["task_head"] | {"output": jax.tree.map(
             lambda x: x[..., columns], source.params["task_head"]["output"])}

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 COLUMNS = ("model", "layers", "parameters", "score", "min to max", "95 % interval", "retention",
            "latency [ms]")
+FILES = ("metrics.json", "predictions.tsv", "test_predictions.tsv", "submission.tsv", "report.md",
+         "confusion.png")
 NAMES = {"teacher": "teacher", "plain": "student, fine-tuned plainly",
          "distilled": "student, distilled", "model": "model"}
 
@@ -131,9 +133,10 @@ def _judge(task: "TaskInput", part: str, runs: dict[str, list["Trained"]]) -> di
                 found[role]["retention"] = found[role]["score"] / whole
             found[role]["retention_interval"] = intervals.interval(drawn[role] / teacher)
     if "plain" in drawn and "distilled" in drawn:
-        found["distilled"]["over_plain"] = float(np.nanmean(drawn["distilled"] - drawn["plain"]))
-        found["distilled"]["over_plain_interval"] = intervals.interval(
-            drawn["distilled"] - drawn["plain"])
+        gain = drawn["distilled"] - drawn["plain"]
+        if pair := intervals.interval(gain):
+            found["distilled"] |= {"over_plain": float(np.nanmean(gain)),
+                                   "over_plain_interval": pair}
     return found
 
 
@@ -184,7 +187,7 @@ def write_predictions(path: Path, task: "TaskInput", part: str, found: np.ndarra
     lines = []
     if task.kind == "tag":
         for texts, tags, own in zip(content.raw.texts, gold, said, strict=True):
-            lines += ["\t".join((word, tag, answer)) for word, tag, answer in zip(
+            lines += ["\t".join((" ".join(word.split()), tag, answer)) for word, tag, answer in zip(
                 texts, tags or [""] * len(texts), own, strict=True)] + [""]
     else:
         shares = answers.probabilities(found) if task.kind == "classify" else None
@@ -221,11 +224,14 @@ def plot_confusion(task: "TaskInput", found: np.ndarray, path: Path) -> None:
     import matplotlib.pyplot as plt
     from sklearn.metrics import ConfusionMatrixDisplay
 
-    size = 2.5 + 0.6 * len(task.labels)
-    figure, axes = plt.subplots(figsize=(size + 1, size), layout="constrained")
-    ConfusionMatrixDisplay.from_predictions(
-        task.parts["dev"].truth, given(task, "dev", found), labels=range(len(task.labels)),
-        display_labels=task.labels, ax=axes, cmap="Blues", xticks_rotation=45)
-    axes.set(xlabel="answer", ylabel="label")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    few = len(task.labels) <= 40  # of more, the counts could not be read
+    size = 2.5 + 0.6 * min(len(task.labels), 40)
+    with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a name is a $
+        figure, axes = plt.subplots(figsize=(size + 1, size), layout="constrained")
+        ConfusionMatrixDisplay.from_predictions(
+            task.parts["dev"].truth, given(task, "dev", found), labels=range(len(task.labels)),
+            display_labels=task.labels if few else None, include_values=few, ax=axes, cmap="Blues",
+            xticks_rotation=45 if few else 90)
+        axes.set(xlabel="answer", ylabel="label")
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
