@@ -19,7 +19,7 @@ from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import answers, report
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.jobs import task_report
-from distilbert_jax.jobs.lessons import Lessons, check_output, choose_layers, lessons
+from distilbert_jax.jobs.lessons import Lessons, check_output, choose_layers, lessons_of
 from distilbert_jax.jobs.setup import check_folder
 from distilbert_jax.jobs.task_data import read_task
 from distilbert_jax.jobs.task_model import (
@@ -136,7 +136,7 @@ def _compare(job: Job, start: hub.Pretrained, teacher: hub.Pretrained | None, la
     main, learnt = ("distilled" if runs else "model"), None
     if runs:
         teacher = runs["teacher"][0].model
-        learnt = lessons(job, runs["teacher"][0], start if config.augment else None)
+        learnt = lessons_of(job, runs["teacher"][0], start if config.augment else None)
         if config.greedy and len(layers) < teacher.config.num_hidden_layers:
             layers = choose_layers(job, teacher, len(layers))
     for seed in range(config.seed, config.seed + config.seeds):

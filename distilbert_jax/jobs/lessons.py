@@ -50,7 +50,7 @@ def check_output(output: str) -> None:
                             "--output")
 
 
-def lessons(job: Job, teacher: Trained, words: hub.Pretrained | None) -> Lessons:
+def lessons_of(job: Job, teacher: Trained, words: hub.Pretrained | None) -> Lessons:
     """The teacher's answers to all that the student is trained on.
 
     Args:
