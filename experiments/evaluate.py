@@ -1,7 +1,8 @@
-"""Judge a model that was trained for a task, here or elsewhere:
+"""Judge a model that was trained for a task, or a masked language model, here or elsewhere:
 
     python experiments/evaluate.py --model DIR --task mrpc --data ../shared/data/glue/MRPC
     python experiments/evaluate.py --model DIR --dev labelled.csv --output judged
+    python experiments/evaluate.py --model DIR --teacher DIR --corpus text.jsonl
 """
 
 from launch import launch

@@ -413,6 +413,7 @@ TASKS_THAT_CANNOT = [  # (program, what is made, words after those of TASK, part
      ["--output new holds files that were not made by this command"]),
     (evaluate, LABELLED, "", ["teacher is BertForMaskedLM, not trained for a task"]),
     (evaluate, LABELLED, "--valid corpus.txt", ["--task, --data and --dev labelled data: give"]),
+    (evaluate, with_classifier(), "--output gs://bucket/run", ["written to a folder of this"]),
     (evaluate, LABELLED, "--teacher teacher", ["--teacher teacher is compared on texts"]),
     (evaluate, with_classifier(), "--dev absent.csv", ["absent.csv: no such file"]),
     (evaluate, with_classifier(), "--kind regress", ["the model chooses among x, y"]),

@@ -33,6 +33,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, float | None]:
     Raises:
         UserError: anything in the settings or files that the user can mend.
     """
+    if store.is_remote(config.output):
+        raise UserError(f"--output {config.output}: figures are written to a folder of this "
+                        "machine")
     if config.output:
         store.check_writable(config.output)
         _check_output(config.output)
