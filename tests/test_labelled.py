@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from distilbert_jax.data import labelled
+from distilbert_jax.data import targets
 from distilbert_jax.data.labelled import Columns, Labelled, read
 from distilbert_jax.errors import UserError
 
@@ -41,8 +41,8 @@ def test_pairs_and_numbers_from_parquet_and_saved_datasets(tmp_path):
     datasets.DatasetDict({"train": data, "validation": data.select([1])}).save_to_disk(
         str(tmp_path / "saved"))
     found = read([str(tmp_path / "a.parquet")], Columns(), "train")
-    assert found.texts == [("a", "c"), ("b", "d")] and labelled.kind_of(found) == "regress"
-    assert labelled.numbers(found) == [0.5, 1.0]
+    assert found.texts == [("a", "c"), ("b", "d")] and targets.kind_of(found) == "regress"
+    assert targets.numbers(found) == [0.5, 1.0]
     assert read([str(tmp_path / "saved")], Columns(), "dev").texts == [("b", "d")]
 
 
@@ -67,10 +67,10 @@ def test_tagged_words(tmp_path):
     content = "-DOCSTART- -X- O\n\nEU NNP B-ORG\nrejects VBZ O\n\nPeter NNP B-PER\n"
     found = read([write(tmp_path / "a.conll", content)], Columns(), "train")
     assert found.texts == [("EU", "rejects"), ("Peter",)] and found.tagged
-    assert labelled.kind_of(found) == "tag"
-    names = labelled.class_names(found)
+    assert targets.kind_of(found) == "tag"
+    names = targets.class_names(found)
     assert names == ("O", "B-ORG", "B-PER")
-    assert labelled.classes(found, names) == [[1, 0], [2]]
+    assert targets.classes(found, names) == [[1, 0], [2]]
 
 
 @pytest.mark.parametrize("labels, kind", [
@@ -79,14 +79,14 @@ def test_tagged_words(tmp_path):
 def test_the_kind_goes_by_the_labels(labels, kind, tmp_path):
     lines = [json.dumps({"text": "a", "label": label}) for label in labels]
     found = read([write(tmp_path / "a.jsonl", "\n".join(lines))], Columns(), "train")
-    assert labelled.kind_of(found) == kind
+    assert targets.kind_of(found) == kind
 
 
 def test_labels_are_matched_by_name_in_any_case(tmp_path):
     found = read([write(tmp_path / "a.csv", "text,label\na,Yes\nb,no\n")], Columns(), "train")
-    assert labelled.classes(found, ("no", "yes")) == [1, 0]
+    assert targets.classes(found, ("no", "yes")) == [1, 0]
     numbers = read([write(tmp_path / "n.csv", "text,label\na,10\nb,9\n")], Columns(), "train")
-    assert labelled.class_names(numbers) == ("9", "10")
+    assert targets.class_names(numbers) == ("9", "10")
 
 
 BAD = [  # (file, content, columns, parts of the message)
@@ -151,8 +151,8 @@ def test_labels_that_are_not_asked_for(tmp_path):
 def test_labels_that_mislead(labels, message):
     found = Labelled([("a",), ("b",)], labels, ["a.csv:2", "a.csv:3"])
     with pytest.raises(UserError, match=message):
-        labelled.kind_of(found)
-        labelled.class_names(found)
+        targets.kind_of(found)
+        targets.class_names(found)
 
 
 def test_labels_that_cannot_be(tmp_path):
@@ -160,16 +160,16 @@ def test_labels_that_cannot_be(tmp_path):
         read([str(tmp_path / "absent.csv")], Columns(), "train")
     one = read([write(tmp_path / "a.csv", "text,label\na,x\nb,x\n")], Columns(), "train")
     with pytest.raises(UserError, match="all labels are 'x'"):
-        labelled.class_names(one)
+        targets.class_names(one)
     with pytest.raises(UserError, match="label 'x' is not among the labels y, z"):
-        labelled.classes(one, ("y", "z"))
+        targets.classes(one, ("y", "z"))
     with pytest.raises(UserError, match="label 'x' is not a finite number"):
-        labelled.numbers(one)
+        targets.numbers(one)
     with pytest.raises(UserError, match="holds no tagged words"):
-        labelled.kind_of(one, "tag")
+        targets.kind_of(one, "tag")
     nan = read([write(tmp_path / "n.csv", "text,label\na,nan\n")], Columns(), "train")
     with pytest.raises(UserError, match="is not a finite number"):
-        labelled.numbers(nan)
+        targets.numbers(nan)
     tags = write(tmp_path / "t.conll", "a O\n")
     with pytest.raises(UserError, match="some hold tagged words, some texts"):
         read([tags, os.fspath(tmp_path / "a.csv")], Columns(), "train")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distilbert_jax.data import labelled, sources
+from distilbert_jax.data import labelled, sources, targets
 from distilbert_jax.data.examples import Examples, encode
 from distilbert_jax.data.labelled import Columns, Labelled
 from distilbert_jax.errors import UserError, choose
@@ -98,7 +98,7 @@ def read_task(
     raw = {name: labelled.read(names, columns, name, {"test": False, "unlabelled": None}.get(
         name, True)) for name, names in files.items() if names}
     first = raw["train" if "train" in raw else "dev"]
-    kind = labelled.kind_of(first, config.kind or (row.kind if row else ""))
+    kind = targets.kind_of(first, config.kind or (row.kind if row else ""))
     _check_alike(raw)
     if "train" in raw and "dev" not in raw:
         raw |= _held_out(raw["train"], kind)
@@ -117,7 +117,7 @@ def read_task(
         parts[name] = Part(part, truth, encode(part, numbers, tokenizer, length))
     own = Path((files.get("train") or files["dev"])[0]).name.split(".")[0]
     found = TaskInput(config.task or own, task, labels, parts)
-    say(f"{first.columns}; {kind}" + (f": {labelled.some(labels)}" if labels else ""))
+    say(f"{first.columns}; {kind}" + (f": {targets.some(labels)}" if labels else ""))
     _check_expected(found, config.task)
     return found
 
@@ -190,17 +190,17 @@ def _named(
     """
     if kind == "regress":
         if known:
-            raise UserError(f"the model chooses among {labelled.some(known)}, the labels of the "
+            raise UserError(f"the model chooses among {targets.some(known)}, the labels of the "
                             "data are numbers: give --kind classify, or another model")
         return raw, ()
     written = dict(task.labels)
     if task.labels:
         raw = {name: dataclasses.replace(part, labels=[
-            written.get(labelled.class_name(label), label) for label in part.labels])
+            written.get(targets.class_name(label), label) for label in part.labels])
             for name, part in raw.items()}
     first = raw["train" if "train" in raw else "dev"]
     judged = bool(known) and "train" not in raw  # where not every class has to occur
-    own = tuple(written.values()) or labelled.class_names(first, 1 if judged else 2)
+    own = tuple(written.values()) or targets.class_names(first, 1 if judged else 2)
     if not known:
         return raw, own
     if {name.lower() for name in known} == {name.lower() for name in own}:
@@ -213,8 +213,8 @@ def _named(
         return raw, tuple(written.values()) or tuple(places)
     if judged and {n.lower() for n in own} < {n.lower() for n in known}:
         return raw, tuple(known)
-    raise UserError(f"the labels of the model are {labelled.some(known)}, those of the data "
-                    f"{labelled.some(own)}: rename them in the data or in the model's config.json")
+    raise UserError(f"the labels of the model are {targets.some(known)}, those of the data "
+                    f"{targets.some(own)}: rename them in the data or in the model's config.json")
 
 
 def _truth(part: Labelled, kind: str, labels: tuple[str, ...]) -> tuple[Any, Any]:
@@ -226,9 +226,9 @@ def _truth(part: Labelled, kind: str, labels: tuple[str, ...]) -> tuple[Any, Any
         missing = next(i for i, label in enumerate(part.labels) if label is None)
         raise UserError(f"{part.where[missing]}: no label, where others have one")
     if kind == "regress":
-        numbers = labelled.numbers(part)
+        numbers = targets.numbers(part)
         return numbers, numbers
-    numbers = labelled.classes(part, labels)
+    numbers = targets.classes(part, labels)
     return numbers, part.labels if kind == "tag" else numbers
 
 
