@@ -8,7 +8,7 @@ import pytest
 from conftest import SPECIAL, VOCAB
 
 from distilbert_jax.data.examples import Examples
-from distilbert_jax.evaluation.augment import RATE, variants
+from distilbert_jax.evaluation.augment import RATE, unlabelled, variants
 from distilbert_jax.machine.sharding import make_mesh, shardings
 from distilbert_jax.models.encoder import EncoderConfig, graphdef
 from distilbert_jax.models.start import init_params
@@ -52,6 +52,15 @@ def test_some_ordinary_tokens_are_others():
     assert (found[0] != found[1]).any() and (draw("8x1", some, 2, bias) == found).all()
     assert (draw("2x4", some, 2, bias) == found).all() and (
         draw("8x1", some, 2, bias, seed=1) != found).any()
+
+
+def test_variants_have_no_labels():
+    some = examples(3, 4)
+    drawn = np.arange(36, dtype=np.int32).reshape(2, 18)
+    copies = unlabelled(some, drawn)
+    assert [[list(ids) for ids in copy.ids] for copy in copies] == drawn.reshape(2, 3, 6).tolist()
+    assert all(np.isnan(labels).all() for copy in copies for labels in copy.labels)
+    assert copies[0].positions == some.positions
 
 
 def test_words_are_drawn_from_the_model_s_distribution():

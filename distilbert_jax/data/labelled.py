@@ -1,7 +1,7 @@
 """Labelled files → examples: texts, labels as they are written, and where each stands.
 
 Which columns are read is said by the task or the user, or else by the names in the header; nothing
-is guessed from values but whether labels are numbers.
+is guessed from values.
 """
 
 import csv

@@ -55,6 +55,14 @@ def variants(
     return found
 
 
+def unlabelled(examples: Examples, drawn: np.ndarray) -> list[Examples]:
+    """Each copy that `variants` drew, as examples without labels: the old ones may be wrong."""
+    ends = np.cumsum(examples.lengths)[:-1]
+    return [dataclasses.replace(
+        examples, ids=np.split(ids, ends), labels=[np.full(len(own), np.nan) for own in
+                                                   examples.labels]) for ids in drawn]
+
+
 def _hidden(examples: Examples, mask_id: int, special_ids: Sequence[int],
             random: np.random.Generator) -> Examples:
     """The examples with some tokens hidden, which are asked for; in place of a label stands a

@@ -18,7 +18,7 @@ from distilbert_jax.data.examples import Examples
 from distilbert_jax.data.tokenize import spec
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import answers
-from distilbert_jax.evaluation.augment import variants
+from distilbert_jax.evaluation.augment import unlabelled, variants
 from distilbert_jax.jobs import task_report
 from distilbert_jax.jobs.task_model import Job, Trained, cut, on_devices, order, read_json
 from distilbert_jax.machine import seal, store
@@ -80,7 +80,7 @@ def lessons_of(job: Job, teacher: Trained, words: hub.Pretrained | None) -> Less
         raise UserError(f"{folder} holds answers for another {', '.join(other)}: remove it, or "
                         "choose another --output")
     if words:
-        given += _variants(job, np.load(folder / "variants.npy"))
+        given += unlabelled(given[0], np.load(folder / "variants.npy"))
     return Lessons(model, functools.reduce(operator.add, given), np.load(folder / "logits.npy"),
                    json.dumps(request))
 
@@ -94,7 +94,7 @@ def _answer(job: Job, folder: Path, given: list[Examples], model: hub.Pretrained
         drawn = variants(
             *on_devices(job.config, job.mesh, words), given[0], job.mesh, job.config.augment,
             tokenizer.mask_token_id, tokenizer.all_special_ids, job.config.seed)
-        given = given + _variants(job, drawn)
+        given = given + unlabelled(given[0], drawn)
     graph, params = on_devices(job.config, job.mesh, model)
     found = np.concatenate([
         answers.logits(graph, params, examples, job.mesh, "teacher") for examples in given])
@@ -106,15 +106,6 @@ def _answer(job: Job, folder: Path, given: list[Examples], model: hub.Pretrained
                     np.save(new / "variants.npy", drawn)
                 (new / "request.json").write_text(json.dumps(request, indent=1))
                 seal.seal(new)
-
-
-def _variants(job: Job, drawn: np.ndarray) -> list[Examples]:
-    """Copies of the training examples without labels, with other words."""
-    train = job.task.parts["train"].examples
-    ends = np.cumsum(train.lengths)[:-1]
-    return [dataclasses.replace(
-        train, ids=np.split(ids, ends), labels=[np.full(len(own), np.nan) for own in train.labels])
-        for ids in drawn]
 
 
 def choose_layers(job: Job, teacher: hub.Pretrained, count: int) -> list[int]:
