@@ -134,7 +134,7 @@ def test_evaluate_gives_the_same_figures(distilled, data, tmp_path, capsys):
 
 
 def test_a_masked_language_model_is_judged_as_at_the_end_of_its_run(toy, tmp_path, capsys):
-    """The same held-out texts, beside its teacher, from the same corpus or all of --valid."""
+    """evaluate.py gives the figures of the run's report; of --valid alone, all texts count."""
     corpus = tmp_path / "corpus.txt"
     random = np.random.default_rng(3)
     corpus.write_text("".join(" ".join(random.choice(WORDS, 9)) + "\n" for _ in range(200)))

@@ -33,7 +33,7 @@ def serve(began: float, pipe: Connection) -> None:
     """Be one side: what makes the worker is received, then each True is a round, False the end.
 
     Args:
-        began: when the process was started [seconds since 1970], which the worker is told.
+        began: when the process was started [seconds since 1970]; the worker counts from then.
         pipe: to the driver; a UserError is sent in place of an answer.
     """
     with contextlib.suppress(EOFError, ConnectionError):  # the driver is gone

@@ -55,8 +55,8 @@ class TrainerSide:
 
         Args:
             problem: the examples and settings.
-            padded: every example to the task's length, as run_glue.py does unless told otherwise;
-                else each batch to its longest.
+            padded: whether every example is padded to the task's length, the default of
+                run_glue.py; if not, each batch is padded to its longest.
             began: when the process was started.
         """
         transformers.utils.logging.set_verbosity_error()

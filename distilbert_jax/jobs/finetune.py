@@ -141,7 +141,7 @@ def _compare(job: Job, start: hub.Pretrained, teacher: hub.Pretrained | None, la
             layers = choose_layers(job, teacher, len(layers))
     for seed in range(config.seed, config.seed + config.seeds):
         if runs and config.baseline:
-            # As many updates as the distilled one has, so that only what is learnt differs.
+            # As many updates as the distilled one has, so that longer training is no advantage.
             runs.setdefault("plain", []).append(
                 _train(job, start, layers, seed, "plain", job.steps(len(learnt.examples))))
         begun = teacher if config.distil or not config.model else start
