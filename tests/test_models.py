@@ -282,6 +282,31 @@ def test_a_row_drops_by_its_own_key(tiny_model, monkeypatch):
     np.testing.assert_allclose(alone[:, :7], whole[1:2, :7], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_last_layer_at_a_few_positions_is_that_of_all(tiny_model, x64, rate, remat):
+    """Its states, and the gradients of all parameters, with the same elements dropped."""
+    given = [jnp.asarray(x) for x in padded(np.random.default_rng(4), 72, LENGTHS, 13)[:3]]
+    config, params = tiny_model(
+        num_hidden_layers=2, hidden_dropout=rate, attention_dropout=rate)
+    graph = graphdef(config, jnp.float64, jnp.float64, remat=remat)
+    keys = jax.random.split(jax.random.key(0), 4)
+    at = jnp.asarray(np.random.default_rng(5).integers(0, 7, (4, 3)), jnp.int32)
+    weights = jnp.asarray(np.random.default_rng(6).normal(size=(4, 3, 16)))
+
+    def few(params):
+        last = nnx.merge(graph, params)(*given, dropout_keys=keys, at=at).last
+        return (weights * last).sum(), last
+
+    def whole(params):
+        last = nnx.merge(graph, params)(*given, dropout_keys=keys).last
+        last = jnp.take_along_axis(last, at[..., None], axis=1)
+        return (weights * last).sum(), last
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), *(
+        jax.value_and_grad(f, has_aux=True)(params) for f in (few, whole)))
+
+
 def test_only_bert_drops_after_the_attention_output(tiny_model):
     _, params = tiny_model()
     x, segments = jnp.ones((2, 5, 16)), jnp.ones((2, 5), jnp.int32)

@@ -215,8 +215,6 @@ def test_dropout_reaches_the_head(task_model, x64):
     shape, params = task_model
     graph = graphdef(dataclasses.replace(shape, head_dropout=0.5), "float64", "float64")
     model = nnx.merge(graph, params)
-    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 16)))
-    positions = jnp.zeros((2, 1), jnp.int32)
+    states = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 16)))
     keys = jax.random.split(jax.random.key(0), 2)
-    assert not np.allclose(model.task_logits(hidden, positions, keys),
-                           model.task_logits(hidden, positions))
+    assert not np.allclose(model.task_logits(states, keys), model.task_logits(states))

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -31,7 +30,7 @@ def answer_step(graph: nnx.GraphDef, mesh: Mesh) -> Callable[..., jax.Array]:
 
     def step(params, batch):
         model = nnx.merge(graph, params)
-        return model.task_logits(observe(model, batch).last, batch["target_positions"])
+        return model.task_logits(observe(model, batch, at=batch["target_positions"]).last)
 
     return jax.jit(on_mesh(step, mesh), out_shardings=by_rows(mesh))
 
@@ -41,8 +40,8 @@ def states_step(graph: nnx.GraphDef, mesh: Mesh) -> Callable[..., jax.Array]:
     """Jitted: (parameters, batch) → last hidden states [R, S, D] where the task is answered."""
 
     def step(params, batch):
-        last = observe(nnx.merge(graph, params), batch).last
-        found = jnp.take_along_axis(last, batch["target_positions"][..., None], axis=1)
+        model = nnx.merge(graph, params)
+        found = observe(model, batch, at=batch["target_positions"]).last
         return found.astype(wide(found.dtype))
 
     return jax.jit(on_mesh(step, mesh), out_shardings=by_rows(mesh))

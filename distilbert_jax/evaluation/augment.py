@@ -88,8 +88,7 @@ def _draw_step(graph: nnx.GraphDef, mesh: Mesh, special_ids: tuple[int, ...]
 
     def step(params, batch):
         model = nnx.merge(graph, params)
-        states = jnp.take_along_axis(
-            observe(model, batch).last, batch["target_positions"][..., None], axis=1)
+        states = observe(model, batch, at=batch["target_positions"]).last
         logits = model.mlm_logits(states).at[..., np.array(special_ids)].set(-jnp.inf)
         summed = jnp.cumsum(jax.nn.softmax(logits, axis=-1), axis=-1)
         below = summed <= batch["labels"][..., None] * summed[..., -1:]

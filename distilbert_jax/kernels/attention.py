@@ -29,30 +29,34 @@ Query = Array | jax.ShapeDtypeStruct  # only its shape and dtype are read
 
 
 def attention(
-    query: Float[Array, "B T N H"],
+    query: Float[Array, "B Q N H"],
     key: Float[Array, "B T N H"],
     value: Float[Array, "B T N H"],
     mask: AttentionMask,
     drop: Dropout | None = None,
-) -> Float[Array, "B T N H"]:
+    at: Int[Array, "B Q"] | None = None,
+) -> Float[Array, "B Q N H"]:
     """Compute scaled dot-product attention (Vaswani et al. 2017, section 3.2.1) under a mask.
 
     The kernel of the platform is called if there is one; where it declines, XLA computes the same
     and the reason is logged once.
 
     Args:
-        query, key, value: [B, T, N, H], in the compute dtype.
+        query: [B, Q, N, H], in the compute dtype.
+        key, value: [B, T, N, H], likewise.
         mask: who sees whom.
         drop: dropout of the attention probabilities, which are indexed as an array [N, T, S] in
             each row; None for none.
+        at: [B, Q] positions of the queries; None if they stand at all T. XLA computes them: its
+            scores are small where they are few.
 
     Returns:
-        Contexts [B, T, N, H] in the dtype of `value`; the softmax is at least float32.
+        Contexts [B, Q, N, H] in the dtype of `value`; the softmax is at least float32.
     """
     mesh = jax.sharding.get_abstract_mesh()
     platform, device = _device(mesh)
-    if platform not in KERNELS:
-        return _xla(query, key, value, mask, drop)
+    if at is not None or platform not in KERNELS:
+        return _xla(query, key, value, mask, drop, at)
     kernel, lacks = KERNELS[platform]
     if reason := lacks(query, mask, device, drop is not None):
         _warn_once(f"attention without the kernel for {platform}, which lacks: {reason}")
@@ -65,14 +69,25 @@ def attention(
 
 
 def _xla(
-    query: Array, key: Array, value: Array, mask: AttentionMask, drop: Dropout | None
+    query: Array, key: Array, value: Array, mask: AttentionMask, drop: Dropout | None,
+    at: Array | None = None,
 ) -> Array:
+    sees = mask.matrix()
+    if at is not None:
+        sees = jnp.take_along_axis(sees, at[..., None], axis=1)
     # Heads before positions: on CPU the two products are then plain batched matrix products.
     query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
-    scores = product(query, key, rows=True) / math.sqrt(query.shape[-1])  # [B, N, T, S]
-    scores = jnp.where(mask.matrix()[:, None], scores, jnp.finfo(scores.dtype).min)
-    probabilities = dropped(jax.nn.softmax(scores, axis=-1), drop)
-    context = product(probabilities.astype(value.dtype), value)  # [B, N, T, H]
+    scores = product(query, key, rows=True) / math.sqrt(query.shape[-1])  # [B, N, Q, T]
+    scores = jnp.where(sees[:, None], scores, jnp.finfo(scores.dtype).min)
+    probabilities = jax.nn.softmax(scores, axis=-1)
+    if at is None:
+        probabilities = dropped(probabilities, drop)
+    else:
+        rows = at[:, None] + key.shape[2] * jnp.arange(key.shape[1])[:, None]  # of [N T, T]
+        probabilities = dropped(
+            probabilities.reshape(len(at), -1, key.shape[2]), drop,
+            rows.reshape(len(at), -1)).reshape(scores.shape)
+    context = product(probabilities.astype(value.dtype), value)  # [B, N, Q, H]
     return context.astype(value.dtype).transpose(0, 2, 1, 3)
 
 

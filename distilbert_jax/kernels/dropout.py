@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Key, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 RowKeys = Key[Array, " B"] | None  # None for no dropout
 
@@ -29,17 +29,24 @@ def dropout(rate: float, keys: RowKeys) -> Dropout | None:
     return Dropout(rate, jax.vmap(lambda key: jax.random.bits(key, (2,), "uint32"))(keys))
 
 
-def dropped(x: Float[Array, "B ..."], drop: Dropout | None) -> Float[Array, "B ..."]:
+def dropped(
+    x: Float[Array, "B S ..."], drop: Dropout | None, at: Int[Array, "B S"] | None = None
+) -> Float[Array, "B S ..."]:
     """Set a random share of x to 0 and scale up the rest, which keeps the expectation of x.
 
     Args:
-        x: [B, ...]; an element's index is counted over all axes of its row.
+        x: [B, S, ...]; an element's index is counted over all axes of its row.
         drop: rate and seeds of B rows; None returns x as it is.
+        at: [B, S] where the parts of x stand on the second axis of a longer array, whose
+            elements they drop; None if they are all there is.
     """
     if drop is None:
         return x
-    indices = jnp.arange(math.prod(x.shape[1:]), dtype=jnp.uint32).reshape(x.shape[1:])
-    seeds = (drop.seeds[:, i].reshape(-1, *[1] * indices.ndim) for i in range(2))
+    size = math.prod(x.shape[2:])
+    parts = jnp.arange(x.shape[1])[None] if at is None else at
+    indices = (parts.astype(jnp.uint32)[..., None] * jnp.uint32(size)
+               + jnp.arange(size, dtype=jnp.uint32)).reshape(-1, *x.shape[1:])
+    seeds = (drop.seeds[:, i].reshape(-1, *[1] * (x.ndim - 1)) for i in range(2))
     return jnp.where(kept(indices, *seeds, drop.rate), x / (1 - drop.rate), 0)
 
 

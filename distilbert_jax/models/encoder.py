@@ -101,10 +101,18 @@ class EncoderConfig:
         return self.max_position_embeddings - self.position_offset
 
 
+At = Int[Array, "B S"] | None  # positions in each row; None for all
+
+
+def gathered(x: Float[Array, "B T D"], at: At) -> Float[Array, "B S D"]:
+    """The vectors of x at some positions of each row."""
+    return x if at is None else jnp.take_along_axis(x, at[..., None], axis=1)
+
+
 class Seen(NamedTuple):
     """What a model shows of a batch."""
 
-    last: Float[Array, "B T D"]
+    last: Float[Array, "B S D"]  # at the positions that were asked for
     hidden: dict[int, Float[Array, "B T D"]]  # layer, from 1 → its states; 0: the embeddings
 
 
@@ -140,12 +148,13 @@ class Attention(nnx.Module):
         self.dropout = config.attention_dropout
 
     def __call__(
-        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], keys: RowKeys
-    ) -> Float[Array, "B T D"]:
-        heads = (*x.shape[:2], self.num_heads, -1)
-        q, k, v = (f(x).reshape(heads) for f in (self.query, self.key, self.value))  # [B, T, N, H]
-        context = attention(q, k, v, AttentionMask(segment_ids), dropout(self.dropout, keys))
-        return self.output(context.reshape(x.shape))
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], keys: RowKeys, at: At
+    ) -> Float[Array, "B S D"]:
+        given = (gathered(x, at), x, x)
+        q, k, v = (f(states).reshape(*states.shape[:2], self.num_heads, -1) for f, states in zip(
+            (self.query, self.key, self.value), given, strict=True))  # [B, T, N, H]
+        context = attention(q, k, v, AttentionMask(segment_ids), dropout(self.dropout, keys), at)
+        return self.output(context.reshape(given[0].shape))
 
 
 class FeedForward(nnx.Module):
@@ -172,12 +181,14 @@ class Layer(nnx.Module):
         self.attended_dropout = config.hidden_dropout if config.attention_output_dropout else 0.0
 
     def __call__(
-        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], keys: RowKeys
-    ) -> Float[Array, "B T D"]:
-        attended = self.attention(x, segment_ids, _own(keys, 0))
-        attended = dropped(attended, dropout(self.attended_dropout, _own(keys, 1)))
-        x = self.attention_norm(x + attended)
-        return self.output_norm(x + dropped(self.ffn(x), dropout(self.dropout, _own(keys, 2))))
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"], keys: RowKeys,
+        at: At = None,
+    ) -> Float[Array, "B S D"]:
+        attended = self.attention(x, segment_ids, _own(keys, 0), at)
+        attended = dropped(attended, dropout(self.attended_dropout, _own(keys, 1)), at)
+        x = self.attention_norm(gathered(x, at) + attended)
+        down = dropped(self.ffn(x), dropout(self.dropout, _own(keys, 2)), at)
+        return self.output_norm(x + down)
 
 
 class Embeddings(nnx.Module):
@@ -269,8 +280,12 @@ class Encoder(nnx.Module):
         token_type_ids: Int[Array, "B T"] | None = None,
         dropout_keys: RowKeys = None,
         want: tuple[int, ...] = (),
+        at: At = None,
     ) -> Seen:
         """Compute the last hidden states and, of the layers in `want`, theirs.
+
+        Only keys and values of the last layer need all positions: where its states are wanted at
+        a few, the rest of it is computed at those alone.
 
         Args:
             input_ids: [B, T] token ids.
@@ -281,16 +296,20 @@ class Encoder(nnx.Module):
             dropout_keys: [B] a key for each row, so that what is dropped in it does not depend
                 on the rows beside it; None switches dropout off.
             want: numbers of layers, from 1; 0 are the embeddings.
+            at: [B, S] positions at which the last states are wanted; None for all. The last
+                layer is then not in `want`.
 
         Returns:
-            States [B, T, D] in the compute dtype; those of padding mean nothing.
+            States [B, T, D], of the last layer [B, S, D], in the compute dtype; those of padding
+            mean nothing.
         """
         keys = dropout_keys
         x = self.embeddings(input_ids, position_ids, token_type_ids, _own(keys, 0))
         hidden = {0: x}
         for number, layer in enumerate(self.layers, 1):
             call = jax.checkpoint(layer) if self.remat else layer
-            x = hidden[number] = call(x, segment_ids, _own(keys, number))
+            last = number == len(self.layers)
+            x = hidden[number] = call(x, segment_ids, _own(keys, number), at if last else None)
         return Seen(x, {number: hidden[number] for number in want})
 
     def mlm_projection(
@@ -307,17 +326,15 @@ class Encoder(nnx.Module):
         return logits + bias.astype(logits.dtype)
 
     def task_logits(
-        self, hidden: Float[Array, "B T D"], positions: Int[Array, "B S"],
-        dropout_keys: RowKeys = None,
+        self, states: Float[Array, "B S D"], dropout_keys: RowKeys = None
     ) -> Float[Array, "B S C"]:
-        """Logits of the task at some positions of each row, at least float32.
+        """Logits of the task, at least float32.
 
         Args:
-            hidden: [B, T, D] last states.
-            positions: [B, S] the first one of a document, or of a word that is tagged.
+            states: [B, S, D] last states at the positions that are answered: the first one of a
+                document, or of a word that is tagged.
             dropout_keys: [B] as for the model; None for none.
         """
-        states = jnp.take_along_axis(hidden, positions[..., None], axis=1)
         return self.task_head(states, _own(dropout_keys, len(self.layers) + 1))
 
     def pooled(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B D"]:

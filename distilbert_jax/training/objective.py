@@ -17,7 +17,7 @@ from distilbert_jax.config import DistilConfig
 from distilbert_jax.errors import UserError, choose
 from distilbert_jax.kernels.dropout import RowKeys
 from distilbert_jax.kernels.head import Head, Targets, Term, fused_losses
-from distilbert_jax.models.encoder import EncoderConfig, Seen
+from distilbert_jax.models.encoder import At, EncoderConfig, Seen, gathered
 from distilbert_jax.task_config import FinetuneConfig
 from distilbert_jax.training.losses import LOSSES
 
@@ -81,6 +81,16 @@ class Objective:
         return tuple(sorted({theirs for _, theirs in self.layer_map})) if self.mapped else ()
 
     @property
+    def reads(self) -> str | None:
+        """The positions in a batch at which alone last states are read; None for everywhere."""
+        needs = {LOSSES[name].needs for name in self.weights}
+        if needs <= {"targets", "answers"}:
+            return "target_positions"
+        if needs <= {"labels", "logits"} and not self.logits_everywhere:
+            return "masked_positions"
+        return None
+
+    @property
     def logits_everywhere(self) -> bool:
         """Whether logits are needed at all positions and not only at the masked ones."""
         return not self.restrict_ce_to_mask and any(
@@ -128,16 +138,17 @@ def map_layers(wish: str, student: int, teacher: int) -> tuple[tuple[int, int], 
 
 
 def observe(
-    model: nnx.Module, batch: Batch, want: tuple[int, ...] = (), dropout_keys: RowKeys = None
+    model: nnx.Module, batch: Batch, want: tuple[int, ...] = (), dropout_keys: RowKeys = None,
+    at: At = None,
 ) -> Seen:
-    """What a model shows of a batch: its last hidden states, and those of the layers in `want`."""
+    """What a model shows of a batch: last hidden states `at` positions, and layers in `want`."""
     return model(batch["input_ids"], batch["segment_ids"], batch["position_ids"],
-                 batch.get("token_type_ids"), dropout_keys=dropout_keys, want=want)
+                 batch.get("token_type_ids"), dropout_keys=dropout_keys, want=want, at=at)
 
 
 def at_masked(x: Float[Array, "B T C"], batch: Batch) -> Float[Array, "B K C"]:
     """Gather the positions that are predicted."""
-    return jnp.take_along_axis(x, batch["masked_positions"][..., None], axis=1)
+    return gathered(x, batch["masked_positions"])
 
 
 def loss_counts(batch: Batch, objective: Objective) -> Metrics:
@@ -170,9 +181,10 @@ def total_loss(
         The total, to be differentiated, and the mean of each loss by name, which is not.
     """
     real = (batch["segment_ids"] > 0).astype(jnp.float32)
-    seen = observe(student, batch, objective.student_layers, dropout_keys)
+    read = None if objective.reads is None else batch[objective.reads]
+    seen = observe(student, batch, objective.student_layers, dropout_keys, read)
     target = jax.lax.stop_gradient(
-        observe(teacher, batch, objective.teacher_layers)) if teacher else None
+        observe(teacher, batch, objective.teacher_layers, at=read)) if teacher else None
     total, means = jnp.zeros(()), {}
     for name, weight in objective.weights.items():
         row = LOSSES[name]
@@ -190,8 +202,9 @@ def total_loss(
     if terms:
         everywhere = objective.logits_everywhere
 
-        def head(model: nnx.Module, hidden: Float[Array, "B T D"]) -> Head:
-            return Head(*model.mlm_projection(hidden if everywhere else at_masked(hidden, batch)))
+        def head(model: nnx.Module, hidden: Float[Array, "B S D"]) -> Head:
+            whole = everywhere or objective.reads is not None
+            return Head(*model.mlm_projection(hidden if whole else at_masked(hidden, batch)))
 
         compares = any(LOSSES[name].needs == "logits" for name in terms)
         fused, projected = fused_losses(
@@ -207,7 +220,7 @@ def _task_sum(
 ) -> Float[Array, ""]:
     """A loss on the logits of the task's head, at the positions that are to be answered."""
     row = LOSSES[name]
-    logits = student.task_logits(seen.last, batch["target_positions"], dropout_keys)
+    logits = student.task_logits(seen.last, dropout_keys)
     settings = {setting: getattr(objective, setting) for setting in row.settings}
     given = ((batch["labels"], batch["label_weights"]) if row.needs == "targets" else
              (batch["answers"], batch["answer_weights"]))
