@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))  # so that a clone runs without being installed
 
 from distilbert_jax.errors import UserError, first_line  # noqa: E402
+from distilbert_jax.machine.memory import keep_memory  # noqa: E402
 from distilbert_jax.machine.processes import GO_ON, connect, find_loss, give_up  # noqa: E402
 from distilbert_jax.machine.progress import say  # noqa: E402
 from distilbert_jax.training.train import Interrupted  # noqa: E402
@@ -59,6 +60,7 @@ def launch(main: Callable[[list[str]], None]) -> None:
 
 def _launch(main: Callable[[list[str]], None]) -> None:
     try:
+        keep_memory()
         connect()
         keep_compiled()
         main(sys.argv[1:])

@@ -16,14 +16,16 @@ import numpy as np
 
 from distilbert_jax.benchmark.sides import Side, Worker, peak_bytes
 from distilbert_jax.data.examples import Examples, Grid
+from distilbert_jax.machine.memory import keep_memory
 from distilbert_jax.machine.sharding import make_mesh, place, place_rows, shardings
 from distilbert_jax.models.encoder import EncoderConfig
 from distilbert_jax.models.families import FAMILIES
 from distilbert_jax.task_config import FinetuneConfig
 from distilbert_jax.training.assemble import assemble
 
-# glibc gives large tensors back to the kernel, which slows PyTorch down; these keep them.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2000000000000"}
+# What `keep_memory` does for ours, for PyTorch.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2000000000000",
+               "MALLOC_ARENA_MAX": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,7 @@ class OurSide:
 
     def __init__(self, problem: TaskProblem, began: float):
         """Compile the step, for each number of rows that batches have, and make first updates."""
+        keep_memory()
         jax.config.update("jax_enable_compilation_cache", False)
         config, self._updates, self._done = problem.config, problem.updates, 0
         self._mesh = make_mesh(config.mesh)
