@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import transformers
 
 SHORTEST = 128  # tokens of a row, so that several short examples fill it
-SHAPES = 2  # numbers of rows that batches have, each of which is compiled
+SHAPES = 3  # numbers of rows that batches have, each of which is compiled
 CHUNK = 1000  # texts handed to the tokenizer at once
 
 

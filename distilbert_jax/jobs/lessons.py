@@ -115,12 +115,20 @@ def choose_layers(job: Job, teacher: hub.Pretrained, count: int) -> list[int]:
     at the positions that the task's head reads, to the answers of the whole teacher, on a sample
     of the training examples. The result is kept in OUTPUT/layers.json, so that a continuation on
     other devices keeps the same layers.
+
+    Raises:
+        UserError: the file holds what was chosen of another teacher, by other data, or in another
+            number.
     """
     path = Path(job.config.output) / "layers.json"
     request = {"teacher": fingerprint(teacher.params), "data": job.task.digest("train"),
                "layers": count}
     found = read_json(path)
-    if found.get("request") != request:
+    if found and (other := [name for name in request
+                            if request[name] != found.get("request", {}).get(name)]):
+        raise UserError(f"{path} was made for another {', '.join(other)}: remove it, or choose "
+                        "another --output")
+    if not found:
         removals = _removals(job, teacher, count)
         with first_process_first():
             if jax.process_index() == 0:
