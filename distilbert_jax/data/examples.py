@@ -214,8 +214,11 @@ class Grid:
         self._needed, self._width = needed, int(width)
 
     def _laid(self, step: int) -> tuple[np.ndarray, list[list[int]]]:
+        # The longest first, so that short ones fill what is left (first-fit decreasing).
         numbers = self.names(step)
-        return numbers, lay(self._examples.lengths[numbers], self.length)
+        lengths = self._examples.lengths
+        numbers = numbers[np.argsort(-lengths[numbers], kind="stable")]
+        return numbers, lay(lengths[numbers], self.length)
 
     def names(self, step: int) -> np.ndarray:
         """The examples of a batch."""
