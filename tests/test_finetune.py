@@ -261,8 +261,10 @@ def test_layers_are_chosen_by_what_the_teacher_answers(toy, distilled, data, tmp
     kept = hub.load_task(str(tmp_path / "out" / "model")).params["layers"][0]
     theirs = hub.load_task(str(path)).params["layers"][1]
     assert np.allclose(kept["output_norm"]["scale"], theirs["output_norm"]["scale"], atol=0.02)
+    found["request"]["layers"] = 2
+    (tmp_path / "out" / "layers.json").write_text(json.dumps(found))
     with pytest.raises(UserError, match="layers.json was made for another layers: remove it"):
-        finetune(settings(toy, data, tmp_path / "out", **common, student_layers=2))
+        finetune(settings(toy, data, tmp_path / "out", **common, student_layers=1))
     finetune(settings(toy, data, tmp_path / "even", **common, student_layers=1, choose="even"))
     assert not (tmp_path / "even" / "layers.json").exists()
 

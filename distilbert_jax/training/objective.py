@@ -220,7 +220,8 @@ def _task_sum(
 ) -> Float[Array, ""]:
     """A loss on the logits of the task's head, at the positions that are to be answered."""
     row = LOSSES[name]
-    logits = student.task_logits(seen.last, dropout_keys)
+    states = seen.last if objective.reads else gathered(seen.last, batch["target_positions"])
+    logits = student.task_logits(states, dropout_keys)
     settings = {setting: getattr(objective, setting) for setting in row.settings}
     given = ((batch["labels"], batch["label_weights"]) if row.needs == "targets" else
              (batch["answers"], batch["answer_weights"]))
