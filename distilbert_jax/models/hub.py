@@ -20,6 +20,7 @@ from distilbert_jax.models.convert import from_hf
 from distilbert_jax.models.encoder import ACTIVATIONS, EncoderConfig
 from distilbert_jax.models.families import FAMILIES
 from distilbert_jax.models.family import Family
+from distilbert_jax.models.kind import architecture, labels_of, read_config, task_of
 
 # Names of activations that compute what another one computes, as transformers has them.
 SYNONYMS = {"gelu_python": "gelu", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new",
@@ -66,32 +67,34 @@ def load_task(name: str) -> Pretrained:
     """
     folder = _resolve(name)
     family, config = _read_shape(folder)
-    raw = _read_config(folder)
-    found = next(iter(raw.get("architectures") or [""]))
-    labels = raw.get("id2label") or {}
-    if "id2label" not in raw:
-        labels = {str(i): f"LABEL_{i}" for i in range(raw.get("num_labels", 2))}
+    raw = read_config(folder)
     if raw.get("problem_type") == "multi_label_classification":
         raise UserError(f"{folder} gives each text several labels: one is supported")
-    if found.endswith("ForTokenClassification"):
-        task = "tag"
-    elif found.endswith("ForSequenceClassification"):
-        task = "regress" if len(labels) == 1 else "classify"
-    else:
-        raise UserError(f"{folder} is {found or 'a bare encoder'}, not trained for a task: fine-"
-                        f"tune it first: python experiments/finetune.py --model {name} ...")
+    if not (task := task_of(raw)):
+        raise UserError(f"{folder} is {architecture(raw) or 'a bare encoder'}, not trained for a "
+                        "task: fine-tune it first: python experiments/finetune.py --model "
+                        f"{name} ...")
+    labels = labels_of(raw)
     config = dataclasses.replace(config, task=task, num_labels=len(labels))
     try:
         family = family.for_task(task)
         config, params = from_hf(_read_tensors(folder), family, config)
     except (UserError, TypeError, ValueError) as error:
         raise _named(folder, error) from error
-    names = tuple(str(labels[key]) for key in sorted(labels, key=int))
-    return Pretrained(folder, family, config, params, () if task == "regress" else names)
+    return Pretrained(folder, family, config, params, () if task == "regress" else labels)
+
+
+def load_any(name: str) -> Pretrained:
+    """Read a model with its task's head if it was trained for one, and as `load` does if not.
+
+    Raises:
+        UserError: as for load and load_task.
+    """
+    return load_task(name) if task_of(read_config(_resolve(name))) else load(name)
 
 
 def _refuse_untied(folder: Path, family: Family, tensors: dict[str, np.ndarray]) -> None:
-    untied = _read_config(folder).get("tie_word_embeddings", True) is False
+    untied = read_config(folder).get("tie_word_embeddings", True) is False
     if untied and not any(name in tensors for name in family.tied):
         raise UserError(f"{folder}: tie_word_embeddings is false and the file has no decoder "
                         f"({next(iter(family.tied))}): only a tied decoder is supported")
@@ -107,7 +110,7 @@ def load_shape(name: str) -> tuple[Family, EncoderConfig]:
 
 
 def _read_shape(folder: Path) -> tuple[Family, EncoderConfig]:
-    raw = _read_config(folder)
+    raw = read_config(folder)
     if "model_type" not in raw:
         raise UserError(f"{folder}/config.json has no model_type: write which it is, e.g. "
                         f"\"model_type\": \"bert\" (known: {', '.join(sorted(FAMILIES))})")
@@ -171,19 +174,6 @@ def _resolve(name: str) -> Path:
         raise UserError(
             f"no folder {name}, and the hub did not give it: {first_line(error)}") from error
     return folder
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; give a Hugging Face folder") from error
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return raw
 
 
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:

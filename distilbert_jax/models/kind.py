@@ -1,0 +1,53 @@
+"""A folder's config.json → the task that its model was trained for, and the labels it knows.
+
+Neither JAX nor transformers is needed, so that a server can read a folder without them.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distilbert_jax.errors import UserError, first_line
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The object in a folder's config.json.
+
+    Raises:
+        UserError: it is missing, or holds something else.
+    """
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; give a Hugging Face folder") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return raw
+
+
+def task_of(raw: Mapping[str, Any]) -> str:
+    """The task that the class named in a config.json is for: classify, regress, tag; "" for none.
+    """
+    found = architecture(raw)
+    if found.endswith("ForTokenClassification"):
+        return "tag"
+    if found.endswith("ForSequenceClassification"):
+        return "regress" if len(labels_of(raw)) == 1 else "classify"
+    return ""
+
+
+def architecture(raw: Mapping[str, Any]) -> str:
+    """The class of transformers that a config.json names first; "" where it names none."""
+    return next(iter(raw.get("architectures") or [""]))
+
+
+def labels_of(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the labels in the order of the logits; LABEL_0, … where there are only numbers."""
+    if "id2label" not in raw:
+        return tuple(f"LABEL_{i}" for i in range(raw.get("num_labels", 2)))
+    names = raw["id2label"] or {}
+    return tuple(str(names[key]) for key in sorted(names, key=int))
