@@ -1,0 +1,59 @@
+"""The table of formats that a model is shipped in: who writes each, who runs it, what it may lose.
+
+A format is one file with `write` and `load`, and a row here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from pathlib import Path
+
+from distilbert_jax.errors import UserError, choose
+from distilbert_jax.export import onnx, onnx_int8, onnx_runtime
+from distilbert_jax.export.exportable import Run
+from distilbert_jax.export.gate import FLOAT32, INT8, Limit
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Format:
+    """A row of FORMATS.
+
+    `write` is called as write(model, folder, **options) and returns the file or folder that it
+    made below the folder; `load` opens that in the format's own runtime.
+    """
+
+    text: str  # for messages and reports
+    extra: str  # of setup.cfg that brings the libraries
+    needs: tuple[str, ...]  # modules of these libraries
+    write: Callable[..., Path]
+    load: Callable[[Path], Run]
+    limits: tuple[Limit, ...]  # what the gate allows
+    options: tuple[str, ...] = ()  # settings of a shipment that `write` takes
+    default: bool = True  # whether it is written unless others are named
+
+
+FORMATS = {
+    "onnx": Format(
+        text="ONNX, float32", extra="serve", needs=("onnx", "onnxruntime"),
+        write=onnx.write, load=onnx_runtime.load, limits=FLOAT32),
+    "int8": Format(
+        text="ONNX, int8", extra="serve", needs=("onnx", "onnxruntime"),
+        write=onnx_int8.write, load=onnx_runtime.load, limits=INT8, options=("reduce_range",)),
+}
+DEFAULT = tuple(name for name, row in FORMATS.items() if row.default)
+
+
+def check_formats(names: Iterable[str]) -> None:
+    """Raise a UserError unless these are formats whose libraries are installed."""
+    for name in names:
+        row = FORMATS[choose(name, FORMATS, "format")]
+        if missing := [module for module in row.needs if not _installed(module)]:
+            raise UserError(f"format {name} needs {', '.join(missing)}: pip install "
+                            f"\"distilbert_jax[{row.extra}]\"")
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # it is kept from being imported
+        return False
