@@ -72,7 +72,7 @@ def read(names: Sequence[str], columns: Columns, split: str, labelled: bool | No
     for name in names:
         if not name.startswith("hf:") and not store.exists(name):
             raise UserError(f"{name}: no such file")
-        tagged.append(_ending(name) == ".conll")
+        tagged.append(ending(name) == ".conll")
         rows = _sentences(name) if tagged[-1] else _rows(name, columns, split)
         chosen = None
         for place, row in rows:
@@ -98,22 +98,23 @@ def read(names: Sequence[str], columns: Columns, split: str, labelled: bool | No
     return Labelled(texts, labels, where, any(tagged), said[0][1])
 
 
-def _ending(name: str) -> str:
+def ending(name: str) -> str:
+    """How the name of a file ends, in small letters and without .gz and the like."""
     path = pathlib.PurePath(name.lower())
     return pathlib.PurePath(path.stem).suffix if path.suffix in readers.OPENERS else path.suffix
 
 
 def _rows(name: str, columns: Columns, split: str) -> Iterator[Row]:
     """The records of a file or dataset."""
-    ending = _ending(name)
+    kind = ending(name)
     if name.startswith("hf:") or (not store.is_remote(name) and pathlib.Path(name).is_dir()):
         yield from _dataset(name, split)
         return
-    if ending in (".csv", ".tsv"):
-        yield from _table(name, "," if ending == ".csv" else "\t", columns.header)
-    elif ending in (".jsonl", ".ndjson", ".jsonlines"):
+    if kind in (".csv", ".tsv"):
+        yield from _table(name, "," if kind == ".csv" else "\t", columns.header)
+    elif kind in (".jsonl", ".ndjson", ".jsonlines"):
         yield from readers.records(name)
-    elif ending == ".parquet":
+    elif kind == ".parquet":
         yield from _parquet(name)
     else:
         raise UserError(f"{name}: labelled data is read from {' '.join(FORMATS)} (also packed: "

@@ -18,27 +18,29 @@ from distilbert_jax.export.gate import FLOAT32, INT8, Limit
 class Format:
     """A row of FORMATS.
 
-    `write` is called as write(model, folder, **options) and returns the file or folder that it
-    made below the folder; `load` opens that in the format's own runtime.
+    `write` is called as write(model, folder, **options) and returns folder/path, a file or a folder
+    of files; `load` opens that in the format's own runtime.
     """
 
     text: str  # for messages and reports
+    path: str  # where it lies in the Hugging Face folder
     extra: str  # of setup.cfg that brings the libraries
     needs: tuple[str, ...]  # modules of these libraries
     write: Callable[..., Path]
     load: Callable[[Path], Run]
-    limits: tuple[Limit, ...]  # what the gate allows
+    limits: dict[str, Limit]  # of the gate: figure → the worst that is shipped
     options: tuple[str, ...] = ()  # settings of a shipment that `write` takes
     default: bool = True  # whether it is written unless others are named
 
 
 FORMATS = {
     "onnx": Format(
-        text="ONNX, float32", extra="serve", needs=("onnx", "onnxruntime"),
+        text="ONNX, float32", path="onnx/model.onnx", extra="serve", needs=("onnx", "onnxruntime"),
         write=onnx.write, load=onnx_runtime.load, limits=FLOAT32),
     "int8": Format(
-        text="ONNX, int8", extra="serve", needs=("onnx", "onnxruntime"),
-        write=onnx_int8.write, load=onnx_runtime.load, limits=INT8, options=("reduce_range",)),
+        text="ONNX, int8", path="onnx/model_quantized.onnx", extra="serve",
+        needs=("onnx", "onnxruntime"), write=onnx_int8.write, load=onnx_runtime.load, limits=INT8,
+        options=("reduce_range",)),
 }
 DEFAULT = tuple(name for name, row in FORMATS.items() if row.default)
 

@@ -1,0 +1,234 @@
+"""Ship a model: a Hugging Face folder → further formats in it, each kept if it passed the gate."""
+
+import contextlib
+import dataclasses
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from distilbert_jax.data.tokenize import load_tokenizer
+from distilbert_jax.errors import UserError, first_line
+from distilbert_jax.evaluation import report
+from distilbert_jax.export.exportable import Exportable
+from distilbert_jax.export.formats import DEFAULT, FORMATS, Format, check_formats
+from distilbert_jax.export.gate import Figures, Gate, Trial
+from distilbert_jax.jobs.task_model import read_json
+from distilbert_jax.jobs.trials import trial_of
+from distilbert_jax.machine import seal, store
+from distilbert_jax.machine.progress import say
+from distilbert_jax.models import hub
+from distilbert_jax.ship_config import ShipConfig
+
+REPORT = "report.json"  # with "formats" in it, what else we wrote is ours to replace
+UNDER_WAY = ".shipping"  # folder in which files wait for the gate
+# Figure → its column in report.md, and how it is written there.
+COLUMNS = {
+    "top1": ("top-1 [%]", "{:.2%}"), "perplexity": ("perplexity", "{:.4f}"),
+    "score": ("score", "{:.4f}"), "same": ("same answers [%]", "{:.2%}"),
+    "correlation": ("correlation", "{:.6f}"), "cosine_mean": ("cosine, mean", "{:.6f}"),
+    "cosine_worst": ("cosine, worst", "{:.6f}"),
+    "difference": ("largest difference", "{:.1e}"), "padding": ("of padding", "{:.1e}")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shipped:
+    """A format that was written: its size, seconds and figures, and why it was refused if it was.
+    """
+
+    bytes: int
+    seconds: float  # to write it
+    figures: Figures
+    problems: list[str]
+
+
+def ship(config: ShipConfig) -> Path:
+    """Write `config.formats` into the folder of the model, or into a copy of it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: anything in the settings or files that the user can mend; or a format did not
+            pass the gate, was deleted, and the others are there.
+    """
+    names = config.formats or DEFAULT
+    check_formats(names)
+    found = hub.load_any(config.model)
+    folder = _target(config, found.folder)
+    model = Exportable.of(found)
+    tokenizer = load_tokenizer(str(found.folder), model.config.vocab_size)
+    _check_ours(folder, found.folder, names)
+    trial = trial_of(config, model, found.labels, tokenizer)
+    with _errors_about(folder):
+        if folder != found.folder:
+            _copy(found.folder, folder)
+        ship_into(folder, model, trial, names, {"reduce_range": config.reduce_range})
+    return folder
+
+
+def ship_exported(folder: Path, trial: Trial) -> None:
+    """Write the default formats into a folder that a job has just exported.
+
+    Raises:
+        UserError: as for ship.
+    """
+    with _errors_about(folder):
+        ship_into(folder, Exportable.of(hub.load_any(str(folder))), trial, DEFAULT, {})
+
+
+def ship_into(
+    folder: Path, model: Exportable, trial: Trial, names: Sequence[str], options: dict[str, Any]
+) -> None:
+    """Write formats into the folder of a model, each if it passes the gate, and the report.
+
+    Args:
+        folder: of the model; what else is in it stays.
+        model: what is shipped.
+        trial: on which each format is judged.
+        names: rows of FORMATS.
+        options: settings that some formats take.
+
+    Raises:
+        UserError: a format did not pass, and was deleted.
+    """
+    say(f"ship: our model answers {trial.text}")
+    gate = Gate(model, trial)
+    digest = seal.fingerprint(model.params)
+    before = read_json(folder / REPORT)
+    shipped = before.get("formats", {}) if before.get("weights") == digest else {}
+    for name in dict.fromkeys(names):
+        done = _ship_one(folder, FORMATS[name], gate, options)
+        said = ", ".join(f"{COLUMNS[key][0].split(' [')[0]} {COLUMNS[key][1].format(value)}"
+                         for key, value in done.figures.items() if key in COLUMNS)
+        say(f"{name}: {done.bytes / 1e6:.1f} MB written in {done.seconds:.1f} s; {said}; "
+            + (f"refused: {'; '.join(done.problems)}" if done.problems else FORMATS[name].path))
+        shipped[name] = dataclasses.asdict(done)
+    content = {"model": folder.name, "output": model.output, "weights": digest,
+               "trial": trial.text, "ours": gate.own, "formats": shipped,
+               "command": shlex.join(["python", *sys.argv]), "versions": report.versions()}
+    seal.write_json(folder / REPORT, content)
+    (folder / "report.md").write_text(_page(content), encoding="utf-8", errors="replace")
+    refused = {name: shipped[name]["problems"] for name in names if shipped[name]["problems"]}
+    if refused:
+        raise UserError("; ".join(
+            f"{name} is refused and deleted: {'; '.join(problems)}"
+            for name, problems in refused.items()) + f" (judged on {trial.text})")
+    say(f"shipped: {folder}")
+
+
+def _ship_one(folder: Path, row: Format, gate: Gate, options: dict[str, Any]) -> Shipped:
+    """Write a format beside its place, judge it there, and move it in or delete it."""
+    waiting, place = folder / UNDER_WAY, folder / row.path
+    shutil.rmtree(waiting, ignore_errors=True)
+    try:
+        began = time.perf_counter()
+        written = row.write(gate.model, waiting, **{
+            name: options[name] for name in row.options if name in options})
+        seconds = time.perf_counter() - began
+        size = sum(path.stat().st_size for path in (written, *written.rglob("*"))
+                   if path.is_file())
+        try:
+            run = row.load(written)
+        except Exception as error:  # each runtime has its own
+            figures, problems = {}, [f"its runtime does not load it: {first_line(error)}"]
+        else:
+            figures, problems = gate.judge(run, row.limits, size)
+        _remove(place)
+        if not problems:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            written.rename(place)
+    finally:
+        shutil.rmtree(waiting, ignore_errors=True)
+    return Shipped(size, seconds, figures, problems)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or a folder, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _target(config: ShipConfig, source: Path) -> Path:
+    """The folder that is written into, checked.
+
+    Raises:
+        UserError: it is in a bucket or on the hub, lies within the model's, or cannot be written.
+    """
+    if not config.output:
+        if not Path(config.model).is_dir():
+            raise UserError(f"--model {config.model} is no folder of this machine: give --output "
+                            "for a copy of it")
+        if not os.access(source, os.W_OK):
+            raise UserError(f"--model {config.model} cannot be written into: give --output for a "
+                            "copy of it")
+        return source
+    if store.is_remote(config.output):
+        raise UserError(f"--output {config.output}: a model is shipped to a folder of this machine")
+    output, inner = Path(config.output), Path(config.output).resolve()
+    if inner == source.resolve():
+        return source
+    if source.resolve() in inner.parents or inner in source.resolve().parents:
+        raise UserError(f"--output {config.output} and --model {config.model} lie within each "
+                        "other: name another --output")
+    return output
+
+
+def _check_ours(folder: Path, source: Path, names: Sequence[str]) -> None:
+    """Raise a UserError if files would be replaced that no shipment has made."""
+    if "weights" in read_json(folder / REPORT):
+        return
+    if folder != source and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--output {folder} is there and was not made by this command: name a new "
+                        "folder")
+    made = (REPORT, "report.md", *(FORMATS[name].path for name in names))
+    if theirs := [name for name in made if (source / name).exists()]:
+        if folder == source or "weights" not in read_json(source / REPORT):
+            raise UserError(f"{source / theirs[0]} was not made by this command and would be "
+                            "replaced: move it away first")
+
+
+def _copy(source: Path, folder: Path) -> None:
+    """Copy all files of a model, whatever the rights of the original are."""
+    for name in store.files(source):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+
+
+@contextlib.contextmanager
+def _errors_about(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or first_line(error)}"
+                        ) from error
+
+
+def _page(content: dict[str, Any]) -> str:
+    """report.md of what report.json holds."""
+    ours, shipped = content["ours"], content["formats"]
+    known = [key for key in COLUMNS
+             if key in ours or any(key in row["figures"] for row in shipped.values())]
+    columns = ("format", "file", "size [MB]", "written in [s]", *(
+        COLUMNS[key][0] for key in known))
+
+    def cells(figures: Figures) -> list[str]:
+        return [COLUMNS[key][1].format(figures[key]).rstrip("%") if key in figures else ""
+                for key in known]
+
+    rows = [("float32 in JAX", "model.safetensors", "", "", *cells(ours))]
+    for name, row in shipped.items():
+        rows.append((FORMATS[name].text, "refused" if row["problems"] else FORMATS[name].path,
+                     f"{row['bytes'] / 1e6:.2f}", f"{row['seconds']:.1f}",
+                     *cells(row["figures"])))
+    refused = "".join(f"- {name} was refused: {'; '.join(row['problems'])}\n"
+                      for name, row in shipped.items() if row["problems"])
+    return (f"# {content['model']}, shipped\n\n{report.table(rows, columns)}\n\n{refused}\n"
+            f"Judged in each format's own runtime on {content['trial']}.\n\n"
+            f"`{content['command']}`\n\n{content['versions']}\n")
