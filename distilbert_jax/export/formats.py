@@ -33,14 +33,13 @@ class Format:
     default: bool = True  # whether it is written unless others are named
 
 
+_ONNX = dict(extra="serve", needs=("onnx", "onnxruntime"), load=onnx_runtime.OnnxModel)
 FORMATS = {
     "onnx": Format(
-        text="ONNX, float32", path="onnx/model.onnx", extra="serve", needs=("onnx", "onnxruntime"),
-        write=onnx.write, load=onnx_runtime.load, limits=FLOAT32),
+        text="ONNX, float32", path="onnx/model.onnx", write=onnx.write, limits=FLOAT32, **_ONNX),
     "int8": Format(
-        text="ONNX, int8", path="onnx/model_quantized.onnx", extra="serve",
-        needs=("onnx", "onnxruntime"), write=onnx_int8.write, load=onnx_runtime.load, limits=INT8,
-        options=("reduce_range",)),
+        text="ONNX, int8", path="onnx/model_quantized.onnx", write=onnx_int8.write, limits=INT8,
+        options=("reduce_range",), **_ONNX),
 }
 DEFAULT = tuple(name for name, row in FORMATS.items() if row.default)
 

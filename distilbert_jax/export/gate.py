@@ -13,7 +13,7 @@ import numpy as np
 
 from distilbert_jax.data.examples import Examples
 from distilbert_jax.errors import first_line
-from distilbert_jax.export.exportable import Exportable, Run, padded, reference
+from distilbert_jax.export.exportable import Exportable, Run, reference
 
 SHAPES = ((1, 1), (1, 7), (3, 33), (2, 128))  # rows, tokens; of several rows some are padded
 BATCH = 8  # rows of real text, at most
@@ -181,13 +181,13 @@ def _real(answers: np.ndarray, mask: np.ndarray) -> Any:
 def _collect(run: Run, model: Exportable, examples: Examples) -> np.ndarray:
     """What is compared of the answers to all examples, in their order: [P, ...].
 
-    Similar lengths go together, padded to few shapes.
+    Similar lengths go together, padded to the longest of them.
     """
     found: list[np.ndarray] = [np.empty(0)] * len(examples)
     tokens = min(BATCH_TOKENS, LARGEST_ANSWER // model.config.vocab_size)
     order = np.argsort(examples.lengths, kind="stable").tolist()
     while order:
-        length = min(padded(int(examples.lengths[order[-1]])), model.config.positions)
+        length = int(examples.lengths[order[-1]])
         some = order[-max(1, min(BATCH, tokens // length)):]
         del order[-len(some):]
         ids, mask, types = np.zeros((3, len(some), length), np.int64)
