@@ -40,29 +40,28 @@ def write(model: Exportable, folder: Path, lengths: tuple[int, ...] = LENGTHS) -
     """
     from ai_edge_quantizer import quantizer, recipe
 
-    path = folder / "litert" / "model.tflite"
-    write_float32(_with_rounded_words(model), path, lengths, _graph(model.config))
+    plain = converted(_with_rounded_words(model), lengths, _graph(model.config))
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        made = quantizer.Quantizer(str(path), recipe.dynamic_wi8_afp32()).quantize()
-        made.export_model(str(path), overwrite=True)
+        made = quantizer.Quantizer(plain, recipe.dynamic_wi8_afp32()).quantize()
+    path = folder / "litert" / "model.tflite"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(made.quantized_model)
     return path
 
 
-def write_float32(
-    model: Exportable, path: Path, lengths: tuple[int, ...] = LENGTHS,
-    graph: nnx.GraphDef | None = None,
-) -> Path:
-    """Write a file whose weights and products are as in the model.
+def converted(
+    model: Exportable, lengths: tuple[int, ...] = LENGTHS, graph: nnx.GraphDef | None = None
+) -> bytes:
+    """A file in float32.
 
     Args:
         model, lengths: as for `write`.
-        path: of the file.
         graph: of the model, if not the usual one.
 
     Returns:
-        `path`.
+        What the file holds.
     """
-    # litert-converter 0.5 documents no Python calls; these are what litert-torch 0.10 uses.
+    # litert-converter 0.5 documents no calls of Python; these are what litert-torch 0.10 uses.
     from litert_converter.mlir import ir, passmanager
     from litert_converter.mlir._mlir_libs import converter_api_ext as converter
     from litert_converter.mlir.dialects import stablehlo
@@ -73,9 +72,8 @@ def write_float32(
     settings = converter.ConvertToTFLConfig()
     settings.unsafe_fuse_dynamic_shaped_broadcast = True
     settings.canonicalizing_inf_as_min_max_float = False
-    path.parent.mkdir(parents=True, exist_ok=True)
+    parts = []
     with context:
-        parts = []
         for length in sorted({min(length, model.config.positions) for length in lengths}):
             program = exported(model, (1, length), ("cpu",), graph)
             parts.append(stablehlo.deserialize_portable_artifact(
@@ -85,8 +83,7 @@ def write_float32(
                 input_names=INPUTS[:len(program.in_avals)], output_names=[model.output_name])
         whole = converter.merge_modules(parts)
         converter.run_convert_to_tfl_passes(whole, passmanager.PassManager(), settings)
-        converter.export_flatbuffer_to_file(whole.operation, str(path))
-    return path
+        return converter.export_flatbuffer_to_bytes(whole.operation)
 
 
 class RoundedEmbed(nnx.Module):
@@ -135,7 +132,7 @@ class LiteRtModel:
         """Open a file.
 
         Args:
-            path: of a .tflite file from `write` or `write_float32`.
+            path: of a .tflite file from this module.
             threads: of a product.
         """
         from ai_edge_litert.interpreter import Interpreter

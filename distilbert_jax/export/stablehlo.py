@@ -7,6 +7,7 @@ The weights are in it, rows and tokens are free. It is opened without this packa
     logits = call(input_ids, attention_mask)  # int32 [B, T]; token_type_ids where there are types
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import export
 
-from distilbert_jax.export.exportable import Exportable, Run, answer
+from distilbert_jax.export.exportable import Exportable, Run, answer, padded
 from distilbert_jax.kernels.products import any_platform
 from distilbert_jax.models.encoder import graphdef
 
@@ -57,10 +58,11 @@ def exported(
         The program: input_ids, attention_mask[, token_type_ids] → answers, see Exportable.
     """
     graph = graph or graphdef(model.config, jnp.float32)
+    params = jax.tree.map(jnp.asarray, model.params)
 
     def call(ids: jax.Array, mask: jax.Array, types: jax.Array | None = None) -> jax.Array:
         types = jnp.zeros_like(ids) if types is None else types
-        return answer(graph, model.config, model.output, model.params, ids, mask, types)
+        return answer(graph, model.config, model.output, params, ids, mask, types)
 
     given = [jax.ShapeDtypeStruct(shape, jnp.int32)] * (3 if model.typed else 2)
     with any_platform():
@@ -68,16 +70,24 @@ def exported(
 
 
 def load(path: Path) -> Run:
-    """Open a file on the first device; every new shape is compiled once."""
+    """Open a file on the first device; shapes are rounded up, so that few are compiled."""
     program = export.deserialize(bytearray(path.read_bytes()))
     call = jax.jit(program.call)
 
+    def padded_to(wide: int, batch: tuple[np.ndarray, ...]) -> np.ndarray:
+        rows, length = batch[0].shape
+        room = ((0, padded(rows, 1) - rows), (0, wide - length))
+        found = np.asarray(call(*(np.pad(x, room).astype(np.int32) for x in batch)))[:rows]
+        return found[:, :length] if found.ndim == 3 else found
+
     def run(ids: np.ndarray, mask: np.ndarray, types: np.ndarray) -> np.ndarray:
-        given = (ids, mask, types)[:len(program.in_avals)]
+        batch, length = (ids, mask, types)[:len(program.in_avals)], ids.shape[1]
+        with contextlib.suppress(ValueError):  # fewer positions: Error refining shapes (jax 0.10.2)
+            return padded_to(padded(length), batch)
         try:
-            return np.asarray(call(*(x.astype(np.int32) for x in given)))
-        except ValueError as error:  # jax 0.10.2 says: Error refining shapes
-            raise ValueError(f"rows of {ids.shape[1]} tokens are longer than the model's "
-                             "positions") from error
+            return padded_to(length, batch)
+        except ValueError as error:
+            raise ValueError(f"rows of {length} tokens are longer than the model's positions"
+                             ) from error
 
     return run
