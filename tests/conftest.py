@@ -26,6 +26,7 @@ import optax
 import pytest
 
 from distilbert_jax.config import Masking, TrainConfig
+from distilbert_jax.export.exportable import Exportable
 from distilbert_jax.machine.trees import path_name
 from distilbert_jax.models import bert
 from distilbert_jax.models.convert import from_hf
@@ -110,6 +111,23 @@ def tiny_model():
         return config, jax.tree_util.tree_map_with_path(
             lambda path, leaf: random.normal(path_name(path).endswith("scale"), 0.3, leaf.shape),
             abstract_params(config))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def exportable(tiny_model):
+    """Function (model_type, output, fields of EncoderConfig) → an Exportable, no tensor trivial."""
+
+    def build(model_type="bert", output="states", seed=0, **shape):
+        family = FAMILIES[model_type]
+        task = output if output in ("classify", "regress", "tag") else ""
+        offset = family.fixed.get("offset_positions", False)
+        plain = {"num_hidden_layers": 2, "hidden_size": 32, "mlm_head": output == "mlm",
+                 "task": task, "num_labels": {"": 0, "regress": 1}.get(task, 3),
+                 "pad_token_id": int(offset), "type_vocab_size": 1 if offset else 2}
+        config, params = tiny_model(seed, **plain | dict(family.fixed) | shape)
+        return Exportable(config, jax.tree.map(np.float32, params), family, output)
 
     return build
 

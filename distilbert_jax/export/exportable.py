@@ -88,20 +88,25 @@ def answer(
     return model.task_logits(hidden, jnp.zeros_like(ids[:, :1]))[:, 0]
 
 
-def reference(model: Exportable) -> Run:
-    """Our own model, jitted, in float32; shapes are rounded up, so that few are compiled."""
+def reference(model: Exportable, rows: int = 1) -> Run:
+    """Our own model, jitted, in float32; shapes are rounded up, so that few are compiled.
+
+    Args:
+        model: what is shipped.
+        rows: of the smallest batch that is compiled.
+    """
     graph = graphdef(model.config, jnp.float32)
     params = jax.device_put(model.params, jax.local_devices()[0])
     call = jax.jit(functools.partial(answer, graph, model.config, model.output))
 
     def run(ids: np.ndarray, mask: np.ndarray, types: np.ndarray) -> np.ndarray:
-        rows, length = ids.shape
+        count, length = ids.shape
         wide = min(padded(length), model.config.positions)
         if length > wide:
             raise ValueError(f"{length} tokens, the model has {wide} positions")
-        room = ((0, padded(rows, 1) - rows), (0, wide - length))
+        room = ((0, padded(count, rows) - count), (0, wide - length))
         found = np.asarray(call(params, *(
-            jnp.asarray(np.pad(x, room), jnp.int32) for x in (ids, mask, types))))[:rows]
+            jnp.asarray(np.pad(x, room), jnp.int32) for x in (ids, mask, types))))[:count]
         return found[:, :length] if found.ndim == 3 else found
 
     return run

@@ -95,7 +95,7 @@ class Gate:
         """
         self.model, self.trial = model, trial
         self._shapes = list(_shapes(model))
-        own = reference(model)
+        own = reference(model, BATCH)
         self._expected = [own(*batch) for batch in self._shapes]
         self._ours = _collect(own, model, trial.examples)
         self.own = _absolute(model.output, self._ours, trial)
@@ -222,7 +222,7 @@ def _absolute(output: str, found: np.ndarray, trial: Trial) -> Figures:
     """How good answers are."""
     if output == "mlm":
         labels = np.concatenate(trial.examples.labels)
-        return {"answers": len(found), "top1": float(np.mean(found[:, 0] == labels)),
+        return {"answers": float(len(found)), "top1": float(np.mean(found[:, 0] == labels)),
                 "perplexity": float(np.exp(found[:, 1].mean()))}
     score = trial.score(found) if trial.score else None
     return {} if score is None else {"score": score}
@@ -239,4 +239,4 @@ def _relative(output: str, ours: np.ndarray, found: np.ndarray) -> Figures:
         return {} if constant else {
             "correlation": float(np.corrcoef(ours[:, 0], found[:, 0])[0, 1])}
     best = [answers[:, 0] if output == "mlm" else answers.argmax(-1) for answers in (ours, found)]
-    return {"answers": len(ours), "same": float(np.mean(best[0] == best[1]))}
+    return {"answers": float(len(ours)), "same": float(np.mean(best[0] == best[1]))}

@@ -136,7 +136,7 @@ def save(graph: Graph, model: Exportable, path: Path) -> Path:
         [helper.make_tensor_value_info(name, TensorProto.INT64, ["batch", "sequence"])
          for name in names],
         [helper.make_tensor_value_info(model.output_name, TensorProto.FLOAT, shape)],
-        [numpy_helper.from_array(np.ascontiguousarray(array), name)
+        [numpy_helper.from_array(np.asarray(array, order="C"), name)
          for name, array in graph.arrays.items()]),
         opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION,
         producer_name="distilbert_jax")
