@@ -167,6 +167,9 @@ class LoopConfig(Config):
     on_save_error: str = option(
         "stop", "output", "stop or continue when a checkpoint cannot be written (disk full)",
         **FREE)
+    ship: bool = option(
+        False, "output", "also write the model as ONNX, in float32 and int8, each judged on "
+        "held-out data before it is kept; see ship.py", **FREE)
     max_skipped: int = option(
         10, "training", "updates in a row without a finite loss and gradient, each of which is "
         "skipped, before the run stops", **FREE)
@@ -348,10 +351,10 @@ def compute_dtype(name: str, platform: str) -> str:
     """The dtype of matrix products that --dtype means on "cpu", "gpu" or "tpu"."""
     if name != "auto":
         return name
-    return "float32" if platform == "cpu" and "amx_bf16" not in _cpu_flags() else "bfloat16"
+    return "float32" if platform == "cpu" and "amx_bf16" not in cpu_flags() else "bfloat16"
 
 
-def _cpu_flags() -> list[str]:
+def cpu_flags() -> list[str]:
     """What this machine's processor can do, in Linux's words; nothing elsewhere."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

@@ -191,7 +191,7 @@ def test_choose_lists_what_is_known():
     ("auto", "cpu", "avx512f amx_bf16 amx_tile", "bfloat16"),
     ("float32", "gpu", "", "float32"), ("bfloat16", "cpu", "", "bfloat16")])
 def test_the_dtype_of_products(name, platform, flags, dtype, monkeypatch):
-    monkeypatch.setattr(config, "_cpu_flags", flags.split)
+    monkeypatch.setattr(config, "cpu_flags", flags.split)
     assert compute_dtype(name, platform) == dtype
 
 

@@ -29,6 +29,7 @@ from distilbert_jax.jobs.setup import (
     read_data,
     student_shape,
 )
+from distilbert_jax.jobs.ship import check_ship, ship_held_out
 from distilbert_jax.machine import store
 from distilbert_jax.machine.lock import hold
 from distilbert_jax.machine.seal import fingerprint
@@ -52,6 +53,7 @@ def distil(config: DistilConfig) -> Path:
     if not config.teacher:
         raise UserError("--teacher is missing: give a Hugging Face folder (or start without "
                         "any flag for the quickstart)")
+    check_ship(config)
     teacher = hub.load(config.teacher)
     if not teacher.config.mlm_head:
         raise UserError(f"{config.teacher} has no masked-language-model head to distil from; "
@@ -95,6 +97,9 @@ def _distil(config: DistilConfig, teacher: hub.Pretrained, own: dict[str, Any], 
                    _card(config, _origin(config, layers), figures["student"], trained))
             _write_report(setup, assembly, (trained, start, teacher.params), figures)
             store.upload(config.output, "student", "report.md", "losses.png")
+            if config.ship:
+                ship_held_out(folder, setup)
+                store.upload(config.output, "student")
     return folder
 
 

@@ -21,6 +21,7 @@ from distilbert_jax.export.huggingface import export
 from distilbert_jax.jobs import task_report
 from distilbert_jax.jobs.lessons import Lessons, check_output, choose_layers, lessons_of
 from distilbert_jax.jobs.setup import check_folder
+from distilbert_jax.jobs.ship import check_ship, ship_exported
 from distilbert_jax.jobs.task_data import read_task
 from distilbert_jax.jobs.task_model import (
     Job,
@@ -30,6 +31,7 @@ from distilbert_jax.jobs.task_model import (
     read_json,
     start_of,
 )
+from distilbert_jax.jobs.trials import of_task
 from distilbert_jax.machine import seal, store
 from distilbert_jax.machine.lock import hold
 from distilbert_jax.machine.progress import say
@@ -65,6 +67,7 @@ def finetune(config: FinetuneConfig) -> Path:
     """
     if store.is_remote(config.output):
         raise UserError(f"--output {config.output}: fine-tuning writes to a folder of this machine")
+    check_ship(config)
     start = _load_start(config.model or config.teacher)
     teacher = hub.load_task(config.teacher) if config.teacher else None
     tokenizer = load_tokenizer(config.model or config.teacher, start.config.vocab_size)
@@ -152,6 +155,8 @@ def _compare(job: Job, start: hub.Pretrained, teacher: hub.Pretrained | None, la
             with store.whole_folder(output / "model") as new:
                 shutil.copytree(runs[main][0].folder / "model", new, dirs_exist_ok=True)
             task_report.write(output, job.task, runs, main, config.temperature if teacher else None)
+            if config.ship:
+                ship_exported(output / "model", of_task(job.task, job.task.labels, job.task.name))
     return output / "model"
 
 

@@ -16,6 +16,7 @@ from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import report
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.jobs.setup import check_folder, check_job, read_data
+from distilbert_jax.jobs.ship import check_ship, ship_held_out
 from distilbert_jax.machine import store
 from distilbert_jax.machine.lock import hold
 from distilbert_jax.machine.seal import fingerprint
@@ -40,6 +41,7 @@ def pretrain(config: PretrainConfig) -> Path:
     Raises:
         UserError, Interrupted: as for distil.
     """
+    check_ship(config)
     source = hub.load(config.model) if config.model else None
     shape, family = (source.config, source.family) if source else (
         scratch_shape(config), bert.FAMILY)
@@ -91,6 +93,9 @@ def _pretrain(config: PretrainConfig, source: hub.Pretrained | None, family: Fam
             report.plot(read_metrics(config.output), output / "losses.png",
                         "masked-language-model training")
             store.upload(config.output, "model", "losses.png")
+            if config.ship:
+                ship_held_out(output / "model", setup)
+                store.upload(config.output, "model")
     print(f"model: {store.join(config.output, 'model')} (held-out top-1 {figures['top1']:.2%}, "
           f"perplexity {figures['perplexity']:.2f})")
     return output / "model"

@@ -11,14 +11,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from distilbert_jax.config import LoopConfig, cpu_flags
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError, first_line
 from distilbert_jax.evaluation import report
 from distilbert_jax.export.exportable import Exportable
 from distilbert_jax.export.formats import DEFAULT, FORMATS, Format, check_formats
 from distilbert_jax.export.gate import Figures, Gate, Trial
+from distilbert_jax.jobs.setup import Setup
 from distilbert_jax.jobs.task_model import read_json
-from distilbert_jax.jobs.trials import trial_of
+from distilbert_jax.jobs.trials import of_packed, trial_of
 from distilbert_jax.machine import seal, store
 from distilbert_jax.machine.progress import say
 from distilbert_jax.models import hub
@@ -71,6 +73,21 @@ def ship(config: ShipConfig) -> Path:
     return folder
 
 
+def check_ship(config: LoopConfig) -> None:
+    """Raise a UserError before a training if its --ship lacks libraries."""
+    if config.ship:
+        check_formats(DEFAULT)
+
+
+def ship_held_out(folder: Path, setup: Setup) -> None:
+    """Ship a masked language model that a run has exported, judged on what the run held out.
+
+    Raises:
+        UserError: as for ship.
+    """
+    ship_exported(folder, of_packed(setup.data.valid, setup.tokenizer))
+
+
 def ship_exported(folder: Path, trial: Trial) -> None:
     """Write the default formats into a folder that a job has just exported.
 
@@ -96,6 +113,9 @@ def ship_into(
     Raises:
         UserError: a format did not pass, and was deleted.
     """
+    if "int8" in names and not options.get("reduce_range") and not _vnni():
+        say("this CPU has no VNNI: its products of 8 bits saturate beyond ±63, which costs "
+            "accuracy here (--reduce-range)")
     say(f"ship: our model answers {trial.text}")
     gate = Gate(model, trial)
     digest = seal.fingerprint(model.params)
@@ -119,6 +139,12 @@ def ship_into(
             f"{name} is refused and deleted: {'; '.join(problems)}"
             for name, problems in refused.items()) + f" (judged on {trial.text})")
     say(f"shipped: {folder}")
+
+
+def _vnni() -> bool:
+    """Whether products of 8 bits are summed up in 32 bits here, as far as is known."""
+    known = cpu_flags()
+    return not known or any("vnni" in name for name in known)
 
 
 def _ship_one(folder: Path, row: Format, gate: Gate, options: dict[str, Any]) -> Shipped:

@@ -59,7 +59,10 @@ def trial_of(
         raise UserError(f"--evaluate {config.evaluate[0]} is a table, and {config.model} guesses "
                         "hidden words: give texts (.txt, .jsonl, ...)")
     if not any(tables):
-        return _of_texts(sources.Documents(config.evaluate), model, tokenizer, names)
+        texts = _encoded(sources.Documents(config.evaluate), model, tokenizer)
+        if not len(texts):
+            raise UserError(f"--evaluate: there is no text in {names}")
+        return _unlabelled(texts, model, tokenizer, f"documents of {names}")
     if model.output == "states":
         return _of_pairs(config, model, tokenizer, names)
     data = TaskData(task=config.task, text=config.text, label=config.label, kind=model.output)
@@ -81,9 +84,9 @@ def default(model: Exportable, tokenizer: "Tokenizer") -> Trial:
     found = _encoded(sources.Documents(["python-docs"]), model, tokenizer)
     ids = np.concatenate(found.ids)
     if np.mean(ids == tokenizer.unk_token_id) <= UNKNOWN:
-        return _of_examples(found, model, tokenizer, "documentation of Python")
-    return _of_examples(_made_up(model, tokenizer), model, tokenizer,
-                        "made-up rows, no text being given")
+        return _unlabelled(found, model, tokenizer, "texts of Python's documentation")
+    return _unlabelled(_made_up(model, tokenizer), model, tokenizer,
+                       "made-up rows (no text was given)")
 
 
 def of_task(task: TaskInput, labels: Sequence[str], names: str) -> Trial:
@@ -95,8 +98,8 @@ def of_task(task: TaskInput, labels: Sequence[str], names: str) -> Trial:
         names: of the files.
     """
     part = task.parts["dev"]
-    some = _within(part.examples)
-    examples, truth = part.examples.some(some), [part.truth[i] for i in some]
+    examples = _within(part.examples)
+    truth = part.truth[:len(examples)]
     columns = order(tuple(labels), task.labels)
 
     def score(found: np.ndarray) -> float | None:
@@ -106,37 +109,33 @@ def of_task(task: TaskInput, labels: Sequence[str], names: str) -> Trial:
     return Trial(f"{len(examples):,} examples of {names}", examples, score)
 
 
-def of_packed(packed: PackedRows, model: Exportable, tokenizer: "Tokenizer") -> Trial:
-    """The documents of held-out rows, of which some tokens are hidden."""
+def of_packed(packed: PackedRows, tokenizer: "Tokenizer") -> Trial:
+    """The documents of a run's held-out rows, of which some tokens are hidden."""
     ids: list[np.ndarray] = []
     for row, segments in zip(packed.rows, packed.segments, strict=True):
         ends = np.cumsum(segments[segments > 0].astype(int))
         ids += [np.asarray(piece, np.int32) for piece in np.split(row, ends)[:len(ends)]]
         if len(ids) >= DOCUMENTS:
             break
-    return _of_examples(_plain(ids), model, tokenizer, "the run's held-out documents")
+    return _guessing(_within(_plain(ids)), tokenizer, "documents that the run held out")
 
 
-def _of_texts(texts: Iterable[str], model: Exportable, tokenizer: "Tokenizer", names: str) -> Trial:
-    examples = _encoded(texts, model, tokenizer)
-    if not len(examples):
-        raise UserError(f"--evaluate: there is no text in {names}")
-    return _of_examples(examples, model, tokenizer, names)
-
-
-def _of_examples(
-    examples: Examples, model: Exportable, tokenizer: "Tokenizer", names: str
+def _unlabelled(
+    examples: Examples, model: Exportable, tokenizer: "Tokenizer", what: str
 ) -> Trial:
-    """A trial without labels but those of hidden tokens."""
-    examples = examples.some(_within(examples))
-    said = f"{len(examples):,} documents of {names}" if "rows" not in names else (
-        f"{len(examples):,} {names}")
-    if model.output != "mlm":
-        return Trial(said, examples)
-    examples = hidden(examples, tokenizer.all_special_ids, tokenizer.mask_token_id)
-    if not len(examples):
-        raise UserError(f"{names}: no token can be hidden")
-    return Trial(f"{said}, {examples.starts[-1]:,} hidden tokens", examples)
+    """Examples that have no labels but, of a masked language model, their hidden tokens."""
+    examples = _within(examples)
+    if model.output == "mlm":
+        return _guessing(examples, tokenizer, what)
+    return Trial(f"{len(examples):,} {what}", examples)
+
+
+def _guessing(examples: Examples, tokenizer: "Tokenizer", what: str) -> Trial:
+    """Examples in which some tokens are hidden, to be guessed."""
+    masked = hidden(examples, tokenizer.all_special_ids, tokenizer.mask_token_id)
+    if not len(masked):
+        raise UserError(f"none of {len(examples):,} {what} has a token that could be hidden")
+    return Trial(f"{len(masked):,} {what}, {masked.starts[-1]:,} hidden tokens", masked)
 
 
 def _of_pairs(config: ShipConfig, model: Exportable, tokenizer: "Tokenizer", names: str) -> Trial:
@@ -176,9 +175,9 @@ def _plain(ids: list[np.ndarray]) -> Examples:
                     [np.full(1, np.nan)] * len(ids), 0)
 
 
-def _within(examples: Examples) -> np.ndarray:
+def _within(examples: Examples) -> Examples:
     """The first examples that have TOKENS together, at least one."""
-    return np.arange(max(1, int((np.cumsum(examples.lengths) <= TOKENS).sum())))
+    return examples.some(np.arange(max(1, int((np.cumsum(examples.lengths) <= TOKENS).sum()))))
 
 
 def hidden(examples: Examples, special_ids: Sequence[int], mask_id: int) -> Examples:
