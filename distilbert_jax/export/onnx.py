@@ -73,8 +73,8 @@ class Graph:
         """A constant [n] int64, stored once."""
         return self.array(f"int_{'_'.join(map(str, values))}", values, np.int64)
 
-    def table(self, name: str, rows: np.ndarray) -> str:
-        """Store vectors [R, D] for `taken`."""
+    def table(self, name: str, rows: np.ndarray, multiplied: bool = False) -> str:
+        """Store vectors [R, D] for `taken` and, if they are `multiplied`, for `times_table`."""
         return self.array(name, rows)
 
     def taken(self, table: str, operator: str, *inputs: str) -> str:
@@ -149,7 +149,7 @@ def save(graph: Graph, model: Exportable, path: Path) -> Path:
 def _embedded(graph: Graph, model: Exportable) -> str:
     """Words, positions and types, summed and normalised: [B, T, D]."""
     tables, config = model.params["embeddings"], model.config
-    words = graph.table("embeddings/word", tables["word"]["embedding"])
+    words = graph.table("embeddings/word", tables["word"]["embedding"], model.output == "mlm")
     positions = tables["position"]["embedding"]
     if config.type_vocab_size and not model.typed:  # its one vector is added everywhere
         positions = positions + tables["token_type"]["embedding"]

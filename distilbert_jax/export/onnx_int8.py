@@ -21,8 +21,8 @@ def write(model: Exportable, folder: Path, reduce_range: bool = False) -> Path:
     Args:
         model: what is shipped.
         folder: of the Hugging Face model; the file goes to its onnx/model_quantized.onnx.
-        reduce_range: keep weights within ±63, for x86 CPUs without VNNI, whose products of 8 bits
-            saturate at 16 bits.
+        reduce_range: keep what is multiplied within ±63, for x86 CPUs without VNNI, whose products
+            of 8 bits saturate at 16 bits.
 
     Returns:
         The file's path.
@@ -56,8 +56,9 @@ class Int8Graph(Graph):
         self.largest = largest
         self.quantised: dict[str, list[str]] = {}  # tensor → its uint8 form, scale and zero point
 
-    def table(self, name: str, rows: np.ndarray) -> str:
-        values, scale = rounded(rows, 1, self.largest)
+    def table(self, name: str, rows: np.ndarray, multiplied: bool = False) -> str:
+        # What is only looked up takes part in no product that could saturate.
+        values, scale = rounded(rows, 1, self.largest if multiplied else LARGEST)
         self.array(f"{name}/scale", scale)  # [R, 1]
         return self.array(name, values, np.int8)
 
