@@ -47,8 +47,9 @@ FORMATS = {
             # Each length has its own positions and operations: 9 % of 12 layers of 256.
             "size": Limit("the size, over float32's,", most=0.35)}, default=False),
     "stablehlo": Format(
-        text="StableHLO, float32", path="stablehlo/model.jax_export", extra="serve", needs=(),
-        write=stablehlo.write, load=stablehlo.load, limits=FLOAT32, default=False),
+        text="StableHLO, float32", path="stablehlo/model.jax_export", extra="serve",
+        needs=("flatbuffers",), write=stablehlo.write, load=stablehlo.load, limits=FLOAT32,
+        default=False),
 }
 DEFAULT = tuple(name for name, row in FORMATS.items() if row.default)
 
