@@ -2,6 +2,7 @@
 
     python experiments/benchmark.py train     our update beside PyTorch's
     python experiments/benchmark.py finetune  our training for a task beside the Trainer's
+    python experiments/benchmark.py latency   a model in each runtime that serves it
     python experiments/benchmark.py head      the fused vocabulary head beside the dense one
     python experiments/benchmark.py prepare   the preparation of a corpus, and of ten times as much
 
@@ -15,11 +16,17 @@ from pathlib import Path
 from launch import launch
 
 from distilbert_jax.benchmark import head, preparation, problem, training_report
-from distilbert_jax.benchmark.settings import HeadBenchmark, TaskBenchmark, TrainBenchmark
+from distilbert_jax.benchmark.settings import (
+    HeadBenchmark,
+    ServingBenchmark,
+    TaskBenchmark,
+    TrainBenchmark,
+)
 from distilbert_jax.cli import parse
 from distilbert_jax.config import PrepareConfig
 from distilbert_jax.errors import UserError, choose
 from distilbert_jax.evaluation.report import versions
+from distilbert_jax.jobs.time_serving import time_serving
 from distilbert_jax.jobs.time_task import time_task
 
 
@@ -43,6 +50,11 @@ def finetune(argv: list[str]) -> None:
     print(versions())
 
 
+def latency(argv: list[str]) -> None:
+    """Milliseconds of a request to a model in each runtime that serves it, and to its teacher."""
+    print(time_serving(parse(ServingBenchmark, latency.__doc__, argv, {})))
+
+
 def fused_head(argv: list[str]) -> None:
     """Memory and time of the fused vocabulary head beside the dense one."""
     config = parse(HeadBenchmark, fused_head.__doc__, argv, {})
@@ -60,7 +72,8 @@ def prepare(argv: list[str]) -> None:
     print(preparation.describe(preparation.measure(dataclasses.replace(config, workers=workers))))
 
 
-JOBS = {"train": train, "finetune": finetune, "head": fused_head, "prepare": prepare}
+JOBS = {"train": train, "finetune": finetune, "latency": latency, "head": fused_head,
+        "prepare": prepare}
 
 
 def main(argv: list[str]) -> None:

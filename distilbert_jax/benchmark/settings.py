@@ -1,8 +1,10 @@
 """The settings of the benchmarks, as the command line gives them."""
 
 import dataclasses
+from collections.abc import Sequence
 
-from distilbert_jax.config import Words, check, option
+from distilbert_jax.benchmark.serving import RUNTIMES
+from distilbert_jax.config import Config, Word, Words, check, option
 from distilbert_jax.errors import UserError, choose
 from distilbert_jax.task_config import TaskData
 
@@ -89,3 +91,35 @@ class TaskBenchmark(TaskData):
         if self.sides[0] != "ours":
             raise UserError(f"--sides {' '.join(self.sides)} must begin with ours, which the "
                             "others are compared with")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServingBenchmark(Config):
+    """Latency of models in each runtime that serves them."""
+
+    model: Words = option(
+        (), "models", "Hugging Face folders; the files that ship.py leaves in them are timed too",
+        nargs="+")
+    teacher: Word = option(
+        "", "models", "folder of the teacher, in PyTorch; default: ratios are to the first model")
+    evaluate: Words = option(
+        (), "data", "texts, or labelled files, that are answered one by one in all rounds together",
+        nargs="+")
+    text: Words = option(
+        (), "data", "the column of the text, or the two columns of a pair; default: text, or "
+        "sentence1 and sentence2", nargs="+")
+    threads: int | Sequence[int] = option(
+        (1, 2), "devices", "of a product; all are measured (default: 1 2)", nargs="+", type=int)
+    runtimes: Words = option(
+        RUNTIMES, "devices", f"of {', '.join(RUNTIMES)} (default: all)", nargs="+")
+    rounds: int = option(25, "output", "how often each side is timed, in turn")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model:
+            raise UserError("--model is missing: give one or several Hugging Face folders")
+        check(self, "rounds", self.rounds >= 1, "must be at least 1")
+        if min(self.threads) < 1:
+            raise UserError(f"--threads {min(self.threads)} must be at least 1")
+        for name in self.runtimes:
+            choose(name, RUNTIMES, "--runtimes")

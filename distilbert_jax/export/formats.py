@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from distilbert_jax.errors import UserError, choose
-from distilbert_jax.export import onnx, onnx_int8, onnx_runtime
+from distilbert_jax.export import litert, onnx, onnx_int8, onnx_runtime, stablehlo
 from distilbert_jax.export.exportable import Run
 from distilbert_jax.export.gate import FLOAT32, INT8, Limit
 
@@ -40,6 +40,16 @@ FORMATS = {
     "int8": Format(
         text="ONNX, int8", path="onnx/model_quantized.onnx", write=onnx_int8.write, limits=INT8,
         options=("reduce_range",), **_ONNX),
+    "litert": Format(
+        text="LiteRT, int8", path="litert/model.tflite", extra="phone",
+        needs=("litert_converter", "ai_edge_quantizer", "ai_edge_litert"), write=litert.write,
+        load=litert.LiteRtModel, limits=INT8 | {
+            # Each length has its own positions and operations: 9 % of 12 layers of 256.
+            "size": Limit("the size, over float32's,", most=0.35)}, default=False),
+    "stablehlo": Format(
+        text="StableHLO, float32", path="stablehlo/model.jax_export", extra="serve",
+        needs=("flatbuffers",), write=stablehlo.write, load=stablehlo.load, limits=FLOAT32,
+        default=False),
 }
 DEFAULT = tuple(name for name, row in FORMATS.items() if row.default)
 

@@ -53,14 +53,15 @@ class AttentionMask:
 
 
 def sees(
-    query_segment: Int[Array, "*#B"], key_segment: Int[Array, "*#B"],
-    query_index: Int[Array, "*#B"], key_index: Int[Array, "*#B"],
+    query_segment: Int[Array, "..."], key_segment: Int[Array, "..."],
+    query_index: Int[Array, "..."], key_index: Int[Array, "..."],
     causal: bool, window: int | None,
-) -> Bool[Array, "*B"]:
+) -> Bool[Array, "..."]:
     """True where a query position sees a key position, by the rule of `AttentionMask`.
 
     Args:
-        query_segment, key_segment: segment ids of the two positions; all four arrays broadcast.
+        query_segment, key_segment: segment ids of the two positions; all four arrays broadcast,
+            which jaxtyping 0.3 cannot check where sizes are symbolic, as in an export.
         query_index, key_index: indices of the two positions within their row.
         causal, window: as in `AttentionMask`.
     """

@@ -3,9 +3,11 @@
 Compilers for TPU and GPU find that form themselves, so plain products and their derivatives are
 left to them. XLA's CPU compiler (jax 0.10.2) calls its fast library, the only code that knows a
 CPU's bfloat16, if the rows of both factors are contiguous and the result is float32; so on CPU
-products and their gradients are written out in that form.
+products and their gradients are written out in that form. A model that is exported goes to machines
+that are not known, so within `any_platform` everything is plain.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -148,7 +150,18 @@ def wide(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def any_platform() -> contextlib.AbstractContextManager:
+    """A context in which code is traced that has to run on every platform.
+
+    `platform_here` is then "any", for which there are neither layouts nor kernels of attention:
+    jax.export refuses both ("custom calls whose targets have no compatibility guarantees").
+    """
+    device = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform="any")
+    return jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+
 def platform_here() -> str:
-    """The platform that the code being traced will run on: "cpu", "gpu" or "tpu"."""
+    """The platform that the code being traced will run on: "cpu", "gpu", "tpu", or "any"."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.devices()[0].platform
