@@ -84,8 +84,8 @@ def answer(
     if output == "mlm":
         return model.mlm_logits(hidden)
     if output == "tag":
-        return model.task_logits(hidden, positions)
-    return model.task_logits(hidden, jnp.zeros_like(ids[:, :1]))[:, 0]
+        return model.task_logits(hidden)
+    return model.task_logits(hidden[:, :1])[:, 0]
 
 
 def reference(model: Exportable, rows: int = 1) -> Run:
