@@ -26,6 +26,12 @@ class ShipConfig(Config):
     formats: Words = option((), "output", "formats to write; default: onnx int8", nargs="+")
     reduce_range: bool = option(
         False, "output", "int8 weights within ±63, for x86 CPUs without VNNI")
+    demo: bool = option(
+        False, "output", "also write a page beside the folder that runs the int8 model in a "
+        "browser, by transformers.js")
+    teacher: Word = option(
+        "", "models", "Hugging Face folder of the model that this one was made from: its answers "
+        "to the examples stand on the page of --demo")
     output: Word = option(
         "", "output", "folder for a copy of the model with the formats in it; default: they are "
         "written into the folder of --model")
@@ -36,6 +42,8 @@ class ShipConfig(Config):
             raise UserError("--model is missing: give the Hugging Face folder to ship")
         if self.output:
             check_output(self.output)
+        if self.teacher and not self.demo:
+            raise UserError(f"--teacher {self.teacher} answers on the page of --demo: add it")
         for name in ("task", "text", "label"):
             if getattr(self, name) and not self.evaluate:
                 raise UserError(f"--{name} says how the files of --evaluate are read: name some")

@@ -77,6 +77,22 @@ def test_a_language_model_is_shipped_and_what_was_there_stays(place, lenient, ca
     assert set(json.loads(again["report.json"])["formats"]) == {"onnx", "int8"}
 
 
+def test_a_page_offers_texts_and_the_answers_of_a_teacher(place, lenient):
+    shipped(output="copy", demo=True, teacher="teacher")
+    page = (place / "copy.html").read_text(encoding="utf-8")
+    about = json.loads(page.split('id="about">')[1].split("</script>")[0])
+    lines = (place / "corpus.txt").read_text(encoding="utf-8").splitlines()
+    assert about["output"] == "mlm" and len(about["examples"]) == 3
+    for (text,), line, answers in zip(
+            about["examples"], lines, about["teacher"]["answers"], strict=False):
+        begin, end = text.split("[MASK]")
+        assert line.startswith(begin) and line.endswith(end) and len(text.split()) == len(
+            line.split())
+        assert answers == [list(pair) for pair in predict.load("teacher").fill_mask([text])[0][0]]
+    with pytest.raises(UserError, match="--teacher teacher answers on the page of --demo: add it"):
+        shipped(output="copy", teacher="teacher")
+
+
 def test_a_copy_leaves_the_model_as_it_is(place):
     with_file("teacher/1_Pooling/config.json", b"{}")()
     before = tree(place / "teacher")

@@ -76,11 +76,13 @@ class Trial:
     Of a masked language model, `positions` of the examples are hidden tokens, and `labels` what
     they were. `score` is a function of the answers of all examples in their order: logits [P, C]
     at all positions, or pooled states [P, D]; None where there is nothing to be right about.
+    `texts` are a few of the rows as they were given, each a text or a pair.
     """
 
     text: str  # of where the rows come from
     examples: Examples
     score: Callable[[np.ndarray], float | None] | None = None
+    texts: tuple[tuple[str, ...], ...] = ()
 
 
 class Gate:

@@ -19,6 +19,7 @@ from distilbert_jax.export.exportable import Exportable
 from distilbert_jax.export.formats import DEFAULT, FORMATS, Format, check_formats
 from distilbert_jax.export.gate import Figures, Gate, Trial
 from distilbert_jax.jobs.setup import Setup
+from distilbert_jax.jobs.ship_page import write_page
 from distilbert_jax.jobs.task_model import read_json
 from distilbert_jax.jobs.trials import of_packed, trial_of
 from distilbert_jax.machine import seal, store
@@ -70,6 +71,8 @@ def ship(config: ShipConfig) -> Path:
         if folder != found.folder:
             _copy(found.folder, folder)
         ship_into(folder, model, trial, names, {"reduce_range": config.reduce_range})
+        if config.demo:
+            say(f"page: {write_page(folder, model.output, trial.texts, tokenizer, config.teacher)}")
     return folder
 
 

@@ -1,8 +1,9 @@
 """The rows of text on which shipped files are judged: from a user's files, a run, or made up."""
 
+import dataclasses
 import itertools
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     Tokenizer = transformers.PreTrainedTokenizerFast
 
 DOCUMENTS = 500  # of a corpus, at most
+SHOWN = 3  # of the rows, as examples
 TOKENS = 60_000  # of all rows, at most
 LENGTH = 256  # tokens of a document; what is longer is cut
 HIDDEN = 0.15  # share of the tokens that a masked language model guesses
@@ -59,10 +61,10 @@ def trial_of(
         raise UserError(f"--evaluate {config.evaluate[0]} is a table, and {config.model} guesses "
                         "hidden words: give texts (.txt, .jsonl, ...)")
     if not any(tables):
-        texts = _encoded(sources.Documents(config.evaluate), model, tokenizer)
-        if not len(texts):
+        texts = _documents(config.evaluate)
+        if not texts:
             raise UserError(f"--evaluate: there is no text in {names}")
-        return _unlabelled(texts, model, tokenizer, f"documents of {names}")
+        return _of_documents(texts, model, tokenizer, f"documents of {names}")
     if model.output == "states":
         return _of_pairs(config, model, tokenizer, names)
     data = TaskData(task=config.task, text=config.text, label=config.label, kind=model.output)
@@ -81,10 +83,10 @@ def _is_table(name: str, config: ShipConfig, model: Exportable) -> bool:
 
 def default(model: Exportable, tokenizer: "Tokenizer") -> Trial:
     """Documentation of Python or, where the tokenizer does not know its words, made-up rows."""
-    found = _encoded(sources.Documents(["python-docs"]), model, tokenizer)
-    ids = np.concatenate(found.ids)
+    texts = _documents(["python-docs"])
+    ids = np.concatenate(_encoded(texts, model, tokenizer).ids)
     if np.mean(ids == tokenizer.unk_token_id) <= UNKNOWN:
-        return _unlabelled(found, model, tokenizer, "texts of Python's documentation")
+        return _of_documents(texts, model, tokenizer, "texts of Python's documentation")
     return _unlabelled(_made_up(model, tokenizer), model, tokenizer,
                        "made-up rows (no text was given)")
 
@@ -106,7 +108,8 @@ def of_task(task: TaskInput, labels: Sequence[str], names: str) -> Trial:
         return answers.figures(task.kind, task.task.metrics, found[:, columns], examples, truth,
                                task.labels)["score"]
 
-    return Trial(f"{len(examples):,} examples of {names}", examples, score)
+    return Trial(f"{len(examples):,} examples of {names}", examples, score,
+                 () if task.kind == "tag" else tuple(part.raw.texts[:SHOWN]))
 
 
 def of_packed(packed: PackedRows, tokenizer: "Tokenizer") -> Trial:
@@ -118,6 +121,19 @@ def of_packed(packed: PackedRows, tokenizer: "Tokenizer") -> Trial:
         if len(ids) >= DOCUMENTS:
             break
     return _guessing(_within(_plain(ids)), tokenizer, "documents that the run held out")
+
+
+def _documents(names: Sequence[str]) -> list[str]:
+    """The first documents of some sources."""
+    return list(itertools.islice(sources.Documents(names), DOCUMENTS))
+
+
+def _of_documents(
+    texts: Sequence[str], model: Exportable, tokenizer: "Tokenizer", what: str
+) -> Trial:
+    """Documents without labels."""
+    trial = _unlabelled(_encoded(texts, model, tokenizer), model, tokenizer, what)
+    return dataclasses.replace(trial, texts=tuple((text,) for text in texts[:SHOWN]))
 
 
 def _unlabelled(
@@ -156,14 +172,13 @@ def _of_pairs(config: ShipConfig, model: Exportable, tokenizer: "Tokenizer", nam
         one, other = np.split(unit, 2)
         return metrics.score(["spearman"], truth, (one * other).sum(-1))
 
-    return Trial(f"{len(read):,} pairs of {names}", examples, score)
+    return Trial(f"{len(read):,} pairs of {names}", examples, score, tuple(read.texts[:SHOWN]))
 
 
-def _encoded(texts: Iterable[str], model: Exportable, tokenizer: "Tokenizer") -> Examples:
-    """The first documents; of a model that tags words, split at spaces."""
+def _encoded(texts: Sequence[str], model: Exportable, tokenizer: "Tokenizer") -> Examples:
+    """Documents; of a model that tags words, split at spaces."""
     tagged = model.output == "tag"
-    some = [tuple(text.split()) if tagged else (text,)
-            for text in itertools.islice(texts, DOCUMENTS)]
+    some = [tuple(text.split()) if tagged else (text,) for text in texts]
     read = Labelled(some, [None] * len(some), [""] * len(some), tagged)
     return encode(read, None, tokenizer, min(LENGTH, model.config.positions))
 
