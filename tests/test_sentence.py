@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -58,8 +59,8 @@ def test_vectors_of_packed_rows_are_those_of_each_text_alone(way, encoder, x64):
     model = nnx.merge(graph, params)
     expected = []
     for ids, types in zip(found.ids, found.types, strict=True):
-        ones = np.ones((1, len(ids)), np.int32)
-        states = model(ids[None], ones, np.arange(len(ids))[None], types[None]).last
+        ids, types = jnp.asarray(ids)[None], jnp.asarray(types)[None]
+        states = model(ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None], types).last
         expected.append(by_definition(way, np.asarray(states)[0], params))
     step = vector_step(graph, mesh_of("1x1"), WAYS[way].of_first)
     for rows, length in (([[i] for i in range(6)], 16), ([[2, 4], [], [5, 0, 1, 3]], 40)):
@@ -210,7 +211,7 @@ def test_gradients_do_not_depend_on_texts_that_are_not_there(encoder, x64):
         found = examples(LENGTHS)
 
         def total(params, width, graph=graph, found=found):
-            batch = rows_of(found, [[0, 1]], 20, width)
+            batch = jax.tree.map(jnp.asarray, rows_of(found, [[0, 1]], 20, width))
             model = nnx.merge(graph, params)
             last = model(batch["input_ids"], batch["segment_ids"], batch["position_ids"]).last
             out = model.vectors(last, batch["segment_ids"], width)

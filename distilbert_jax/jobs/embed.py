@@ -101,9 +101,9 @@ def embed(config: EmbedConfig) -> Path:
 def _check(config: EmbedConfig, teacher: Named, start: Named) -> None:
     """Raise a UserError for losses that do not fit the models, or files that would be lost."""
     objective = Objective.of(config, start.shape, teacher.shape)
-    if objective.mapped and teacher.tokens != start.tokens:
+    if objective.mapped and not teacher.reads_as(start):
         raise UserError("--alpha-hidden compares states token by token, and --student has another "
-                        "tokenizer than --teacher: give 0")
+                        "tokenizer, prompt or length than --teacher: give 0")
     for made in ("student", *embed_report.FILES):
         check_folder(config.output, made, "metrics.jsonl",
                      {"--teacher": config.teacher, "--student": config.student})
@@ -165,7 +165,7 @@ def _leave(job: Job, start: Named, trained: Named, layers: list[int]) -> Path:
 def _teacher_vectors(job: Job, examples: Examples) -> np.ndarray:
     """The teacher's vectors of the sentences that are learnt from, computed once."""
     config, teacher = job.config, job.teacher
-    if teacher.tokens != job.start.tokens or teacher.facts != job.start.facts:
+    if not teacher.reads_as(job.start):
         examples = teacher.examples(job.sentences.train, config.max_length)
     request = {
         "teacher": fingerprint(teacher.params), "pooling": repr(teacher.shape.sentence),

@@ -57,6 +57,11 @@ class Named:
         """Dimensions of the vectors."""
         return self.shape.sentence.width(self.shape.hidden_size)
 
+    def reads_as(self, other: "Named") -> bool:
+        """Whether both make the same tokens of every text."""
+        return (self.tokens, self.facts.prompt(), self.facts.max_length) == (
+            other.tokens, other.facts.prompt(), other.facts.max_length)
+
     def examples(self, texts: list[str], max_length: int | None = None, *prompts: str
                  ) -> "Examples":
         """Texts tokenised, after the first prompt of these names that there is."""
