@@ -29,7 +29,7 @@ class TaskData(Config):
 
     task: str = option(
         "", "data", "a task whose files, columns, labels and metrics are known: cola, sst2, ...; "
-        "without it, columns and kind are taken from the files")
+        "without it, columns and kind are taken from the files; sts judges sentence encoders")
     data: Word = option("", "data", "folder of the task's files: train.tsv, dev.tsv, ...",
                         **BY_CONTENT)
     dev: Words = option(
@@ -120,6 +120,10 @@ class FinetuneConfig(LoopConfig, TaskData):
             raise UserError("--distil trains its own teacher from --model: leave out --teacher")
         if not (self.teacher or self.model):
             raise UserError("--model is missing: give the Hugging Face folder to start from")
+        if self.task == "sts":
+            raise UserError("--task sts judges sentence encoders (experiments/evaluate.py); they "
+                            "are trained by experiments/embed.py, and scorers of pairs by --kind "
+                            "regress")
         if not self.taught:
             for name in ("unlabelled", "hidden_map", "augment"):
                 if getattr(self, name):
@@ -155,7 +159,14 @@ class EvaluateConfig(DataConfig, TaskData):
 
     model: Word = option("", "models", "Hugging Face folder to judge")
     teacher: Word = option(
-        "", "models", "masked language model to compare a masked language model with")
+        "", "models", "model to compare with: of a masked language model another, of a sentence "
+        "encoder its teacher")
+    pooling: str = option(
+        "", "models", "with --task sts, of folders without modules.json: mean, cls, max or "
+        "mean_sqrt_len_tokens")
+    retrieval: Words = option(
+        (), "data", "with --task sts, JSON lines of title and text: titles look for their texts",
+        nargs="+")
     dtype: str = option("auto", "devices", "as for training")
     mesh: str = option("", "devices", "DATAxMODEL, e.g. 8x1; default: all devices on data")
     output: Word = option("", "output", "folder for metrics.json and predictions.tsv; default: "
@@ -168,9 +179,12 @@ class EvaluateConfig(DataConfig, TaskData):
         if self.on_texts and (self.task or self.data or self.dev):
             raise UserError("--corpus and --valid are texts for a masked language model, --task, "
                             "--data and --dev labelled data: give one or the other")
-        if self.teacher and not self.on_texts:
+        if self.teacher and not self.on_texts and self.task != "sts":
             raise UserError(f"--teacher {self.teacher} is compared on texts: give --corpus or "
-                            "--valid")
+                            "--valid, or --task sts for sentence encoders")
+        for name in ("pooling", "retrieval"):
+            if getattr(self, name) and self.task != "sts":
+                raise UserError(f"{flag(name)} is for sentence encoders: give --task sts")
 
     @property
     def on_texts(self) -> bool:

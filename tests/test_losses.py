@@ -15,7 +15,8 @@ LABELS = RANDOM.integers(0, 11, (3, 5))
 WEIGHTS = np.array([[1, 1, 0, 0, 1], [0, 0, 0, 0, 0], [1, 0, 1, 1, 1.0]])
 CHOSEN = WEIGHTS > 0
 TAU = 3.0
-SETTINGS = {"temperature": TAU}
+SETTINGS = {"temperature": TAU, "similarity_temperature": 0.5}
+KNOWN = RANDOM.integers(0, 2, 15) + 0.0  # sentences of a batch that are there
 
 
 def ours(name, student, teacher=TEACHER):
@@ -23,7 +24,8 @@ def ours(name, student, teacher=TEACHER):
     target = LABELS if row.needs in ("labels", "targets") else teacher
     settings = {setting: SETTINGS[setting] for setting in row.settings}
     target = jnp.asarray(target, float if row.needs == "targets" else None)
-    return row.sum(student, target, jnp.asarray(WEIGHTS), **settings)
+    more = (target.reshape(15, 11), jnp.asarray(KNOWN)) if row.needs == "similarities" else ()
+    return row.sum(student, target, jnp.asarray(WEIGHTS), *more, **settings)
 
 
 def log_softmax(x):
@@ -40,6 +42,16 @@ def cosine(s, t):
     return 1 - (s * t).sum(-1) / (np.linalg.norm(s, axis=-1) * np.linalg.norm(t, axis=-1))
 
 
+def similarities(s, t):
+    """KL of softmaxes of cosines to the teacher's vectors that are there."""
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    there = unit(t.reshape(15, 11))[KNOWN > 0]
+    own, theirs = (log_softmax(unit(x) @ there.T / 0.5) for x in (s, t))
+    return (np.exp(theirs) * (theirs - own)).sum(-1)
+
+
 # A new row of LOSSES is written down here once more, after its paper; the tests do the rest.
 DEFINITIONS = {
     "ce": kl,
@@ -48,7 +60,8 @@ DEFINITIONS = {
     "mse": lambda s, t: ((s - t) ** 2).sum(-1),
     "hidden": lambda s, t: ((s - t) ** 2).sum(-1) / (t**2).sum(-1),
 }
-DEFINITIONS |= {"hard": DEFINITIONS["mlm"], "soft": kl}
+DEFINITIONS |= {"hard": DEFINITIONS["mlm"], "soft": kl, "vector": DEFINITIONS["mse"],
+                "angle": cosine, "similarity": similarities}
 
 
 @pytest.mark.parametrize("name, other", [("hard", LABELS / 2.0), ("soft", TEACHER[..., :1])])

@@ -12,19 +12,20 @@ REPEATS = 30
 
 
 def latencies(
-    models: dict[str, tuple[nnx.GraphDef, dict[str, Any]]], length: int
+    models: dict[str, tuple[nnx.GraphDef, dict[str, Any]]], length: int, rows: int = 1
 ) -> dict[str, float]:
-    """Median milliseconds to encode one document of `length` tokens, batch 1, on the first device.
+    """Median milliseconds to encode documents of `length` tokens together, on the first device.
 
     Args:
         models: name → (structure, parameters).
         length: tokens.
+        rows: documents in a batch.
 
     Returns:
         name → median over 30 runs, the models alternating, compiled and warmed up before.
     """
-    ids = jnp.ones((1, length), jnp.int32)
-    positions = jnp.arange(length)[None]
+    ids = jnp.ones((rows, length), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(length), ids.shape)
 
     def encode(graph: nnx.GraphDef, params: dict[str, Any]) -> jax.Array:
         return nnx.merge(graph, params)(ids, ids, positions).last

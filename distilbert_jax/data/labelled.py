@@ -15,10 +15,10 @@ from distilbert_jax.data import readers
 from distilbert_jax.errors import UserError, choose, first_line
 from distilbert_jax.machine import store
 
-TEXTS = (("text",), ("sentence",), ("sentence1", "sentence2"), ("text1", "text2"),
-         ("premise", "hypothesis"), ("question", "sentence"), ("question1", "question2"),
-         ("tokens",), ("words",))
-LABELS = ("label", "labels", "score", "tags", "ner_tags")
+TEXTS = (("text",), ("sentence",), ("sentence1", "sentence2"), ("sentence_A", "sentence_B"),
+         ("text1", "text2"), ("premise", "hypothesis"), ("question", "sentence"),
+         ("question1", "question2"), ("tokens",), ("words",))
+LABELS = ("label", "labels", "score", "relatedness_score", "tags", "ner_tags")
 FORMATS = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".conll")
 
 Row = tuple[str, Mapping[str, Any]]  # where it stands, and its columns

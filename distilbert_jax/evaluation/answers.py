@@ -99,6 +99,7 @@ def collect(
     rows = _packed(examples, length)
     counts = np.diff(examples.starts)
     width = max(int(sum(counts[i] for i in row)) for row in rows)
+    width = -(-width // 8) * 8  # so that few are compiled
     data = mesh.shape["data"]
     taken = max(1, BATCH_TOKENS // length)
     size = math.ceil(min(taken, len(rows)) / data) * data

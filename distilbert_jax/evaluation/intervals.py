@@ -57,3 +57,20 @@ def interval(values: np.ndarray) -> tuple[float, float] | None:
         return None
     low, high = np.percentile(known, LEVELS)
     return float(low), float(high)
+
+
+def drawn_means(values: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
+    """The mean of each model's values in each draw, the same examples for all: [DRAWS] each.
+
+    Args:
+        values: model → its value for each example.
+        seed: of the draws.
+    """
+    random = np.random.default_rng(seed)
+    count = len(next(iter(values.values())))
+    found = {model: np.empty(DRAWS) for model in values}
+    for draw in range(DRAWS):
+        some = random.integers(0, count, count)
+        for model, own in values.items():
+            found[model][draw] = own[some].mean()
+    return found

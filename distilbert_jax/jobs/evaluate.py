@@ -13,6 +13,7 @@ from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import intervals, report
 from distilbert_jax.evaluation.held_out import held_out
 from distilbert_jax.jobs import task_report
+from distilbert_jax.jobs.judge_sentences import judge_sentences
 from distilbert_jax.jobs.task_data import read_task
 from distilbert_jax.jobs.task_model import answered, check_tokenizers, on_devices, read_json
 from distilbert_jax.machine import seal, store
@@ -39,7 +40,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, float | None]:
     if config.output:
         store.check_writable(config.output)
         _check_output(config.output)
-    return _on_texts(config) if config.on_texts else _on_task(config)
+    if config.on_texts:
+        return _on_texts(config)
+    return _of_sentences(config) if config.task == "sts" else _on_task(config)
 
 
 def _on_task(config: EvaluateConfig) -> dict[str, float | None]:
@@ -65,6 +68,15 @@ def _on_task(config: EvaluateConfig) -> dict[str, float | None]:
             "model": Path(config.model).name, "task": task.name, "metrics": figures,
             "examples": len(task.parts["dev"]), "interval": pair}):
         task_report.write_predictions(output / "predictions.tsv", task, "dev", found)
+    return figures
+
+
+def _of_sentences(config: EvaluateConfig) -> dict[str, float | None]:
+    """The figures of a sentence encoder, beside its teacher if one is given."""
+    figures, content = judge_sentences(config)
+    for name, value in figures.items():
+        print(f"{name}: " + ("not defined" if value is None else f"{value:.4f}"))
+    _write(config, {"model": Path(config.model).name, "metrics": figures} | content)
     return figures
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import operator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -120,25 +121,41 @@ def choose_layers(job: Job, teacher: hub.Pretrained, count: int) -> list[int]:
         UserError: the file holds what was chosen of another teacher, by other data, or in another
             number.
     """
-    path = Path(job.config.output) / "layers.json"
     request = {"teacher": fingerprint(teacher.params), "data": job.task.digest("train"),
                "layers": count}
+    found = kept_layers(job.config.output, request, lambda: _removals(job, teacher, count))
+    layers, share = found["removals"][-1]["left"], found["removals"][-1]["readable"]
+    say(f"layers {', '.join(map(str, layers))} of the teacher are kept: from their states a linear "
+        f"map reads {share:.1%} of the variance of its answers (evenly chosen: "
+        f"{found['evenly']:.1%})")
+    return layers
+
+
+def kept_layers(output: str, request: dict[str, Any], removals: Callable[[], dict[str, Any]]
+                ) -> dict[str, Any]:
+    """The choice of layers in OUTPUT/layers.json, which is made there first if there is none.
+
+    Args:
+        output: folder of the job.
+        request: what the choice depends on.
+        removals: makes the choice, by all processes.
+
+    Raises:
+        UserError: the file holds a choice for another request.
+    """
+    path = Path(output) / "layers.json"
     found = read_json(path)
     if found and (other := [name for name in request
                             if request[name] != found.get("request", {}).get(name)]):
         raise UserError(f"{path} was made for another {', '.join(other)}: remove it, or choose "
                         "another --output")
     if not found:
-        removals = _removals(job, teacher, count)
+        made = removals()
         with first_process_first():
             if jax.process_index() == 0:
-                seal.write_json(path, {"request": request} | removals)
-    found = read_json(path)
-    layers, share = found["removals"][-1]["left"], found["removals"][-1]["readable"]
-    say(f"layers {', '.join(map(str, layers))} of the teacher are kept: from their states a linear "
-        f"map reads {share:.1%} of the variance of its answers (evenly chosen: "
-        f"{found['evenly']:.1%})")
-    return layers
+                path.parent.mkdir(parents=True, exist_ok=True)
+                seal.write_json(path, {"request": request} | made)
+    return read_json(path)
 
 
 def _removals(job: Job, teacher: hub.Pretrained, count: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from distilbert_jax.kernels.attention import AttentionMask, attention
 from distilbert_jax.kernels.dropout import RowKeys, dropout, dropped
 from distilbert_jax.kernels.products import affine, wide
+from distilbert_jax.models.vectors import DENSE_ACTIVATIONS, Sentence, normalized, pool
 
 
 @jax.custom_vjp
@@ -84,6 +85,7 @@ class EncoderConfig:
     mlm_head: bool = True
     task: str = ""  # classify, regress or tag: there is a head for it; "": there is none
     num_labels: int = 0  # that the task's head has
+    sentence: Sentence | None = None  # how a text's states become its vector; None: they do not
     pooler_act: str = "tanh"  # of the task's head
     head_dropout: float | None = None  # before the task's last layer; None: as hidden_dropout
     head_input_dropout: bool = False  # before the task's first layer, too (RoBERTa)
@@ -120,7 +122,8 @@ class Linear(nnx.Linear):
     """A linear layer x @ kernel + bias, [..., D] → [..., F], computed by `kernels/products.py`."""
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
-        kernel, bias = jnp.asarray(self.kernel[...]), jnp.asarray(self.bias[...])
+        kernel = jnp.asarray(self.kernel[...])
+        bias = jnp.asarray(self.bias[...]) if self.use_bias else jnp.zeros_like(kernel[0])
         return affine(x.astype(self.dtype), kernel, bias)
 
 
@@ -254,6 +257,25 @@ class TaskHead(nnx.Module):
         return self.output(x).astype(wide(x.dtype))
 
 
+class SentenceHead(nnx.Module):
+    """Vectors of the texts in packed rows: pooled, through linear layers, and to length 1."""
+
+    def __init__(self, config: EncoderConfig, dtypes: dict[str, Any], rngs: nnx.Rngs):
+        self.sentence = config.sentence
+        self.dense = nnx.List([Linear(
+            dense.inputs, dense.outputs, use_bias=dense.bias, rngs=rngs,
+            kernel_init=nnx.initializers.normal(dense.inputs**-0.5), **dtypes)
+            for dense in config.sentence.dense])
+
+    def __call__(
+        self, states: Float[Array, "B _ D"], segment_ids: Int[Array, "B T"], count: int
+    ) -> Float[Array, "B S E"]:
+        x = pool(self.sentence.pooling, states, segment_ids, count)
+        for layer, dense in zip(self.dense, self.sentence.dense, strict=True):
+            x = DENSE_ACTIVATIONS[dense.activation](layer(x)).astype(wide(x.dtype))
+        return normalized(x) if self.sentence.normalize else x
+
+
 class Encoder(nnx.Module):
     """BERT or DistilBERT, by `config` (Devlin et al. 2019; Sanh et al. 2019, section 3)."""
 
@@ -271,6 +293,7 @@ class Encoder(nnx.Module):
         self.pooler = _linear(width, width, config, dtypes, rngs) if config.pooler else None
         self.mlm_head = MLMHead(config, dtypes, rngs) if config.mlm_head else None
         self.task_head = TaskHead(config, dtypes, rngs) if config.task else None
+        self.sentence_head = SentenceHead(config, dtypes, rngs) if config.sentence else None
 
     def __call__(
         self,
@@ -336,6 +359,19 @@ class Encoder(nnx.Module):
             dropout_keys: [B] as for the model; None for none.
         """
         return self.task_head(states, _own(dropout_keys, len(self.layers) + 1))
+
+    def vectors(
+        self, states: Float[Array, "B _ D"], segment_ids: Int[Array, "B T"], count: int
+    ) -> Float[Array, "B S E"]:
+        """The vector of each text of packed rows, at least float32.
+
+        Args:
+            states: [B, T, D] last states; where the pooling reads first tokens alone, theirs
+                [B, S, D].
+            segment_ids: [B, T] which text each position is of.
+            count: texts that a row has room for, S.
+        """
+        return self.sentence_head(states, segment_ids, count)
 
     def pooled(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B D"]:
         """BERT's pooler: tanh of a projection of the first position, [B, T, D] → [B, D]."""

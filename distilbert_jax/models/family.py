@@ -60,6 +60,12 @@ class Family:
             tensors={theirs: ours for theirs, ours in self.tensors.items() if ours not in pre}
             | self.heads[task])
 
+    @property
+    def bare(self) -> "Family":
+        """This family as an encoder alone, without any head."""
+        return dataclasses.replace(self, architecture=self.architecture.replace(
+            "ForMaskedLM", "Model"))
+
     def student(self, config: EncoderConfig) -> "tuple[Family, EncoderConfig]":
         """Family and shape of a student that has all layers of this model."""
         return self.other_student(config) if self.other_student else (self, config)

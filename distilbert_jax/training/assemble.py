@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from distilbert_jax.config import DistilConfig, LoopConfig, Masking, compute_dtype
+from distilbert_jax.embed_config import EmbedConfig
 from distilbert_jax.machine.sharding import by_rows, replicated, shardings
 from distilbert_jax.models.encoder import EncoderConfig, graphdef
 from distilbert_jax.models.family import Family
@@ -84,8 +85,9 @@ def assemble(
         config: of the job; a DistilConfig says which losses there are, and a FinetuneConfig if
             there is a teacher; others have the masked-language-model loss, or that of the labels.
         family, student: of the trained model; the family says what is predicted.
-        teacher: shape of the frozen one; None for no teacher. One for a task is part of the step
-            only if its hidden states are compared: its answers come with the batch.
+        teacher: shape of the frozen one; None for no teacher. One for a task or for sentences is
+            part of the step only if its hidden states are compared: its answers come with the
+            batch.
         mesh: of devices that are here, or of absent ones to compile for.
         steps: updates of the whole run, over which the learning rate falls.
     """
@@ -93,15 +95,16 @@ def assemble(
     objective, projections, frozen = Objective(weights={"mlm": 1.0}), {}, ()
     if isinstance(config, FinetuneConfig) and not teacher:
         objective = Objective(weights={"hard": 1.0})
-    elif isinstance(config, DistilConfig | FinetuneConfig):
+    elif isinstance(config, DistilConfig | FinetuneConfig | EmbedConfig):
         objective = Objective.of(config, student, teacher)
         frozen = getattr(config, "frozen", ())
         projections = objective.init_projections(student, teacher, config.seed, param_dtype)
     graph = graphdef(student, dtype, param_dtype, config.remat)
-    live = teacher and not (isinstance(config, FinetuneConfig) and not objective.mapped)
+    answers = isinstance(config, FinetuneConfig | EmbedConfig)
+    live = teacher and (objective.mapped or not answers)
     teacher_graph = graphdef(teacher, dtype, param_dtype) if live else None
     tx = make_optimizer(config, steps, frozen)
-    predicts = "given" if student.task else family.predicts
+    predicts = "given" if student.task or student.sentence else family.predicts
     labels = functools.partial(LABELS[predicts], masking=getattr(config, "MASKING", Masking()))
     return Assembly(
         config=config, mesh=mesh, dtype=dtype, param_dtype=param_dtype, graph=graph,

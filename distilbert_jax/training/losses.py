@@ -98,6 +98,50 @@ def soft_sum(
     return ce_sum(logits, answers, weights, temperature)
 
 
+def vector_sum(
+    student: Float[Array, "B S D"], teacher: Float[Array, "B S D"], weights: Float[Array, "B S"]
+) -> Float[Array, ""]:
+    """Σ w · ‖student − teacher‖² of sentence vectors.
+
+    D times the MSELoss of sentence-transformers (Reimers and Gurevych 2020, equation 1), whose
+    mean is over the dimensions too. Of vectors of length 1 it is 2 (1 − cos).
+    """
+    return mse_sum(*(x.astype(wide(x.dtype)) for x in (student, teacher)), weights)
+
+
+def similarity_sum(
+    student: Float[Array, "B S D"], teacher: Float[Array, "B S D"], weights: Float[Array, "B S"],
+    others: Float[Array, "N D"], known: Float[Array, " N"], similarity_temperature: float,
+) -> Float[Array, ""]:
+    """Σ w · KL(teacher ‖ student) of each sentence's similarities to the batch, in nats.
+
+    A row of similarities is the softmax of the cosines to the teacher's vectors of the whole batch,
+    at a temperature: how a search with the teacher's index ranks. So the student's vectors of one
+    device or micro-batch need none of another's.
+
+    Args:
+        student, teacher, weights: as for vector_sum.
+        others: the teacher's vectors of the whole batch; known: 1 where there is one, else 0.
+        similarity_temperature: that the cosines are divided by.
+    """
+    def log_rows(x: Float[Array, "B S D"]) -> Float[Array, "B S N"]:
+        cosines = jnp.einsum("BSD,ND->BSN", _unit(x), _unit(others),
+                             precision=jax.lax.Precision.HIGHEST)
+        return jax.nn.log_softmax(jnp.where(
+            known > 0, cosines / similarity_temperature, FAR), axis=-1)
+
+    own, theirs = log_rows(student), log_rows(teacher)
+    return jnp.sum(weights * jnp.sum(jnp.exp(theirs) * (theirs - own), axis=-1))
+
+
+FAR = -1e9  # the similarity to a sentence that is not there
+
+
+def _unit(x: Float[Array, "*P D"]) -> Float[Array, "*P D"]:
+    x = x.astype(wide(x.dtype))
+    return x / jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True) + 1e-12)
+
+
 @dataclasses.dataclass(frozen=True)
 class Loss:
     """A row of LOSSES.
@@ -112,6 +156,8 @@ class Loss:
 
         targets  sum(logits of the task [B, S, C], labels [B, S], weights [B, S])
         answers  sum(logits of the task, the teacher's [B, S, C], weights [B, S])
+        vectors  sum(sentence vectors [B, S, D], the teacher's, weights [B, S])
+        similarities  as vectors, and the teacher's of the whole batch [N, D], 1 where there is one
 
     and `settings` names fields of the objective that it takes beside these.
     """
@@ -136,4 +182,10 @@ LOSSES = {
     "soft": Loss("answers", "answers", soft_sum,
                  "KL divergence from the teacher's answers at --temperature (of numbers: squared "
                  "error)", ("temperature",)),
+    "vector": Loss("vectors", "answers", vector_sum,
+                   "squared error to the teacher's sentence vectors"),
+    "angle": Loss("vectors", "answers", cos_sum, "1 - cosine to the teacher's sentence vectors"),
+    "similarity": Loss("similarities", "answers", similarity_sum,
+                       "KL divergence from the teacher's similarities within the batch",
+                       ("similarity_temperature",)),
 }

@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from distilbert_jax.config import DistilConfig
+from distilbert_jax.embed_config import EmbedConfig
 from distilbert_jax.errors import UserError, choose
 from distilbert_jax.kernels.dropout import RowKeys
 from distilbert_jax.kernels.head import Head, Targets, Term, fused_losses
@@ -34,12 +35,15 @@ class Objective:
 
     weights: Mapping[str, float]  # row of LOSSES → its weight; one of weight 0 is not computed
     temperature: float = 2.0
+    similarity_temperature: float = 0.05
     restrict_ce_to_mask: bool = False
     layer_map: tuple[tuple[int, int], ...] = ()  # (layer of the student, of the teacher) from 1
+    of_first: bool = False  # sentence vectors are read from first tokens alone
 
     @classmethod
     def of(
-        cls, config: DistilConfig | FinetuneConfig, student: EncoderConfig, teacher: EncoderConfig
+        cls, config: DistilConfig | FinetuneConfig | EmbedConfig, student: EncoderConfig,
+        teacher: EncoderConfig,
     ) -> "Objective":
         """The objective of a distillation.
 
@@ -51,7 +55,9 @@ class Objective:
             choose(name, LOSSES, "loss")
         objective = cls(
             weights={name: config.alphas[name] for name in LOSSES if config.alphas.get(name)},
-            temperature=config.temperature,
+            temperature=getattr(config, "temperature", 1.0),
+            similarity_temperature=getattr(config, "similarity_temperature", 1.0),
+            of_first=bool(student.sentence and student.sentence.of_first),
             restrict_ce_to_mask=getattr(config, "restrict_ce_to_mask", False),
             layer_map=map_layers(config.hidden_map, student.num_hidden_layers,
                                  teacher.num_hidden_layers))
@@ -84,7 +90,8 @@ class Objective:
     def reads(self) -> str | None:
         """The positions in a batch at which alone last states are read; None for everywhere."""
         needs = {LOSSES[name].needs for name in self.weights}
-        if needs <= {"targets", "answers"}:
+        if needs <= {"targets", "answers"} or (
+                needs <= {"vectors", "similarities"} and self.of_first):
             return "target_positions"
         if needs <= {"labels", "logits"} and not self.logits_everywhere:
             return "masked_positions"
@@ -146,6 +153,23 @@ def observe(
                  batch.get("token_type_ids"), dropout_keys=dropout_keys, want=want, at=at)
 
 
+def vectors(
+    model: nnx.Module, last: Float[Array, "B _ D"], batch: Batch, of_first: bool, everywhere: bool
+) -> Float[Array, "B S E"]:
+    """The sentence vectors of a batch.
+
+    Args:
+        model: with a sentence head.
+        last: its last states, as observed.
+        batch: `target_positions` [B, S] are the first tokens of its texts.
+        of_first: whether the pooling reads those alone.
+        everywhere: whether `last` is of all positions, not only of those.
+    """
+    at = batch["target_positions"]
+    states = gathered(last, at) if of_first and everywhere else last
+    return model.vectors(states, batch["segment_ids"], at.shape[1])
+
+
 def at_masked(x: Float[Array, "B T C"], batch: Batch) -> Float[Array, "B K C"]:
     """Gather the positions that are predicted."""
     return gathered(x, batch["masked_positions"])
@@ -163,6 +187,7 @@ def loss_counts(batch: Batch, objective: Objective) -> Metrics:
 def total_loss(
     student: nnx.Module, teacher: nnx.Module | None, batch: Batch, objective: Objective,
     counts: Metrics, projections: Projections, dropout_keys: RowKeys = None,
+    others: tuple[Array, Array] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss that is trained (REFERENCE A.7), and the means it is made of.
 
@@ -176,6 +201,7 @@ def total_loss(
         counts: from loss_counts, of the whole batch if this is a part of it.
         projections: of the student's states, where the widths differ; {} where they do not.
         dropout_keys: [B] of the student's dropout; None for none.
+        others: from whole_answers, for a loss of similarities.
 
     Returns:
         The total, to be differentiated, and the mean of each loss by name, which is not.
@@ -194,6 +220,8 @@ def total_loss(
             value = _mapped_sum(name, seen, target, real, objective, projections.get(name))
         elif row.needs in ("targets", "answers"):
             value = _task_sum(name, student, seen, batch, objective, dropout_keys)
+        elif row.needs in ("vectors", "similarities"):
+            value = _vector_sum(name, student, seen, batch, objective, others)
         else:
             continue
         means[name] = value / counts[row.over]
@@ -226,6 +254,27 @@ def _task_sum(
     given = ((batch["labels"], batch["label_weights"]) if row.needs == "targets" else
              (batch["answers"], batch["answer_weights"]))
     return row.sum(logits, *given, **settings)
+
+
+def _vector_sum(
+    name: str, student: nnx.Module, seen: Seen, batch: Batch, objective: Objective,
+    others: tuple[Array, Array] | None,
+) -> Float[Array, ""]:
+    """A loss on the vectors of sentences."""
+    row = LOSSES[name]
+    own = vectors(student, seen.last, batch, objective.of_first, objective.reads is None)
+    settings = {setting: getattr(objective, setting) for setting in row.settings}
+    more = others if row.needs == "similarities" else ()
+    return row.sum(own, batch["answers"], batch["answer_weights"], *more, **settings)
+
+
+def whole_answers(batch: Batch, objective: Objective) -> tuple[Array, Array] | None:
+    """The teacher's vectors of the whole batch [N, D], and 1 where there is one [N]; None where no
+    loss compares with them."""
+    if not any(LOSSES[name].needs == "similarities" for name in objective.weights):
+        return None
+    return (batch["answers"].reshape(-1, batch["answers"].shape[-1]),
+            batch["answer_weights"].reshape(-1))
 
 
 def _mapped_sum(

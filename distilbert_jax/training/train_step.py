@@ -29,6 +29,7 @@ from distilbert_jax.training.objective import (
     loss_counts,
     observe,
     total_loss,
+    whole_answers,
 )
 
 Labels = Callable[[Key[Array, " B"], Batch, Vocabulary], Batch]
@@ -79,14 +80,14 @@ def make_train_step(
     """
 
     def gradients(whole, rows):
-        params, teachers, counts = whole
+        params, teachers, counts, others = whole
         teacher = nnx.merge(teacher_graph, teachers["teacher"]) if teachers else None
 
         def loss(params, batch, dropout_keys):
             params = _stopped(params, frozen)
             student = nnx.merge(student_graph, params["student"])
             return total_loss(student, teacher, batch, objective, counts, params["projections"],
-                              dropout_keys)
+                              dropout_keys, others)
 
         grad = jax.value_and_grad(loss, has_aux=True)
         return _accumulated(functools.partial(grad, params), rows, accumulate)
@@ -98,7 +99,8 @@ def make_train_step(
         batch = labels(label_keys, batch, vocabulary)
         counts = loss_counts(batch, objective)
         (total, means), grads = gradients(
-            (state.params, teachers, counts), (batch, dropout_keys))
+            (state.params, teachers, counts, whole_answers(batch, objective)),
+            (batch, dropout_keys))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         norm = optax.tree.norm(grads)

@@ -1,0 +1,113 @@
+"""The settings of distilling a sentence encoder, as task_config.py has those of a task.
+
+Every other module receives these dataclasses; nothing here imports jax.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from distilbert_jax.config import (
+    BY_CONTENT,
+    FREE,
+    LoopConfig,
+    Word,
+    Words,
+    check,
+    check_weights,
+    option,
+)
+from distilbert_jax.errors import UserError, choose
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbedConfig(LoopConfig):
+    """The distillation of a sentence encoder into the space of its own vectors."""
+
+    teacher: Word = option(
+        "", "models", "sentence-transformers folder, or hub name where there is a network",
+        **BY_CONTENT)
+    pooling: str = option(
+        "", "models", "of a teacher without modules.json: mean, cls, max or mean_sqrt_len_tokens")
+    normalize: bool = option(
+        True, "models", "whether the vectors of such a teacher get length 1")
+    student_layers: str | int | Sequence[int] = option(
+        "", "models", "how many layers to keep, or which: 0,3,5; default: half of the teacher's, "
+        "or all of --student's")
+    choose: str = option(
+        "", "models", "how so many layers are chosen: even, or greedy, which removes the one "
+        "without which the vectors change least, again and again; default: greedy of a teacher")
+    student: Word = option(
+        "", "models", "encoder folder that is the student's start instead, of any width and with "
+        "a tokenizer of its own", **BY_CONTENT)
+    corpus: Words = option(
+        (), "data", "texts whose sentences are learnt from, named as for run.py", nargs="+",
+        **BY_CONTENT)
+    text_field: str = option(
+        "", "data", "field of a record that holds one sentence, which is not divided; default: "
+        "the field text, divided into sentences")
+    sentences: int | None = option(
+        None, "data", "sentences to learn from, chosen by their hash; default: all", type=int)
+    valid: Words = option(
+        (), "data", "held-out texts, named like --corpus; default: a part of the sentences, chosen "
+        "by hash", nargs="+", **BY_CONTENT)
+    valid_share: float = option(
+        0.02, "data", "share of the sentences held out when --valid is not given")
+    max_length: int = option(
+        128, "data", "tokens of the longest sentence; what is longer is cut, and counted")
+    vectors: Word = option(
+        "", "data", "folder that keeps the teacher's vectors, for several students; default: "
+        "OUTPUT/vectors", **FREE)
+    vector_dtype: str = option("float32", "data", "they are kept as float16 or float32")
+    sts: Words = option(
+        (), "data", "files of score, sentence1, sentence2 that all models are judged on",
+        nargs="+", **FREE)
+    retrieval: Words = option(
+        (), "data", "JSON-lines files of title and text: titles look for their texts", nargs="+",
+        **FREE)
+    epochs: float = option(1.0, "training", "passes over the sentences")
+    alphas: Mapping[str, float] = option(
+        {"vector": 1.0}, "losses", "weight of the", each="alpha",
+        needs=("vectors", "similarities", "hidden"))
+    similarity_temperature: float = option(
+        0.05, "losses", "what cosines within the batch are divided by")
+    hidden_map: str = option(
+        "", "losses", "which layers are compared, student:teacher, counted from 1: 1:2,3:6; "
+        "default: every layer of the student, evenly")
+    batch_size: int = option(64, "training", "sentences per update, over all devices")
+    learning_rate: float | None = option(
+        None, "training", "peak of the learning rate; default: 1e-4 at 768 units, inversely as the "
+        "width of the student", type=float)
+    warmup: float = option(
+        0.1, "training", "share of the updates over which the rate rises, before it falls to 0")
+    weight_decay: float = option(0.01, "training", "decoupled decay of the matrices (AdamW)")
+    clip: float = option(1.0, "training", "largest global norm of the gradient")
+    dropout: float = option(0.0, "training", "dropout rate in the student, all kinds")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.teacher:
+            raise UserError("--teacher is missing: give a sentence-transformers folder")
+        if not self.corpus:
+            raise UserError("--corpus is missing: give texts whose sentences are learnt from")
+        check(self, "epochs", 0 < self.epochs < float("inf"), "must be positive, finite")
+        check(self, "sentences", self.sentences is None or self.sentences >= 1,
+              "must be at least 1")
+        check(self, "max_length", self.max_length >= 8, "must be at least 8")
+        check(self, "valid_share", 0 < self.valid_share < 1, "must lie between 0 and 1")
+        check(self, "similarity_temperature", 0 < self.similarity_temperature < float("inf"),
+              "must be positive, finite")
+        choose(self.vector_dtype, ("float16", "float32"), "--vector-dtype")
+        check_weights(self.alphas)
+        if self.choose:
+            choose(self.choose, ("even", "greedy"), "--choose")
+            if "," in self.student_layers:
+                raise UserError(f"--student-layers {self.student_layers} names the layers: leave "
+                                "out --choose")
+        if self.choose == "greedy" and self.student:
+            raise UserError("--choose greedy keeps layers of the teacher, and the student starts "
+                            "at --student: leave out one of them")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the student's layers are chosen by the teacher's vectors."""
+        return not self.student and "," not in self.student_layers and self.choose != "even"

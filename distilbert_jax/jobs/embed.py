@@ -1,0 +1,232 @@
+"""Distil a sentence encoder: a smaller one whose vectors lie where the teacher's do.
+
+The teacher's vectors are computed once; the student learns them, packed and resumed as everything
+here, and is left as a folder for sentence-transformers.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from distilbert_jax.data import sentences as texts
+from distilbert_jax.data import sources
+from distilbert_jax.data.examples import Examples, Grid
+from distilbert_jax.data.sentences import RULE, Sentences
+from distilbert_jax.embed_config import EmbedConfig
+from distilbert_jax.errors import UserError
+from distilbert_jax.evaluation import report
+from distilbert_jax.evaluation.similarity import Embedder, cosines
+from distilbert_jax.export.sentence_folder import export_sentence
+from distilbert_jax.jobs import embed_report
+from distilbert_jax.jobs.lessons import kept_layers
+from distilbert_jax.jobs.sentence_data import Pairs, read_pairs, read_titles
+from distilbert_jax.jobs.sentence_model import Named, cut_to, on_devices, own_start
+from distilbert_jax.jobs.setup import check_folder
+from distilbert_jax.jobs.teacher_vectors import vectors_once
+from distilbert_jax.machine import store
+from distilbert_jax.machine.lock import hold
+from distilbert_jax.machine.progress import say
+from distilbert_jax.machine.seal import fingerprint
+from distilbert_jax.machine.sharding import first_process_first, make_mesh, to_host
+from distilbert_jax.models import student
+from distilbert_jax.training.assemble import Assembly, assemble
+from distilbert_jax.training.checkpoint import refuse_other_run
+from distilbert_jax.training.objective import Objective
+from distilbert_jax.training.train import Run, train
+
+if TYPE_CHECKING:
+    from distilbert_jax.jobs.sentence_data import Titles
+
+RATE, WIDTH = 1e-4, 768  # of the learning rate; narrower models take more, as in finetune.py
+SAMPLE = 512  # sentences on which layers are chosen
+SHOWN, JUDGED = 500, 2000  # held-out sentences that are judged while training, and in the end
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What the parts of the job share."""
+
+    config: EmbedConfig
+    mesh: Mesh
+    teacher: Named
+    start: Named  # what the student is cut from
+    sentences: Sentences
+    pairs: list[Pairs]
+    titles: "Titles | None"
+
+
+def embed(config: EmbedConfig) -> Path:
+    """Distil `config.teacher` and leave student, figures and report in `config.output`.
+
+    Returns:
+        The folder of the student.
+
+    Raises:
+        UserError: anything in the settings or files that the user can mend.
+        Interrupted: stopped by a signal, state saved.
+    """
+    if store.is_remote(config.output):
+        raise UserError(f"--output {config.output}: sentence encoders are written to a folder of "
+                        "this machine")
+    teacher = Named.read(config.teacher, config.pooling, config.normalize)
+    start = own_start(config, teacher) if config.student else teacher
+    layers = student.choose_layers(
+        config.student_layers or (str(start.shape.num_hidden_layers) if config.student else ""),
+        start.shape.num_hidden_layers)
+    rate = config.learning_rate or RATE * WIDTH / start.shape.hidden_size
+    config = dataclasses.replace(config, learning_rate=rate)
+    _check(config, teacher, cut_to(start, layers))
+    if config.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    mesh = make_mesh(config.mesh)
+    pairs, titles = [read_pairs(name) for name in config.sts], read_titles(config.retrieval)
+    sources.check(config.corpus + config.valid, config.output)
+    found = texts.read(config.corpus, config.valid, config.valid_share, config.sentences,
+                       config.text_field)
+    say(f"{found.read:,} sentences, each different one once: {len(found.train):,} to learn from, "
+        f"{len(found.valid):,} held out" + ("" if config.text_field else f"; {RULE}"))
+    if len(found.train) < config.batch_size:
+        raise UserError(f"--batch-size {config.batch_size} is more than the {len(found.train)} "
+                        "sentences to learn from")
+    job = Job(config, mesh, teacher, start, found, pairs, titles)
+    with hold(config.output):
+        return _distil(job, layers)
+
+
+def _check(config: EmbedConfig, teacher: Named, start: Named) -> None:
+    """Raise a UserError for losses that do not fit the models, or files that would be lost."""
+    objective = Objective.of(config, start.shape, teacher.shape)
+    if objective.mapped and not teacher.reads_as(start):
+        raise UserError("--alpha-hidden compares states token by token, and --student has another "
+                        "tokenizer, prompt or length than --teacher: give 0")
+    for made in ("student", *embed_report.FILES):
+        check_folder(config.output, made, "metrics.jsonl",
+                     {"--teacher": config.teacher, "--student": config.student})
+
+
+def _distil(job: Job, layers: list[int]) -> Path:
+    """Train in a folder that is held, export, and report."""
+    config, count = job.config, len(layers)
+    if config.greedy and count < job.teacher.shape.num_hidden_layers:
+        layers = _choose_layers(job, count)
+    start = cut_to(job.start, layers)
+    start = dataclasses.replace(start, shape=dataclasses.replace(
+        start.shape, hidden_dropout=config.dropout, attention_dropout=config.dropout))
+    settings = config.meaning() | {
+        "--teacher": fingerprint(job.teacher.params), "--student": fingerprint(start.params),
+        "--corpus": job.sentences.digest, "tokenizer": start.tokens}
+    refuse_other_run(config.output, settings)
+    examples = start.examples(job.sentences.train, config.max_length)
+    given = _teacher_vectors(job, examples)
+    steps = config.steps or max(1, math.ceil(config.epochs * len(examples) / config.batch_size))
+    assembly = assemble(config, start.family, start.shape, job.teacher.shape, job.mesh, steps)
+    grid = Grid(examples, config.batch_size, steps, config.seed,
+                job.mesh.shape["data"] * config.accumulate, given)
+    say(f"{len(layers)} layers with {report.count_parameters(start.params):,} parameters; "
+        f"{steps:,} updates of {config.batch_size} sentences of {examples.lengths.mean():.1f} "
+        f"tokens on average, {examples.cut:,} of which are cut; rows are "
+        f"{grid.filled(min(steps, 100)):.0%} full; learning rate {config.learning_rate:.2g}; "
+        f"{assembly.dtype}")
+    run = Run(config=config, steps=steps, settings=settings, output=config.output, batches=grid,
+              vocabulary=None, label="embed", assembly=assembly,
+              evaluate=_evaluator(job, assembly, start), describe=embed_report.line)
+    teachers = {}
+    if assembly.teacher_graph:
+        teachers = assembly.place(assembly.teachers(job.teacher.params))
+    state = train(run, assembly.init(assembly.cast(start.params)), teachers)
+    trained = dataclasses.replace(start, params=to_host(state.params["student"]))
+    return _leave(job, start, trained, layers)
+
+
+def _leave(job: Job, start: Named, trained: Named, layers: list[int]) -> Path:
+    """Judge, report and export."""
+    folder, facts = Path(job.config.output) / "student", trained.facts
+    origin = (f"It started as `{Path(job.config.student).name}`." if job.config.student else
+              f"It started as the teacher's layers {', '.join(map(str, layers))}.")
+    models = {"teacher": job.teacher, "untrained": start, "student": trained}
+    found = embed_report.judge(
+        job.config, job.mesh, models, job.sentences.valid[:JUDGED], job.pairs, job.titles)
+    with first_process_first():
+        if jax.process_index() == 0:
+            prompts = job.teacher.facts
+            export_sentence(
+                folder, trained.params, trained.shape, trained.family, trained.tokenizer,
+                embed_report.card(job.config, found, origin), facts.max_length, prompts.prompts,
+                prompts.default_prompt)
+            embed_report.write(job.config, found, origin)
+    return folder
+
+
+def _teacher_vectors(job: Job, examples: Examples) -> np.ndarray:
+    """The teacher's vectors of the sentences that are learnt from, computed once."""
+    config, teacher = job.config, job.teacher
+    if not teacher.reads_as(job.start):
+        examples = teacher.examples(job.sentences.train, config.max_length)
+    request = {
+        "teacher": fingerprint(teacher.params), "pooling": repr(teacher.shape.sentence),
+        "tokenizer": teacher.tokens, "sentences": job.sentences.digest,
+        "length": config.max_length, "prompt": teacher.facts.prompt(),
+        "dtype": config.vector_dtype if config.dtype != "float64" else "float64"}
+    embedder = on_devices(config, job.mesh, teacher)
+    folder = Path(config.vectors) if config.vectors else Path(config.output) / "vectors"
+    return vectors_once(folder, request, len(examples), teacher.width,
+                        lambda numbers: embedder(examples.some(np.array(numbers))))
+
+
+def _choose_layers(job: Job, count: int) -> list[int]:
+    """Remove the layer without which the vectors change least, until `count` are left.
+
+    No layer is trained for it. The result is kept in OUTPUT/layers.json.
+
+    Raises:
+        UserError: the file holds what was chosen of another teacher, by other sentences, or in
+            another number.
+    """
+    teacher, total = job.teacher, job.teacher.shape.num_hidden_layers
+    request = {"teacher": fingerprint(teacher.params), "sentences": job.sentences.digest,
+               "layers": count}
+
+    def removals() -> dict[str, Any]:
+        examples = teacher.examples(job.sentences.train[:SAMPLE], job.config.max_length)
+        whole = on_devices(job.config, job.mesh, teacher)(examples, "layers")
+
+        def lost(layers: list[int]) -> float:
+            embedder = on_devices(job.config, job.mesh, cut_to(teacher, layers))
+            return 1 - float(cosines(embedder(examples, "layers"), whole).mean())
+
+        rows = student.remove_layers(total, count, lost)
+        return {"removals": [{"left": left, "cosine": 1 - loss} for left, loss in rows],
+                "evenly": 1 - lost(student.choose_layers(str(count), total))}
+
+    found = kept_layers(job.config.output, request, removals)
+    last = found["removals"][-1]
+    say(f"layers {', '.join(map(str, last['left']))} of the teacher are kept: their vectors have a "
+        f"cosine of {last['cosine']:.3f} to the teacher's (evenly chosen: {found['evenly']:.3f})")
+    return last["left"]
+
+
+def _evaluator(job: Job, assembly: Assembly, start: Named) -> Any:
+    """A function from parameters to figures on held-out sentences and scored pairs."""
+    held = job.sentences.valid[:SHOWN]
+    theirs = on_devices(job.config, job.mesh, job.teacher)(
+        job.teacher.examples(held, job.config.max_length), "teacher")
+    examples = start.examples(held, job.config.max_length)
+    pairs = [(part, start.examples(part.texts)) for part in job.pairs]
+
+    def evaluate(params: dict[str, Any]) -> dict[str, float]:
+        embedder = Embedder(assembly.graph, params, job.mesh, start.shape.sentence.of_first)
+        own = embedder(examples)
+        near = cosines(own, theirs)
+        figures = {"loss": float(((own.astype(float) - theirs) ** 2).sum(-1).mean()),
+                   "cosine": float(near.mean()), "worst_cosine": float(near.min())}
+        for part, tokens in pairs:
+            value = embed_report.correlation(part, embedder(tokens))
+            figures |= {} if value is None else {f"spearman {part.name}": value}
+        return figures
+
+    return evaluate

@@ -1,0 +1,227 @@
+"""What sentence encoders are worth beside their teacher: figures, a table, report.md and the card.
+"""
+
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from distilbert_jax.benchmark import static_vectors
+from distilbert_jax.benchmark.latency import latencies
+from distilbert_jax.data import sources
+from distilbert_jax.embed_config import EmbedConfig
+from distilbert_jax.evaluation import intervals, report
+from distilbert_jax.evaluation.metrics import score
+from distilbert_jax.evaluation.similarity import (
+    cosines,
+    judged,
+    retrieval,
+    retrieved,
+    spearman,
+)
+from distilbert_jax.jobs.sentence_data import Encode, Pairs, Titles
+from distilbert_jax.jobs.sentence_model import Named, on_devices
+from distilbert_jax.machine import seal
+from distilbert_jax.machine.progress import say
+from distilbert_jax.models.encoder import graphdef
+from distilbert_jax.task_config import EvaluateConfig
+
+FILES = ("metrics.json", "report.md")
+NAMES = {"teacher": "teacher", "untrained": "student, untrained", "student": "student, trained",
+         "static": "static vectors (model2vec)"}
+LENGTHS, ROWS = (16, 128), 32  # tokens and sentences of the batches that are timed
+
+
+def line(figures: dict[str, float]) -> str:
+    """Figures in words, for the terminal while training."""
+    return "held out " + ", ".join(
+        f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
+
+
+def correlation(pairs: Pairs, vectors: np.ndarray) -> float | None:
+    """Spearman's correlation of the cosines of pairs with their scores; None if not defined."""
+    return score(("spearman",), pairs.scores, pairs.cosines(vectors))
+
+
+def encoders(config: EmbedConfig | EvaluateConfig, mesh: Mesh, models: Mapping[str, Named]
+             ) -> dict[str, Encode]:
+    """For each model, a function from texts, and names of a prompt, to vectors."""
+    def of(named: Named) -> Encode:
+        embedder = on_devices(config, mesh, named)
+        return lambda texts, *prompts: embedder(
+            named.examples(texts, config.max_length, *prompts), "judge")
+
+    return {name: of(named) for name, named in models.items()}
+
+
+def judge(
+    config: EmbedConfig, mesh: Mesh, models: dict[str, Named], held: list[str],
+    pairs: list[Pairs], titles: Titles | None,
+) -> dict[str, Any]:
+    """All figures of the models, of which `teacher` is what the others are compared with.
+
+    Args:
+        config: of the job.
+        mesh: where the models are laid.
+        models: role → model: teacher, untrained, student.
+        held: held-out sentences, for the cosine to the teacher.
+        pairs: that people have scored; titles: of texts; None without.
+    """
+    say("judging ...")
+    encode = encoders(config, mesh, models)
+    static, missing = static_vectors.distil(models["teacher"].facts.model.folder)
+    found: dict[str, Any] = {
+        "pairs": {}, "size": {name: {"layers": model.shape.num_hidden_layers,
+                                     "parameters": report.count_parameters(model.params)}
+                              for name, model in models.items()}}
+    found["sentences_per_second"] = speeds(models)
+    if static:
+        encode["static"] = static.encode
+        found["size"]["static"] = {"layers": 0, "parameters": static.parameters}
+        found["sentences_per_second"]["static"] = static.speeds(LENGTHS)
+    else:
+        found["static"] = missing
+    for part in pairs:
+        near = {name: part.cosines(own(part.texts)) for name, own in encode.items()}
+        found["pairs"][part.name] = spearman(part.scores, near) | {"count": len(part.scores)}
+    found["to_teacher"] = to_teacher(encode, held)
+    if titles:
+        found["retrieval"] = search(encode, titles)
+    return found
+
+
+def to_teacher(encode: dict[str, Encode], held: list[str]) -> dict[str, Any]:
+    """Mean and worst cosine of each model in the teacher's space to the teacher's vectors."""
+    theirs = encode["teacher"](held)
+    near = {name: cosines(own(held), theirs) for name, own in encode.items()
+            if name not in ("teacher", "static")}
+    drawn = intervals.drawn_means(near)
+    return {name: {"mean": float(x.mean()), "interval": intervals.interval(drawn[name]),
+                   "worst": float(x.min()), "count": len(x)} for name, x in near.items()}
+
+
+def search(encode: dict[str, Encode], titles: Titles) -> dict[str, Any]:
+    """Titles look for their texts: both by one model, and titles against the teacher's texts.
+
+    Returns:
+        symmetric and asymmetric → figure → role → value, interval, retention.
+    """
+    queries, texts = {}, {}
+    for name, own in encode.items():
+        queries[name] = own(titles.titles, "query")
+        texts[name] = own(titles.texts, "document", "passage", "corpus")
+    teacher = retrieved(queries["teacher"], texts["teacher"])
+    found: dict[str, Any] = {}
+    for kind in ("symmetric", "asymmetric"):
+        each = {name: retrieval(retrieved(
+            own, texts[name if kind == "symmetric" else "teacher"]), teacher)
+            for name, own in queries.items() if kind == "symmetric" or name != "static"}
+        found[kind] = {figure: _judged_means({name: own[figure] for name, own in each.items()})
+                       for figure in each["teacher"]}
+    return found | {"count": len(titles.titles)}
+
+
+def _judged_means(values: dict[str, np.ndarray]) -> dict[str, Any]:
+    return judged({name: float(x.mean()) for name, x in values.items()},
+                  intervals.drawn_means(values))
+
+
+def speeds(models: Mapping[str, Named]) -> dict[str, list[float]]:
+    """Sentences per second of each model at each of LENGTHS, in batches of ROWS, in float32."""
+    found: dict[str, list[float]] = {name: [] for name in models}
+    for length in LENGTHS:
+        length = min(length, *(model.shape.positions for model in models.values()))
+        times = latencies({name: (graphdef(model.shape, "float32"), model.params)
+                           for name, model in models.items()}, length, ROWS)
+        for name, milliseconds in times.items():
+            found[name].append(1e3 * ROWS / milliseconds)
+    return found
+
+
+def _table(found: dict[str, Any]) -> str:
+    """A row for each model, a column for each figure."""
+    kinds = found.get("retrieval", {})
+    columns = ["model", "layers", "parameters", "size [MB]",
+               *(f"Spearman {name}" for name in found["pairs"]), "cosine to teacher (worst)",
+               *(f"recall@10, {kind}" for kind in ("symmetric", "asymmetric") if kinds),
+               *(f"sentences/s of {length}" for length in LENGTHS)]
+    rows = []
+    for name in ("teacher", "untrained", "static", "student"):
+        if name not in found["size"]:
+            rows.append((f"{NAMES[name]}: {found['static']}", *[""] * (len(columns) - 1)))
+            continue
+        size, near = found["size"][name], found["to_teacher"].get(name)
+        rows.append((
+            NAMES[name], str(size["layers"]), f"{size['parameters']:,}",
+            f"{4 * size['parameters'] / 1e6:.1f}",
+            *(_cell(part[name]) for part in found["pairs"].values()),
+            f"{near['mean']:.4f} ({near['worst']:.4f})" if near else "",
+            *(_cell(kinds[kind]["recall@10"].get(name))
+              for kind in ("symmetric", "asymmetric") if kinds),
+            *(f"{speed:,.0f}" for speed in found["sentences_per_second"][name])))
+    return report.table(rows, tuple(columns))
+
+
+def _cell(found: dict[str, Any] | None) -> str:
+    """A figure in per cent, its interval, and what share of the teacher's it is."""
+    if not found or found["value"] is None:
+        return "not in its space" if found is None else "not defined"
+    text = f"{100 * found['value']:.2f}"
+    if pair := found["interval"]:
+        text += f" ({100 * pair[0]:.2f} to {100 * pair[1]:.2f})"
+    if pair := found.get("retention_interval"):
+        text += f"; {found['retention']:.2%} kept ({pair[0]:.2%} to {pair[1]:.2%})"
+    return text
+
+
+def _search_table(found: dict[str, Any]) -> str:
+    """All figures of the search."""
+    rows = [(NAMES[name], f"{figure}, {kind}", _cell(value))
+            for kind in ("symmetric", "asymmetric") for figure, own in found[kind].items()
+            for name, value in own.items()]
+    return (
+        f"\n\n## Search: {found['count']:,} titles look for their texts\n\nSymmetric: one model "
+        "for titles and texts. Asymmetric: titles by the model, texts by the teacher. \"Of the "
+        "teacher's\": against the ten that the teacher finds; the other figures: the title's own "
+        "text.\n\n" + report.table(rows, ("model", "figure", "value")))
+
+
+def card(config: EmbedConfig, found: dict[str, Any], origin: str) -> str:
+    """The model card of the student."""
+    teacher = Path(config.teacher).name
+    lines = [f"- Spearman of cosines, {name}: {_cell(part['student'])}"
+             for name, part in found["pairs"].items()]
+    near = found["to_teacher"]["student"]
+    return (
+        "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
+        f"base_model: {teacher}\ntags:\n- sentence-transformers\n---\n\n# A student of "
+        f"{found['size']['student']['layers']} layers in the space of {teacher}\n\nDistilled by "
+        f"distilbert_jax from `{teacher}`: its vectors can be compared with the teacher's. "
+        f"{origin}\n\n- parameters: {found['size']['student']['parameters']:,}\n"
+        f"- cosine to the teacher's vectors, {near['count']:,} held-out sentences: mean "
+        f"{near['mean']:.4f}, worst {near['worst']:.4f}\n" + "".join(f"{x}\n" for x in lines)
+        + f"- corpus: {', '.join(map(sources.published, config.corpus))}\n- {report.versions()}\n\n"
+        "```python\nfrom sentence_transformers import SentenceTransformer\n\nmodel = "
+        "SentenceTransformer(\"student\")  # this folder\nvectors = model.encode([\"A sentence.\"])"
+        "\n```\n")
+
+
+def write(config: EmbedConfig, found: dict[str, Any], origin: str) -> None:
+    """Write metrics.json and report.md, and print the table."""
+    output, table = Path(config.output), _table(found)
+    seal.write_json(output / "metrics.json", found | {"versions": report.versions()})
+    where = (f"{origin} Spearman's correlation of cosines with people's scores, and recall@10, in "
+             "per cent, with 95 % intervals by bootstrap over pairs or titles; in brackets after "
+             "\"kept\", that of the share of the teacher's figure. Texts are cut at "
+             f"{config.max_length} tokens. Speed: batches of {ROWS} in float32, without the "
+             "tokenizer (static vectors: with theirs).")
+    more = _search_table(found["retrieval"]) if "retrieval" in found else ""
+    (output / "report.md").write_text(
+        f"# A smaller encoder in the space of {Path(config.teacher).name}\n\n{table}\n\n{where}"
+        f"{more}\n\n## Provenance\n\n`{shlex.join(['python', *sys.argv])}`\n\n"
+        f"{report.versions()}\n", encoding="utf-8", errors="replace")
+    print(f"\n{table}\n\n{where}\n\nmodel: {output / 'student'}\nreport: {output / 'report.md'}")
