@@ -15,11 +15,13 @@ import pytest
 from test_examples import examples
 from test_sharding import mesh_of
 
+from distilbert_jax import predict
 from distilbert_jax.data.examples import lay, rows_of
 from distilbert_jax.data.tokenize import load_tokenizer, train_wordpiece
 from distilbert_jax.embed_config import EmbedConfig
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import intervals, similarity
+from distilbert_jax.export.formats import FORMATS
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.jobs import teacher_vectors
 from distilbert_jax.jobs.embed import embed
@@ -273,6 +275,21 @@ def test_sentence_transformers_reads_the_student(distilled):
     np.testing.assert_allclose(
         ours, library.SentenceTransformer(str(folder), device="cpu").encode(texts), rtol=0,
         atol=1e-6)
+
+
+def test_the_student_is_shipped_and_answers_without_jax(teacher, data, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime", reason="pip install 'distilbert_jax[serve]'")
+    for name, row in FORMATS.items():  # a noisy toy in 8 bits; the limits are tested elsewhere
+        monkeypatch.setitem(FORMATS, name, dataclasses.replace(row, limits={}))
+    folder = embed(settings(teacher, data, tmp_path / "out", steps=2, choose="even", ship=True))
+    found = json.loads((folder / "report.json").read_text())
+    assert found["output"] == "states" and set(found["formats"]) == {"onnx", "int8"}
+    assert found["trial"].endswith(" sentences that the run held out")
+    texts = ["ba be bu", "da", "ka le mu ba be na nu"]
+    named = Named.read(str(folder))
+    ours = on_devices(EvaluateConfig(model=folder, dtype="float32"), mesh_of("1x1"), named)(
+        named.examples(texts))
+    np.testing.assert_allclose(predict.load(folder, "onnx").embed(texts), ours, rtol=0, atol=1e-5)
 
 
 def test_stopped_and_continued_gives_the_same_bytes(teacher, data, tmp_path, monkeypatch):

@@ -27,7 +27,9 @@ from distilbert_jax.jobs.lessons import kept_layers
 from distilbert_jax.jobs.sentence_data import Pairs, read_pairs, read_titles
 from distilbert_jax.jobs.sentence_model import Named, cut_to, on_devices, own_start
 from distilbert_jax.jobs.setup import check_folder
+from distilbert_jax.jobs.ship import check_ship, ship_exported
 from distilbert_jax.jobs.teacher_vectors import vectors_once
+from distilbert_jax.jobs.trials import of_sentences
 from distilbert_jax.machine import store
 from distilbert_jax.machine.lock import hold
 from distilbert_jax.machine.progress import say
@@ -73,6 +75,7 @@ def embed(config: EmbedConfig) -> Path:
     if store.is_remote(config.output):
         raise UserError(f"--output {config.output}: sentence encoders are written to a folder of "
                         "this machine")
+    check_ship(config)
     teacher = Named.read(config.teacher, config.pooling, config.normalize)
     start = own_start(config, teacher) if config.student else teacher
     layers = student.choose_layers(
@@ -159,6 +162,9 @@ def _leave(job: Job, start: Named, trained: Named, layers: list[int]) -> Path:
                 embed_report.card(job.config, found, origin), facts.max_length, prompts.prompts,
                 prompts.default_prompt)
             embed_report.write(job.config, found, origin)
+            if job.config.ship:
+                ship_exported(folder, of_sentences(
+                    trained.examples(job.sentences.valid, job.config.max_length)))
     return folder
 
 

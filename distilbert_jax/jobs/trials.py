@@ -123,6 +123,12 @@ def of_packed(packed: PackedRows, tokenizer: "Tokenizer") -> Trial:
     return _guessing(_within(_plain(ids)), tokenizer, "documents that the run held out")
 
 
+def of_sentences(examples: Examples) -> Trial:
+    """The sentences that a run held out."""
+    examples = _within(examples)
+    return Trial(f"{len(examples):,} sentences that the run held out", examples)
+
+
 def _documents(names: Sequence[str]) -> list[str]:
     """The first documents of some sources."""
     return list(itertools.islice(sources.Documents(names), DOCUMENTS))
