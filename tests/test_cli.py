@@ -17,6 +17,7 @@ from distilbert_jax.training.train import Interrupted
 pytest.importorskip("transformers")
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 sys.path.insert(0, str(EXPERIMENTS))
+import embed  # noqa: E402
 import evaluate  # noqa: E402
 import finetune  # noqa: E402
 import launch  # noqa: E402
@@ -424,6 +425,44 @@ TASKS_THAT_CANNOT = [  # (program, what is made, words after those of TASK, part
 def test_tasks_that_cannot_be(program, made, words, parts, place, capfd, monkeypatch):
     made()
     first = TASK if program is finetune else "--model teacher --dev a.csv --output new"
+    error = refused(program, once(first, words), capfd, monkeypatch, last=True)
+    assert all(part in error for part in parts), error
+
+
+EMBED = "--teacher teacher --pooling mean --corpus corpus.txt --output new --steps 1 " \
+    "--batch-size 8 --student-layers 1"
+SAME = with_file("same.tsv", b"score\tsentence1\tsentence2\n1\tba\tbe\n1\tbu\tda\n")
+ENCODERS_THAT_CANNOT = [  # (program, what is made, words, parts of the message)
+    (embed, None, "--pooling=", ["teacher is a masked language model without modules.json"]),
+    (embed, None, "--pooling middle", ["unknown --pooling 'middle'", "cls, max, mean"]),
+    (embed, with_file("teacher/modules.json", b"[]"), "", ["leave out --pooling"]),
+    (embed, with_file("teacher/modules.json", b"{"), "--pooling=", ["modules.json cannot be read"]),
+    (embed, with_file("b.txt", b" \n"), "--corpus b.txt", ["no sentences in b.txt"]),
+    (embed, None, "--corpus absent.txt", ["'absent.txt': no such file"]),
+    (embed, None, "--teacher=", ["--teacher is missing"]),
+    (embed, None, "--student-layers 3", ["--student-layers 3: the teacher has 2 layers"]),
+    (embed, None, "--student-layers 0, --choose even", ["leave out --choose"]),
+    (embed, None, "--alpha-vector 0", ["all loss weights are 0"]),
+    (embed, None, "--alpha-ce 1", ["unknown flag '--alpha-ce'"]),
+    (embed, None, "--hidden-map 1:1", ["--hidden-map 1:1 is read by no loss"]),
+    (embed, None, "--vector-dtype int8", ["unknown --vector-dtype 'int8'"]),
+    (embed, None, "--batch-size 4096", ["--batch-size 4096 is more than the"]),
+    (embed, None, "--sts absent.tsv", ["absent.tsv: no such file"]),
+    (embed, SAME, "--sts same.tsv", ["same.tsv: all 2 scores are 1: no correlation"]),
+    (embed, SAME, "--retrieval same.tsv", ["same.tsv:1: not JSON"]),
+    (embed, with_file("new/report.md", b""), "", ["new/report.md was not made by this command"]),
+    (embed, None, "--output gs://bucket/run", ["written to a folder of this machine"]),
+    (evaluate, SAME, "--dev same.tsv", ["same.tsv: all 2 scores are 1: no correlation"]),
+    (evaluate, None, "", ["--dev is missing: give files of score, sentence1, sentence2"]),
+    (evaluate, SAME, "--dev same.tsv --task cola", ["--pooling is for sentence encoders"]),
+]
+
+
+@pytest.mark.parametrize("program, made, words, parts", ENCODERS_THAT_CANNOT)
+def test_encoders_that_cannot_be(program, made, words, parts, place, capfd, monkeypatch):
+    if made:
+        made()
+    first = EMBED if program is embed else "--model teacher --pooling mean --task sts --output new"
     error = refused(program, once(first, words), capfd, monkeypatch, last=True)
     assert all(part in error for part in parts), error
 

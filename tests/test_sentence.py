@@ -32,7 +32,8 @@ WAYS = {name: Sentence(name, True) for name in POOLINGS} | {
 def encoder(tiny_model):
     """Function (way, fields of EncoderConfig) → shape and noisy parameters in float64."""
     def build(way, **more):
-        return tiny_model(num_hidden_layers=2, mlm_head=False, sentence=WAYS[way], **more)
+        return tiny_model(num_hidden_layers=2, mlm_head=False, sentence=WAYS[way],
+                          hidden_dropout=0.2, attention_dropout=0.2, **more)
 
     return build
 

@@ -9,6 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from distilbert_jax.export.huggingface import export
+from distilbert_jax.machine import store
 from distilbert_jax.models.encoder import EncoderConfig
 from distilbert_jax.models.family import Family
 from distilbert_jax.models.vectors import Sentence
@@ -28,7 +29,7 @@ def export_sentence(
     folder: Path, params: dict[str, Any], config: EncoderConfig, family: Family, tokenizer: Any,
     card: str, max_length: int, prompts: Mapping[str, str], default_prompt: str | None,
 ) -> None:
-    """Write a sentence encoder as a folder.
+    """Write a sentence encoder as a folder, whole or not at all; an older one is replaced.
 
     Args:
         folder, params, config, tokenizer, card: as for huggingface.export; the config has a
@@ -39,30 +40,35 @@ def export_sentence(
             taken unless another is asked for.
     """
     encoder = {name: part for name, part in params.items() if name != "sentence_head"}
-    export(folder, encoder, config, family.bare, tokenizer, card)
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
-    sentence = config.sentence
-    width = config.hidden_size
+    with store.whole_folder(folder) as new:
+        export(new, encoder, config, family.bare, tokenizer, card)
+        _write(new / "modules.json", [
+            {"idx": i, "name": str(i), "path": path, "type": KINDS + kind}
+            for i, (path, kind) in enumerate(_write_modules(new, params, config))])
+        _write(new / "sentence_bert_config.json",
+               {"max_seq_length": max_length, "do_lower_case": False})
+        _write(new / "config_sentence_transformers.json", {
+            "prompts": dict(prompts), "default_prompt_name": default_prompt,
+            "similarity_fn_name": "cosine"})
+
+
+def _write_modules(
+    folder: Path, params: dict[str, Any], config: EncoderConfig
+) -> list[tuple[str, str]]:
+    """Write what comes after the encoder; (folder, kind) of each module, the encoder's too."""
+    modules, sentence = [("", "Transformer"), ("1_Pooling", "Pooling")], config.sentence
     _write(folder / "1_Pooling" / "config.json", {
-        "word_embedding_dimension": width, **{
+        "word_embedding_dimension": config.hidden_size, **{
             f"pooling_mode_{switch}": name == sentence.pooling
             for name, switch in SWITCHES.items()}})
     for number in range(len(sentence.dense)):
-        name = f"{len(modules)}_Dense"
-        modules.append((name, "Dense"))
-        _write_dense(folder / name, params["sentence_head"]["dense"][number], sentence, number)
+        modules.append((f"{len(modules)}_Dense", "Dense"))
+        _write_dense(folder / modules[-1][0], params["sentence_head"]["dense"][number], sentence,
+                     number)
     if sentence.normalize:
-        name = f"{len(modules)}_Normalize"
-        modules.append((name, "Normalize"))
-        (folder / name).mkdir()
-    _write(folder / "modules.json", [
-        {"idx": i, "name": str(i), "path": path, "type": KINDS + kind}
-        for i, (path, kind) in enumerate(modules)])
-    _write(folder / "sentence_bert_config.json",
-           {"max_seq_length": max_length, "do_lower_case": False})
-    _write(folder / "config_sentence_transformers.json", {
-        "prompts": dict(prompts), "default_prompt_name": default_prompt,
-        "similarity_fn_name": "cosine"})
+        modules.append((f"{len(modules)}_Normalize", "Normalize"))
+        (folder / modules[-1][0]).mkdir()
+    return modules
 
 
 def _write_dense(folder: Path, params: dict[str, Any], sentence: Sentence, number: int) -> None:
