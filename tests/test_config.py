@@ -14,6 +14,7 @@ from distilbert_jax.config import (
     compute_dtype,
     flag,
 )
+from distilbert_jax.embed_config import EmbedConfig
 from distilbert_jax.errors import UserError, choose, first_line
 from distilbert_jax.task_config import FinetuneConfig
 from distilbert_jax.training.losses import LOSSES
@@ -132,7 +133,8 @@ def test_every_loss_has_a_flag(config_class, name):
 
 
 def test_every_loss_belongs_to_a_job():
-    assert set(LOSSES) == {*losses_of(DistilConfig), *losses_of(FinetuneConfig)}
+    assert set(LOSSES) == {
+        name for job in (DistilConfig, FinetuneConfig, EmbedConfig) for name in losses_of(job)}
 
 
 def test_what_a_continuation_may_change():
@@ -141,7 +143,7 @@ def test_what_a_continuation_may_change():
     assert free == {
         "steps", "mesh", "remat", "output", "save_every", "eval_every", "keep", "on_save_error",
         "max_skipped", "recipe", "workers", "compile_only", "corpus", "valid", "teacher",
-        "student"}
+        "student", "ship"}
     meaning = DistilConfig().meaning()
     assert not {flag(name) for name in free} & set(meaning)
     assert meaning["--temperature"] == 2.0 and meaning["--alpha-ce"] == 5.0

@@ -214,7 +214,7 @@ def test_without_texts_documentation_or_made_up_rows_are_taken(place, shared):
 
     english = load_tokenizer(str(shared / "minilm-l6"), None)
     model = Exportable.of(hub.load_any(str(shared / "minilm-l6")))
-    assert trials.default(model, english).text == "40 texts of Python's documentation"
+    assert trials.default(model, english).text.endswith(" texts of Python's documentation")
 
 
 def test_hidden_tokens_are_ordinary_ones():

@@ -70,7 +70,9 @@ def _parsed(source: bytes) -> ast.Module:
             return ast.Module([], [])
 
 
-def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> Iterator[str]:
+def _docstrings(
+    node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+) -> Iterator[str]:
     text = ast.get_docstring(node)
     if text:
         yield text
