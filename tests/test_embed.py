@@ -32,7 +32,7 @@ from distilbert_jax.jobs.sentence_model import Named, on_devices
 from distilbert_jax.models import bert
 from distilbert_jax.models.convert import from_hf, to_hf
 from distilbert_jax.models.families import FAMILIES
-from distilbert_jax.models.vectors import Sentence
+from distilbert_jax.models.sentence_modules import Sentence
 from distilbert_jax.task_config import EvaluateConfig, FinetuneConfig
 from distilbert_jax.training import train as loop
 from distilbert_jax.training.assemble import assemble

@@ -16,10 +16,12 @@ from distilbert_jax.data.examples import rows_of
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation.similarity import Embedder, vector_step
+from distilbert_jax.export import predict
 from distilbert_jax.export.sentence_folder import export_sentence
-from distilbert_jax.models import bert, sentence
+from distilbert_jax.models import bert, sentence, sentence_modules
 from distilbert_jax.models.encoder import graphdef
-from distilbert_jax.models.vectors import POOLINGS, Dense, Sentence
+from distilbert_jax.models.sentence_modules import Dense, Sentence
+from distilbert_jax.models.vectors import DENSE_ACTIVATIONS, POOLINGS
 
 LENGTHS = [9, 5, 12, 7, 3, 8]
 TEXTS = ["ba be bu", "da", "ka le mu ba be na nu", "fa fe fu ga"]
@@ -94,7 +96,8 @@ def test_what_is_written_is_read(way, folders):
     folder, shape, params = folders(way)
     found = sentence.load(str(folder))
     assert found.model.config.sentence == WAYS[way] and found.max_length == 7
-    assert (found.prompt("query"), found.prompt("document"), found.prompt()) == ("da ", "", "")
+    said = found.modules
+    assert (said.prompt("query"), said.prompt("document"), said.prompt()) == ("da ", "", "")
     jax.tree.map(np.testing.assert_array_equal, found.model.params, params)
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["BertModel"]
 
@@ -116,6 +119,29 @@ def test_sentence_transformers_gives_the_same_vectors(way, folders):
                                atol=1e-6 * max(1, scale))
     np.testing.assert_allclose(embed(named.examples(TEXTS, None, "query")),
                                model.encode_query(TEXTS), rtol=0, atol=1e-6 * max(1, scale))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_answers_from_the_folder_are_the_same_vectors(way, folders, tmp_path):
+    """predict.py pools in NumPy, so that servers need no JAX; with a prompt that is always put."""
+    from distilbert_jax.jobs.sentence_model import Named, on_devices
+    from distilbert_jax.task_config import EvaluateConfig
+
+    folder = changed(folders(way)[0], tmp_path, "config_sentence_transformers.json",
+                     lambda raw: raw | {"default_prompt_name": "query"})
+    named = Named.read(str(folder))
+    ours = on_devices(EvaluateConfig(model=folder, dtype="float32"), mesh_of("1x1"), named)(
+        named.examples(TEXTS))
+    np.testing.assert_allclose(predict.load(folder).embed(TEXTS), ours, rtol=0,
+                               atol=1e-6 * max(1, abs(ours).max()))
+
+
+def test_every_pooling_and_activation_has_its_function():
+    assert set(POOLINGS) == set(predict.POOLINGS) == set(sentence_modules.POOLINGS)
+    assert set(DENSE_ACTIVATIONS) == set(predict.ACTIVATIONS) == set(sentence_modules.ACTIVATIONS)
+    x = np.linspace(-4, 4, 33, dtype=np.float32)
+    for name, function in DENSE_ACTIVATIONS.items():
+        np.testing.assert_allclose(predict.ACTIVATIONS[name](x), function(x), rtol=0, atol=1e-6)
 
 
 def changed(folder, tmp_path, name, change):

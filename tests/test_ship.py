@@ -68,6 +68,9 @@ def test_a_language_model_is_shipped_and_what_was_there_stays(place, lenient, ca
     assert found["formats"]["int8"]["bytes"] == len(after["onnx/model_quantized.onnx"])
     assert found["trial"].startswith("40 documents of corpus.txt, ")
     page = after["report.md"].decode()
+    latency = found["latency"]["milliseconds"]
+    assert set(latency) == {"onnx", "int8"} and " [ms] |" in page and "avx2" in page
+    assert all(0 < median <= late for times in latency.values() for median, late in times.values())
     assert "onnx/model_quantized.onnx" in page and "| ONNX, float32 " in page
     said = capfd.readouterr().err
     assert "onnx: 0.0 MB written in" in said and "shipped: teacher" in said
@@ -103,6 +106,16 @@ def test_a_copy_leaves_the_model_as_it_is(place):
     assert {name: after[name] for name in before} == before
     assert (folder / "onnx" / "model.onnx").exists()
     assert [path.name for path in Path("out").iterdir()] == ["copy"]
+
+
+def test_a_copy_s_tokenizer_loads_in_transformers_4_too(place):
+    path = place / "teacher/tokenizer_config.json"
+    raw = json.loads(path.read_text()) | {"tokenizer_class": "TokenizersBackend", "backend": "x"}
+    path.write_text(json.dumps(raw))
+    found = json.loads((shipped(output="copy", formats="onnx") / path.name).read_text())
+    assert found["tokenizer_class"] == "PreTrainedTokenizerFast" and "backend" not in found
+    assert found["mask_token"] == raw["mask_token"]
+    assert json.loads(path.read_text()) == raw
 
 
 def test_what_is_refused_is_deleted_and_the_rest_stays(place, monkeypatch, capfd):

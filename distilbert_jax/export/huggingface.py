@@ -16,6 +16,7 @@ from distilbert_jax.models.family import Family
 # What config.json says of a task beside the class of its model.
 PROBLEMS = {"classify": {"problem_type": "single_label_classification"},
             "regress": {"problem_type": "regression"}, "tag": {}}
+NEW_CLASS = "TokenizersBackend"  # what transformers 5 calls a tokenizer, and 4 does not know
 
 
 def export(
@@ -51,21 +52,25 @@ def export(
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         (new / "config.json").write_text(json.dumps(description, indent=2) + "\n")
         tokenizer.save_pretrained(new)
-        _generalise(new / "tokenizer_config.json", config)
+        generalise(new / "tokenizer_config.json", config)
         (new / "README.md").write_text(card, encoding="utf-8", errors="replace")
 
 
-def _generalise(path: Path, config: EncoderConfig) -> None:
+def generalise(path: Path, config: EncoderConfig) -> None:
     """Bring a tokenizer_config.json into the form that every version and reader understands.
 
     What concerns only this machine or transformers 5 goes. Said is which inputs the model takes,
     since transformers 4 hands the model all that its tokenizer gives.
+
+    Args:
+        path: of the file.
+        config: of the model beside it.
     """
     types = ["token_type_ids"] if config.type_vocab_size > 1 else []
     raw = json.loads(path.read_text(encoding="utf-8"))
     for name in ("backend", "is_local", "local_files_only", "name_or_path"):
         raw.pop(name, None)
-    if raw.get("tokenizer_class") == "TokenizersBackend":  # its name in transformers 4 and 5:
+    if raw.get("tokenizer_class") == NEW_CLASS:  # its name in transformers 4 and 5:
         raw["tokenizer_class"] = "PreTrainedTokenizerFast"
     raw["model_input_names"] = ["input_ids", *types, "attention_mask"]
     path.write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -5,6 +5,7 @@ that stands the fill-mask of a model in memory, for the report of a run.
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from distilbert_jax.errors import UserError, choose, first_line
 from distilbert_jax.models.kind import labels_of, read_config, task_of
+from distilbert_jax.models.sentence_modules import read_modules
 
 if TYPE_CHECKING:
     import flax.nnx
@@ -22,6 +24,15 @@ BATCH = 16  # rows answered together, of similar lengths
 LONGEST = 10**6  # tokens; a larger model_max_length means that none is known
 FILES = {"onnx": "onnx/model.onnx", "int8": "onnx/model_quantized.onnx"}
 RUNTIMES = ("jax", *FILES)
+SMALLEST = 1e-12  # that a vector's length is divided by
+# `models/vectors.py` has the same for JAX: states [T, D] → [D], and what follows a Dense.
+POOLINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "mean": lambda states: states.mean(0), "cls": lambda states: states[0],
+    "max": lambda states: states.max(0),
+    "mean_sqrt_len_tokens": lambda states: states.sum(0) / math.sqrt(len(states))}
+ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "Identity": lambda x: x, "Tanh": np.tanh, "ReLU": lambda x: np.maximum(x, 0),
+    "GELU": lambda x: x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2}
 
 Text = str | tuple[str, str]  # a text, or a pair
 
@@ -149,12 +160,26 @@ class Predictor:
         return tagged
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """A vector for each text, [n, D] float32, pooled as modules.json says; else the mean."""
+        """A vector for each text, [n, D] float32, made as modules.json says; else the mean.
+
+        Args:
+            texts: before which the folder's default prompt is put, if it has one.
+        """
         self._check("states")
-        pooling, normalised, longest = _pooling(self.folder)
-        rows = [self._encoded(text, longest=longest) for text in texts]
-        found = np.array([pooling(states) for states in self._answers(rows)], np.float32)
-        return found / np.linalg.norm(found, axis=-1, keepdims=True) if normalised else found
+        described = (self.folder / "modules.json").exists()
+        modules = read_modules(
+            self.folder, str(self.folder), "" if described else "mean", normalize=False)
+        prompt, sentence = modules.prompt(), modules.sentence
+        rows = [self._encoded(prompt + text, longest=modules.max_length or LONGEST)
+                for text in texts]
+        pooled = POOLINGS[sentence.pooling]
+        found = np.array([pooled(states) for states in self._answers(rows)], np.float32)
+        for dense, params in zip(sentence.dense, modules.dense, strict=True):
+            found = ACTIVATIONS[dense.activation](
+                found @ params["kernel"] + params.get("bias", np.float32(0)))
+        if sentence.normalize:
+            found = found / np.maximum(np.linalg.norm(found, axis=-1, keepdims=True), SMALLEST)
+        return found.astype(np.float32)
 
     def _check(self, *outputs: str) -> None:
         if self.output not in outputs:
@@ -230,35 +255,6 @@ def _json(path: Path) -> dict[str, Any]:
 def _softmax(logits: np.ndarray) -> np.ndarray:
     shares = np.exp(logits - logits.max())
     return shares / shares.sum()
-
-
-POOLINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {  # [T, D] → [D]
-    "mean": lambda states: states.mean(0), "cls": lambda states: states[0],
-    "max": lambda states: states.max(0)}
-
-
-def _pooling(folder: Path) -> tuple[Callable[[np.ndarray], np.ndarray], bool, int]:
-    """How sentence-transformers pools in this folder, whether to length 1, and tokens at most.
-
-    Raises:
-        UserError: modules.json names what is not known here.
-    """
-    try:
-        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-        kinds = {part["type"].rsplit(".", 1)[-1]: part["path"] for part in modules}
-    except FileNotFoundError:
-        return POOLINGS["mean"], False, LONGEST
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder / 'modules.json'} cannot be read: {first_line(error)}") from error
-    if unknown := set(kinds) - {"Transformer", "Pooling", "Normalize"}:
-        raise UserError(f"{folder / 'modules.json'} names {', '.join(sorted(unknown))}, which is "
-                        "not supported: use sentence-transformers")
-    raw = _json(folder / kinds.get("Pooling", "1_Pooling") / "config.json")
-    old = [key.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token")
-           for key, given in raw.items() if key.startswith("pooling_mode_") and given is True]
-    name = raw.get("pooling_mode") or "+".join(old) or "mean"
-    longest = _json(folder / "sentence_bert_config.json").get("max_seq_length") or LONGEST
-    return POOLINGS[choose(name, POOLINGS, f"pooling in {folder}")], "Normalize" in kinds, longest
 
 
 def fill_mask(

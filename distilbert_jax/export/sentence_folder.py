@@ -12,7 +12,7 @@ from distilbert_jax.export.huggingface import export
 from distilbert_jax.machine import store
 from distilbert_jax.models.encoder import EncoderConfig
 from distilbert_jax.models.family import Family
-from distilbert_jax.models.vectors import Sentence
+from distilbert_jax.models.sentence_modules import Sentence
 
 # Names that every version of the library knows.
 KINDS = "sentence_transformers.models."

@@ -156,7 +156,7 @@ def _leave(job: Job, start: Named, trained: Named, layers: list[int]) -> Path:
         job.config, job.mesh, models, job.sentences.valid[:JUDGED], job.pairs, job.titles)
     with first_process_first():
         if jax.process_index() == 0:
-            prompts = job.teacher.facts
+            prompts = job.teacher.facts.modules
             export_sentence(
                 folder, trained.params, trained.shape, trained.family, trained.tokenizer,
                 embed_report.card(job.config, found, origin), facts.max_length, prompts.prompts,
@@ -176,7 +176,7 @@ def _teacher_vectors(job: Job, examples: Examples) -> np.ndarray:
     request = {
         "teacher": fingerprint(teacher.params), "pooling": repr(teacher.shape.sentence),
         "tokenizer": teacher.tokens, "sentences": job.sentences.digest,
-        "length": config.max_length, "prompt": teacher.facts.prompt(),
+        "length": config.max_length, "prompt": teacher.facts.modules.prompt(),
         "dtype": config.vector_dtype if config.dtype != "float64" else "float64"}
     embedder = on_devices(config, job.mesh, teacher)
     folder = Path(config.vectors) if config.vectors else Path(config.output) / "vectors"

@@ -10,7 +10,7 @@ from distilbert_jax.jobs.embed_report import encoders, search, to_teacher
 from distilbert_jax.jobs.sentence_data import read_pairs, read_titles
 from distilbert_jax.jobs.sentence_model import Named
 from distilbert_jax.machine.sharding import make_mesh
-from distilbert_jax.models.vectors import POOLINGS
+from distilbert_jax.models.sentence_modules import POOLINGS
 from distilbert_jax.task_config import EvaluateConfig
 
 

@@ -17,8 +17,8 @@ from distilbert_jax.jobs.task_model import cut
 from distilbert_jax.machine.sharding import shardings
 from distilbert_jax.models import sentence
 from distilbert_jax.models.encoder import EncoderConfig, graphdef
+from distilbert_jax.models.sentence_modules import Dense
 from distilbert_jax.models.start import init_params
-from distilbert_jax.models.vectors import Dense
 from distilbert_jax.task_config import EvaluateConfig
 from distilbert_jax.training.assemble import dtypes
 
@@ -59,14 +59,14 @@ class Named:
 
     def reads_as(self, other: "Named") -> bool:
         """Whether both make the same tokens of every text."""
-        return (self.tokens, self.facts.prompt(), self.facts.max_length) == (
-            other.tokens, other.facts.prompt(), other.facts.max_length)
+        return (self.tokens, self.facts.modules.prompt(), self.facts.max_length) == (
+            other.tokens, other.facts.modules.prompt(), other.facts.max_length)
 
     def examples(self, texts: list[str], max_length: int | None = None, *prompts: str
                  ) -> "Examples":
         """Texts tokenised, after the first prompt of these names that there is."""
         longest = min(max_length or self.facts.max_length, self.facts.max_length)
-        return tokenised(texts, self.tokenizer, longest, self.facts.prompt(*prompts))
+        return tokenised(texts, self.tokenizer, longest, self.facts.modules.prompt(*prompts))
 
 
 def on_devices(config: EmbedConfig | EvaluateConfig, mesh: Mesh, named: Named) -> Embedder:

@@ -11,10 +11,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from distilbert_jax.benchmark import serving_table
+from distilbert_jax.benchmark.latency import file_latencies
+from distilbert_jax.benchmark.serving import FILES
 from distilbert_jax.config import LoopConfig, cpu_flags
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError, first_line
 from distilbert_jax.evaluation import report
+from distilbert_jax.export import huggingface
 from distilbert_jax.export.exportable import Exportable
 from distilbert_jax.export.formats import DEFAULT, FORMATS, Format, check_formats
 from distilbert_jax.export.gate import Figures, Gate, Trial
@@ -29,6 +33,7 @@ from distilbert_jax.ship_config import ShipConfig
 
 REPORT = "report.json"  # with "formats" in it, what else we wrote is ours to replace
 UNDER_WAY = ".shipping"  # folder in which files wait for the gate
+LENGTHS = (32, 128)  # tokens of the rows that are timed
 # Figure → its column in report.md, and how it is written there.
 COLUMNS = {
     "top1": ("top-1 [%]", "{:.2%}"), "perplexity": ("perplexity", "{:.4f}"),
@@ -69,7 +74,7 @@ def ship(config: ShipConfig) -> Path:
     trial = trial_of(config, model, found.labels, tokenizer)
     with _errors_about(folder):
         if folder != found.folder:
-            _copy(found.folder, folder)
+            _copy(found.folder, folder, model)
         ship_into(folder, model, trial, names, {"reduce_range": config.reduce_range})
         if config.demo:
             say(f"page: {write_page(folder, model.output, trial.texts, tokenizer, config.teacher)}")
@@ -133,6 +138,8 @@ def ship_into(
         shipped[name] = dataclasses.asdict(done)
     content = {"model": folder.name, "output": model.output, "weights": digest,
                "trial": trial.text, "ours": gate.own, "formats": shipped,
+               "latency": _latency(folder, model, [
+                   name for name in names if not shipped[name]["problems"]]),
                "command": shlex.join(["python", *sys.argv]), "versions": report.versions()}
     seal.write_json(folder / REPORT, content)
     (folder / "report.md").write_text(_page(content), encoding="utf-8", errors="replace")
@@ -142,6 +149,20 @@ def ship_into(
             f"{name} is refused and deleted: {'; '.join(problems)}"
             for name, problems in refused.items()) + f" (judged on {trial.text})")
     say(f"shipped: {folder}")
+
+
+def _latency(folder: Path, model: Exportable, names: Sequence[str]) -> dict[str, Any]:
+    """How fast the files of these formats are, with one thread, and on which CPU."""
+    load = os.getloadavg()[0]
+    runs = {name: FORMATS[name].load(folder / FORMATS[name].path) for name in FILES
+            if name in names}
+    lengths = sorted({min(length, model.config.positions) for length in LENGTHS})
+    found: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in runs}
+    for length in lengths:
+        for name, times in file_latencies(runs, length, model.config.vocab_size).items():
+            found[name][f"1 × {length}"] = times
+    return {"milliseconds": found,
+            "where": serving_table.caption((load, os.getloadavg()[0]))}
 
 
 def _vnni() -> bool:
@@ -223,11 +244,17 @@ def _check_ours(folder: Path, source: Path, names: Sequence[str]) -> None:
                             "replaced: move it away first")
 
 
-def _copy(source: Path, folder: Path) -> None:
-    """Copy all files of a model, whatever the rights of the original are."""
+def _copy(source: Path, folder: Path, model: Exportable) -> None:
+    """Copy all files of a model, whatever the rights of the original are.
+
+    A tokenizer that only transformers 5 would load gets the name that 4 knows too.
+    """
     for name in store.files(source):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, folder / name)
+    settings = folder / "tokenizer_config.json"
+    if read_json(settings).get("tokenizer_class") == huggingface.NEW_CLASS:
+        huggingface.generalise(settings, model.config)
 
 
 @contextlib.contextmanager
@@ -242,22 +269,32 @@ def _errors_about(folder: Path) -> Iterator[None]:
 def _page(content: dict[str, Any]) -> str:
     """report.md of what report.json holds."""
     ours, shipped = content["ours"], content["formats"]
+    latency = content["latency"]["milliseconds"]
     known = [key for key in COLUMNS
              if key in ours or any(key in row["figures"] for row in shipped.values())]
+    shapes = list(dict.fromkeys(shape for times in latency.values() for shape in times))
     columns = ("format", "file", "size [MB]", "written in [s]", *(
-        COLUMNS[key][0] for key in known))
+        COLUMNS[key][0] for key in known), *(f"{shape} [ms]" for shape in shapes))
 
     def cells(figures: Figures) -> list[str]:
         return [COLUMNS[key][1].format(figures[key]).rstrip("%") if key in figures else ""
                 for key in known]
 
-    rows = [("float32 in JAX", "model.safetensors", "", "", *cells(ours))]
+    def times(name: str) -> list[str]:
+        own = latency.get(name, {})
+        return ["{:.1f} ({:.1f})".format(*own[shape]) if shape in own else "" for shape in shapes]
+
+    rows = [("float32 in JAX", "model.safetensors", "", "", *cells(ours), *times(""))]
     for name, row in shipped.items():
         rows.append((FORMATS[name].text, "refused" if row["problems"] else FORMATS[name].path,
                      f"{row['bytes'] / 1e6:.2f}", f"{row['seconds']:.1f}",
-                     *cells(row["figures"])))
+                     *cells(row["figures"]), *times(name)))
     refused = "".join(f"- {name} was refused: {'; '.join(row['problems'])}\n"
                       for name, row in shipped.items() if row["problems"])
     return (f"# {content['model']}, shipped\n\n{report.table(rows, columns)}\n\n{refused}\n"
-            f"Judged in each format's own runtime on {content['trial']}.\n\n"
+            f"Judged in each format's own runtime on {content['trial']}.\n\nLatency: rows × "
+            "tokens, one thread, median (95th percentile) of 30 in turn. "
+            f"{content['latency']['where']} Beside the teacher in PyTorch: `python "
+            f"experiments/benchmark.py latency --model {content['model']} --teacher "
+            "DIR`.\n\n"
             f"`{content['command']}`\n\n{content['versions']}\n")

@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Int
 from distilbert_jax.kernels.attention import AttentionMask, attention
 from distilbert_jax.kernels.dropout import RowKeys, dropout, dropped
 from distilbert_jax.kernels.products import affine, wide
-from distilbert_jax.models.vectors import DENSE_ACTIVATIONS, Sentence, normalized, pool
+from distilbert_jax.models.sentence_modules import Sentence
+from distilbert_jax.models.vectors import DENSE_ACTIVATIONS, normalized, pool
 
 
 @jax.custom_vjp

@@ -1,9 +1,8 @@
 """Last hidden states of packed rows → one vector for each text, as sentence-transformers does.
 
-`Sentence` says how, as part of an EncoderConfig; `models/sentence.py` reads it from a folder.
+`sentence_modules.Sentence` says how, as part of an EncoderConfig.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -47,34 +46,6 @@ POOLINGS: dict[str, Callable[[States, Segments, int], Float[Array, "B S D"]] | N
 DENSE_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "Identity": lambda x: x, "Tanh": jnp.tanh, "ReLU": jax.nn.relu,
     "GELU": lambda x: jax.nn.gelu(x, approximate=False)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Dense:
-    """A linear layer after the pooling, and its activation."""
-
-    inputs: int
-    outputs: int
-    bias: bool = True
-    activation: str = "Identity"  # a key of DENSE_ACTIVATIONS
-
-
-@dataclasses.dataclass(frozen=True)
-class Sentence:
-    """How states become a vector: pooled, through linear layers, and to length 1."""
-
-    pooling: str  # a key of POOLINGS
-    normalize: bool
-    dense: tuple[Dense, ...] = ()
-
-    @property
-    def of_first(self) -> bool:
-        """Whether only the state of each text's first token is read."""
-        return POOLINGS[self.pooling] is None
-
-    def width(self, hidden_size: int) -> int:
-        """Dimensions of the vector."""
-        return self.dense[-1].outputs if self.dense else hidden_size
 
 
 def pool(
