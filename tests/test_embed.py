@@ -281,9 +281,22 @@ def test_the_student_is_shipped_and_answers_without_jax(teacher, data, tmp_path,
     pytest.importorskip("onnxruntime", reason="pip install 'distilbert_jax[serve]'")
     for name, row in FORMATS.items():  # a noisy toy in 8 bits; the limits are tested elsewhere
         monkeypatch.setitem(FORMATS, name, dataclasses.replace(row, limits={}))
-    folder = embed(settings(teacher, data, tmp_path / "out", steps=2, choose="even", ship=True))
+    folder = embed(settings(teacher, data, tmp_path / "out", steps=2, choose="even", ship=True,
+                            retrieval=data / "titles.jsonl"))
     found = json.loads((folder / "report.json").read_text())
     assert found["output"] == "states" and set(found["formats"]) == {"onnx", "int8"}
+    judged = json.loads((tmp_path / "out/metrics.json").read_text())
+    for figures in (judged["to_teacher"], *judged["pairs"].values(), judged["size"],
+                    judged["sentences_per_second"],
+                    judged["retrieval"]["asymmetric"]["recall@10"]):
+        assert "student" in figures and "int8" in figures
+    near = judged["to_teacher"]
+    assert near["int8"]["mean"] == pytest.approx(near["student"]["mean"], abs=0.02)
+    assert near["int8"]["mean"] != near["student"]["mean"]
+    assert judged["size"]["int8"]["bytes"] == (
+        folder / "onnx/model_quantized.onnx").stat().st_size
+    assert "| student, trained, int8 in ONNX Runtime |" in (
+        tmp_path / "out/report.md").read_text()
     assert found["trial"].endswith(" sentences that the run held out")
     texts = ["ba be bu", "da", "ka le mu ba be na nu"]
     named = Named.read(str(folder))

@@ -52,19 +52,20 @@ def latencies(
 
 
 def file_latencies(
-    runs: Mapping[str, Run], length: int, vocabulary: int
+    runs: Mapping[str, Run], length: int, vocabulary: int, rows: int = 1
 ) -> dict[str, tuple[float, float]]:
-    """Milliseconds in which files that were shipped answer one row of `length` tokens.
+    """Milliseconds in which files that were shipped answer rows of `length` tokens.
 
     Args:
         runs: name → the file in its runtime.
         length: tokens.
         vocabulary: of the model; the tokens are drawn from it.
+        rows: in a batch.
 
     Returns:
         name → median and 95th percentile of 30 runs, the files in turn, warmed up before.
     """
-    ids = np.random.default_rng(0).integers(0, vocabulary, (1, length))
+    ids = np.random.default_rng(0).integers(0, vocabulary, (rows, length))
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(REPEATS + 1):
         for name, run in runs.items():

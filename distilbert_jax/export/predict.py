@@ -159,19 +159,25 @@ class Predictor:
                            for i in range(len(words))])
         return tagged
 
-    def embed(self, texts: Sequence[str]) -> np.ndarray:
+    def embed(
+        self, texts: Sequence[str], *prompts: str, max_length: int = LONGEST
+    ) -> np.ndarray:
         """A vector for each text, [n, D] float32, made as modules.json says; else the mean.
 
         Args:
-            texts: before which the folder's default prompt is put, if it has one.
+            texts: that are embedded.
+            prompts: names, as "query": the first of them for which the folder has a prompt, or else
+                its default prompt, is put before each text.
+            max_length: tokens of the longest text, if the folder does not say fewer; what is
+                longer is cut.
         """
         self._check("states")
         described = (self.folder / "modules.json").exists()
         modules = read_modules(
             self.folder, str(self.folder), "" if described else "mean", normalize=False)
-        prompt, sentence = modules.prompt(), modules.sentence
-        rows = [self._encoded(prompt + text, longest=modules.max_length or LONGEST)
-                for text in texts]
+        prompt, sentence = modules.prompt(*prompts), modules.sentence
+        longest = min(modules.max_length or LONGEST, max_length)
+        rows = [self._encoded(prompt + text, longest=longest) for text in texts]
         pooled = POOLINGS[sentence.pooling]
         found = np.array([pooled(states) for states in self._answers(rows)], np.float32)
         for dense, params in zip(sentence.dense, modules.dense, strict=True):

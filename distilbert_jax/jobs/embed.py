@@ -152,8 +152,11 @@ def _leave(job: Job, start: Named, trained: Named, layers: list[int]) -> Path:
     origin = (f"It started as `{Path(job.config.student).name}`." if job.config.student else
               f"It started as the teacher's layers {', '.join(map(str, layers))}.")
     models = {"teacher": job.teacher, "untrained": start, "student": trained}
-    found = embed_report.judge(
-        job.config, job.mesh, models, job.sentences.valid[:JUDGED], job.pairs, job.titles)
+    trial = (job.sentences.valid[:JUDGED], job.pairs, job.titles)
+    encode = embed_report.encoders(job.config, job.mesh, models)
+    # Of the int8 file the first process alone judges, and the teacher is on all of them.
+    encode["teacher"] = embed_report.remembered(encode["teacher"])
+    found = embed_report.judge(models, encode, *trial)
     with first_process_first():
         if jax.process_index() == 0:
             prompts = job.teacher.facts.modules
@@ -165,6 +168,9 @@ def _leave(job: Job, start: Named, trained: Named, layers: list[int]) -> Path:
             if job.config.ship:
                 ship_exported(folder, of_sentences(
                     trained.examples(job.sentences.valid, job.config.max_length)))
+                embed_report.write(job.config, embed_report.with_int8(
+                    found, folder, job.config.max_length, trained, encode["teacher"], *trial),
+                    origin)
     return folder
 
 

@@ -1,6 +1,8 @@
 """What sentence encoders are worth beside their teacher: figures, a table, report.md and the card.
 """
 
+import functools
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -11,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from distilbert_jax.benchmark import static_vectors
-from distilbert_jax.benchmark.latency import latencies
+from distilbert_jax.benchmark.latency import file_latencies, latencies
 from distilbert_jax.data import sources
 from distilbert_jax.embed_config import EmbedConfig
 from distilbert_jax.evaluation import intervals, report
@@ -23,6 +25,8 @@ from distilbert_jax.evaluation.similarity import (
     retrieved,
     spearman,
 )
+from distilbert_jax.export import predict
+from distilbert_jax.export.onnx_runtime import OnnxModel
 from distilbert_jax.jobs.sentence_data import Encode, Pairs, Titles
 from distilbert_jax.jobs.sentence_model import Named, on_devices
 from distilbert_jax.machine import seal
@@ -32,7 +36,7 @@ from distilbert_jax.task_config import EvaluateConfig
 
 FILES = ("metrics.json", "report.md")
 NAMES = {"teacher": "teacher", "untrained": "student, untrained", "student": "student, trained",
-         "static": "static vectors (model2vec)"}
+         "static": "static vectors (model2vec)", "int8": "student, trained, int8 in ONNX Runtime"}
 LENGTHS, ROWS = (16, 128), 32  # tokens and sentences of the batches that are timed
 
 
@@ -58,40 +62,90 @@ def encoders(config: EmbedConfig | EvaluateConfig, mesh: Mesh, models: Mapping[s
     return {name: of(named) for name, named in models.items()}
 
 
+def remembered(encode: Encode) -> Encode:
+    """The same; texts that were asked for before are not computed again."""
+    @functools.cache
+    def once(texts: tuple[str, ...], prompts: tuple[str, ...]) -> np.ndarray:
+        return encode(list(texts), *prompts)
+
+    return lambda texts, *prompts: once(tuple(texts), prompts)
+
+
 def judge(
-    config: EmbedConfig, mesh: Mesh, models: dict[str, Named], held: list[str],
+    models: dict[str, Named], encode: dict[str, Encode], held: list[str],
     pairs: list[Pairs], titles: Titles | None,
 ) -> dict[str, Any]:
     """All figures of the models, of which `teacher` is what the others are compared with.
 
     Args:
-        config: of the job.
-        mesh: where the models are laid.
         models: role → model: teacher, untrained, student.
+        encode: of each.
         held: held-out sentences, for the cosine to the teacher.
         pairs: that people have scored; titles: of texts; None without.
     """
     say("judging ...")
-    encode = encoders(config, mesh, models)
     static, missing = static_vectors.distil(models["teacher"].facts.model.folder)
     found: dict[str, Any] = {
-        "pairs": {}, "size": {name: {"layers": model.shape.num_hidden_layers,
-                                     "parameters": report.count_parameters(model.params)}
-                              for name, model in models.items()}}
+        "size": {name: {"layers": model.shape.num_hidden_layers,
+                        "parameters": report.count_parameters(model.params)}
+                 for name, model in models.items()}}
     found["sentences_per_second"] = speeds(models)
     if static:
-        encode["static"] = static.encode
+        encode = encode | {"static": static.encode}
         found["size"]["static"] = {"layers": 0, "parameters": static.parameters}
         found["sentences_per_second"]["static"] = static.speeds(LENGTHS)
     else:
         found["static"] = missing
+    return found | _quality(encode, held, pairs, titles)
+
+
+def _quality(
+    encode: dict[str, Encode], held: list[str], pairs: list[Pairs], titles: Titles | None
+) -> dict[str, Any]:
+    """The figures of what encoders answer, of which `teacher` is one."""
+    found: dict[str, Any] = {"pairs": {}, "to_teacher": to_teacher(encode, held)}
     for part in pairs:
         near = {name: part.cosines(own(part.texts)) for name, own in encode.items()}
         found["pairs"][part.name] = spearman(part.scores, near) | {"count": len(part.scores)}
-    found["to_teacher"] = to_teacher(encode, held)
     if titles:
         found["retrieval"] = search(encode, titles)
     return found
+
+
+def with_int8(
+    found: dict[str, Any], folder: Path, max_length: int, student: Named, teacher: Encode,
+    held: list[str], pairs: list[Pairs], titles: Titles | None,
+) -> dict[str, Any]:
+    """The figures of `judge`, and beside them those of the int8 file in the student's folder.
+
+    Args:
+        found: by judge.
+        folder: of the student, shipped.
+        max_length: tokens of the longest text.
+        student: in float32.
+        teacher: its vectors.
+        held, pairs, titles: as for judge.
+    """
+    say("judging its int8 ...")
+    model, path = predict.load(folder, "int8"), folder / predict.FILES["int8"]
+    run = OnnxModel(path, os.cpu_count() or 1)
+    longest, words = student.shape.positions, student.shape.vocab_size
+    encode = {"teacher": teacher, "int8": lambda texts, *prompts: model.embed(
+        texts, *prompts, max_length=max_length)}
+    more = _quality(encode, held, pairs, titles) | {
+        "size": {"int8": {"layers": found["size"]["student"]["layers"],
+                          "parameters": found["size"]["student"]["parameters"],
+                          "bytes": path.stat().st_size}},
+        "sentences_per_second": {"int8": [
+            1e3 * ROWS / file_latencies({"": run}, min(length, longest), words, ROWS)[""][0]
+            for length in LENGTHS]}}
+    return _joined(found, more)
+
+
+def _joined(found: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """Both, dict by dict; what both have is taken from the first."""
+    return found | {name: _joined(found[name], value) if isinstance(found.get(name), dict)
+                    else found.get(name, value) for name, value in more.items()}
 
 
 def to_teacher(encode: dict[str, Encode], held: list[str]) -> dict[str, Any]:
@@ -150,14 +204,15 @@ def _table(found: dict[str, Any]) -> str:
                *(f"recall@10, {kind}" for kind in ("symmetric", "asymmetric") if kinds),
                *(f"sentences/s of {length}" for length in LENGTHS)]
     rows = []
-    for name in ("teacher", "untrained", "static", "student"):
-        if name not in found["size"]:
+    for name in ("teacher", "untrained", "static", "student", "int8"):
+        if name == "static" and name not in found["size"]:
             rows.append((f"{NAMES[name]}: {found['static']}", *[""] * (len(columns) - 1)))
+        if name not in found["size"]:
             continue
         size, near = found["size"][name], found["to_teacher"].get(name)
         rows.append((
             NAMES[name], str(size["layers"]), f"{size['parameters']:,}",
-            f"{4 * size['parameters'] / 1e6:.1f}",
+            f"{size.get('bytes', 4 * size['parameters']) / 1e6:.1f}",
             *(_cell(part[name]) for part in found["pairs"].values()),
             f"{near['mean']:.4f} ({near['worst']:.4f})" if near else "",
             *(_cell(kinds[kind]["recall@10"].get(name))
