@@ -2,6 +2,8 @@
 
     python experiments/benchmark.py train     our update beside PyTorch's
     python experiments/benchmark.py finetune  our training for a task beside the Trainer's
+    python experiments/benchmark.py embed     our training of a sentence encoder beside
+                                              sentence-transformers', and what comes of both
     python experiments/benchmark.py latency   a model in each runtime that serves it
     python experiments/benchmark.py head      the fused vocabulary head beside the dense one
     python experiments/benchmark.py prepare   the preparation of a corpus, and of ten times as much
@@ -18,6 +20,7 @@ from launch import launch
 from distilbert_jax.benchmark import head, preparation, problem, training_report
 from distilbert_jax.benchmark.settings import (
     HeadBenchmark,
+    SentenceBenchmark,
     ServingBenchmark,
     TaskBenchmark,
     TrainBenchmark,
@@ -26,6 +29,7 @@ from distilbert_jax.cli import parse
 from distilbert_jax.config import PrepareConfig
 from distilbert_jax.errors import UserError, choose
 from distilbert_jax.evaluation.report import versions
+from distilbert_jax.jobs.time_sentences import time_sentences
 from distilbert_jax.jobs.time_serving import time_serving
 from distilbert_jax.jobs.time_task import time_task
 
@@ -47,6 +51,13 @@ def train(argv: list[str]) -> None:
 def finetune(argv: list[str]) -> None:
     """Our training for a task beside the Hugging Face Trainer's, in examples per second."""
     print(time_task(parse(TaskBenchmark, finetune.__doc__, argv, {})))
+    print(versions())
+
+
+def embed(argv: list[str]) -> None:
+    """Our training of a sentence encoder beside that of sentence-transformers: layers of the
+    teacher, the squared error to its vectors, the same sentences, for the same minutes."""
+    print(time_sentences(parse(SentenceBenchmark, embed.__doc__, argv, {})))
     print(versions())
 
 
@@ -72,8 +83,8 @@ def prepare(argv: list[str]) -> None:
     print(preparation.describe(preparation.measure(dataclasses.replace(config, workers=workers))))
 
 
-JOBS = {"train": train, "finetune": finetune, "latency": latency, "head": fused_head,
-        "prepare": prepare}
+JOBS = {"train": train, "finetune": finetune, "embed": embed, "latency": latency,
+        "head": fused_head, "prepare": prepare}
 
 
 def main(argv: list[str]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from distilbert_jax.benchmark.serving import RUNTIMES
 from distilbert_jax.config import Config, Word, Words, check, option
+from distilbert_jax.embed_config import EmbedConfig
 from distilbert_jax.errors import UserError, choose
 from distilbert_jax.task_config import TaskData
 
@@ -91,6 +92,25 @@ class TaskBenchmark(TaskData):
         if self.sides[0] != "ours":
             raise UserError(f"--sides {' '.join(self.sides)} must begin with ours, which the "
                             "others are compared with")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SentenceBenchmark(EmbedConfig):
+    """Our training of a sentence encoder beside that of sentence-transformers."""
+
+    updates: int = option(20, "training", "in a round")
+    minutes: float = option(
+        10.0, "training", "that each side trains, compilation included, before both are judged")
+    rounds: int = option(5, "output", "how often each side is timed, in turn; the median counts")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("updates", 2), ("rounds", 1)):
+            check(self, name, getattr(self, name) >= least, f"must be at least {least}")
+        check(self, "minutes", 0 < self.minutes < float("inf"), "must be positive, finite")
+        if self.student or self.choose == "greedy":
+            raise UserError("both sides start as layers of --teacher, evenly chosen or named by "
+                            "--student-layers: leave out --student and --choose")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ import numpy as np
 
 from distilbert_jax.benchmark.sides import Side, Worker, peak_bytes
 from distilbert_jax.data.examples import Examples, Grid
+from distilbert_jax.embed_config import EmbedConfig
 from distilbert_jax.machine.memory import keep_memory
 from distilbert_jax.machine.sharding import make_mesh, place, place_rows, shardings
 from distilbert_jax.models.encoder import EncoderConfig
@@ -32,7 +33,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2000000000000
 class TaskProblem:
     """What both sides train."""
 
-    config: FinetuneConfig
+    config: FinetuneConfig | EmbedConfig
     folder: str  # of the model to start from
     model_type: str  # row of FAMILIES
     shape: EncoderConfig
@@ -41,6 +42,8 @@ class TaskProblem:
     max_length: int  # tokens of the longest example that the task allows
     updates: int  # of a round
     rounds: int
+    vectors: np.ndarray | None = None  # [n, D] that a sentence encoder learns
+    teacher: EncoderConfig | None = None  # whose they are
 
 
 class OurSide:
@@ -50,29 +53,33 @@ class OurSide:
         """Compile the step, for each number of rows that batches have, and make first updates."""
         keep_memory()
         jax.config.update("jax_enable_compilation_cache", False)
-        config, self._updates, self._done = problem.config, problem.updates, 0
-        self._mesh = make_mesh(config.mesh)
+        self._problem, self._mesh = problem, make_mesh(problem.config.mesh)
         steps = problem.rounds * problem.updates
-        self._grid = Grid(problem.examples, config.batch_size, steps, config.seed,
-                          self._mesh.shape["data"])
-        assembly = assemble(config, FAMILIES[problem.model_type], problem.shape, None, self._mesh,
-                            steps)
-        state = assembly.init(assembly.cast(problem.params))
-        self._state = place(state, shardings(state, self._mesh))
-        self._step = assembly.jitted(self._state, {})
+        self._begin(steps)
         sizes = {self._grid.size(step): step for step in reversed(range(steps))}
         self._train(sizes.values())  # one of each number of rows, so that all is compiled
-        self._first = time.time() - began
+        self._first, self._done = time.time() - began, 0
+
+    def _begin(self, steps: int) -> None:
+        """Prepare a training of so many updates."""
+        problem, config = self._problem, self._problem.config
+        self._grid = Grid(problem.examples, config.batch_size, steps, config.seed,
+                          self._mesh.shape["data"], problem.vectors)
+        assembly = assemble(config, FAMILIES[problem.model_type], problem.shape,
+                            problem.teacher, self._mesh, steps)
+        state = assembly.init(assembly.cast(problem.params))
+        self._assembly, self._state = assembly, place(state, shardings(state, self._mesh))
+        self._step = assembly.jitted(self._state, {})
 
     def ready(self) -> None:
         """Nothing has to be known before the first round."""
 
     def round(self) -> float:
         """Examples per second."""
-        began = time.perf_counter()
-        self._train(range(self._done, self._done + self._updates))
-        self._done += self._updates
-        return self._updates * self._grid.batch_size / (time.perf_counter() - began)
+        began, updates = time.perf_counter(), self._problem.updates
+        self._train(range(self._done, self._done + updates))
+        self._done += updates
+        return updates * self._grid.batch_size / (time.perf_counter() - began)
 
     def end(self) -> dict[str, Any]:
         """What is known of it beside its speed."""
