@@ -146,11 +146,12 @@ def test_what_a_continuation_may_change():
         "student", "ship"}
     meaning = DistilConfig().meaning()
     assert not {flag(name) for name in free} & set(meaning)
+    assert meaning["--choose"] == "even"
     assert meaning["--temperature"] == 2.0 and meaning["--alpha-ce"] == 5.0
 
 
 def test_a_student_of_its_own_is_no_part_of_the_teacher():
-    for other in (dict(student_layers="2"), dict(init="random")):
+    for other in (dict(student_layers="2"), dict(init="random"), dict(choose="greedy")):
         with pytest.raises(UserError, match="--student small is a start of its own: leave out"):
             DistilConfig(student="small", **other)
 

@@ -162,11 +162,10 @@ def _describe_removals(found: dict[str, Any]) -> str:
         removed, = set(before) - set(row["left"])
         before = row["left"]
         rows.append((str(removed), ", ".join(map(str, before)), f"{row['kl']:.3f}"))
-    last = found["removals"][-1]
     return (report.table(rows, ("removed", "layers left", "KL [nats]")) + "\n\nEach time the "
             "layer without which the teacher's predictions change least, at "
             f"{found['masked']:,} hidden tokens of the training data and without any training; "
-            f"{len(last['left'])} layers evenly chosen: KL {found['evenly']:.3f}.")
+            f"as many evenly chosen: KL {found['evenly']:.3f}.")
 
 
 def _own_start(config: DistilConfig) -> dict[str, Any]:
