@@ -218,7 +218,20 @@ class LoopConfig(Config):
 class TrainConfig(LoopConfig, DataConfig):
     """What distillation and masked-language-model training have in common."""
 
+    mask_rate: float = option(
+        Masking.rate, "training", "share of each row's tokens that is chosen for prediction in "
+        "training; held-out figures are of 0.15, whatever it is")
+
     MASKING = Masking()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "mask_rate", 0 < self.mask_rate < 1, "must lie between 0 and 1")
+
+    @property
+    def masking(self) -> Masking:
+        """How tokens are chosen and replaced in training."""
+        return dataclasses.replace(self.MASKING, rate=self.mask_rate)
 
     def updates(self, rows: int) -> int:
         """Updates of the run on a corpus of so many rows: `steps`, or three passes."""

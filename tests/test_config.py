@@ -95,6 +95,7 @@ def test_command_lines_that_cannot_be(argv, message):
     (DistilConfig, "warmup", (-0.1, 1.0)),
     (DistilConfig, "dropout", (-0.1, 1.0)),
     (DistilConfig, "valid_share", (0.0, 1.0)),
+    (DistilConfig, "mask_rate", (0.0, 1.0, -0.15, float("nan"))),
     (DistilConfig, "seed", (-1,)),
     (DistilConfig, "save_every", (0,)),
     (DistilConfig, "eval_every", (0,)),
@@ -146,7 +147,7 @@ def test_what_a_continuation_may_change():
         "student", "ship"}
     meaning = DistilConfig().meaning()
     assert not {flag(name) for name in free} & set(meaning)
-    assert meaning["--choose"] == "even"
+    assert meaning["--choose"] == "even" and meaning["--mask-rate"] == 0.15
     assert meaning["--temperature"] == 2.0 and meaning["--alpha-ce"] == 5.0
 
 

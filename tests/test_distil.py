@@ -156,6 +156,25 @@ def test_more_steps_on_another_mesh_are_the_same_run(distilled, learnt):
                   shape)
 
 
+def test_the_rate_of_masks_in_training_is_no_matter_of_the_figures(distilled, toy, tmp_path,
+                                                                   monkeypatch):
+    """Nor of the prepared data, which are taken as they are; but of the run."""
+    monkeypatch.setattr(distil, "_write_report", lambda *_: None)
+    config, folder = distilled
+    again = dataclasses.replace(config, mask_rate=0.6, steps=1, output=str(tmp_path / "out"))
+    shutil.copytree(folder.parent / "data", tmp_path / "out" / "data")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "data").iterdir()}
+    distil.distil(again)
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "data").iterdir()}
+    own, first = ([m for m in read_metrics(output) if "top1" in m][0]
+                  for output in (tmp_path / "out", folder.parent))
+    figures = ("top1", "mlm_loss", "kl", "masked", "teacher_top1", "cosine")
+    assert [own[name] for name in figures] == [first[name] for name in figures]
+    with pytest.raises(UserError, match="another run .--mask-rate was 0.15, is 0.6"):
+        distil.distil(dataclasses.replace(again, output=config.output))
+
+
 def positions(params):
     return params["embeddings"]["position"]["embedding"]
 
@@ -398,22 +417,23 @@ def test_layers_are_removed_by_what_the_teacher_predicts(toy, idle, tmp_path, mo
         (output / "data").glob("train-*.npy"))])
     assert len(seen) == 1 and np.array_equal(seen[0].rows[np.arange(len(train))], train)
 
-    # A continuation keeps what the file says, and does not choose again.
-    distil.distil(dataclasses.replace(config, steps=3))
-    assert len(seen) == 1
+    # A continuation keeps what the file says, and does not choose again; so does a run that was
+    # stopped before its first checkpoint.
     found["removals"][1]["left"] = [0]
     (output / "layers.json").write_text(json.dumps(found))
     with pytest.raises(UserError, match="another run .layers of --choose was .1., is .0.."):
         distil.distil(config)
-    shutil.rmtree(output / "checkpoints")
-    distil.distil(config)
-    assert "started as the teacher's layers 0." in (output / "student" / "README.md").read_text()
+    again = dataclasses.replace(config, output=str(tmp_path / "again"), steps=1)
+    (tmp_path / "again").mkdir()
+    shutil.copy(output / "layers.json", again.output)
+    card = distil.distil(again) / "README.md"
+    assert "started as the teacher's layers 0." in card.read_text() and len(seen) == 1
+
     found["request"]["layers"] = 2
-    text = json.dumps(found)
-    (output / "layers.json").write_text(text)
+    (output / "layers.json").write_text(json.dumps(found))
     with pytest.raises(UserError, match="layers.json was made for another layers: remove it"):
         distil.distil(config)
-    assert (output / "layers.json").read_text() == text
+    assert json.loads((output / "layers.json").read_text()) == found
 
 
 def test_where_no_layer_is_removed_none_is_tried(toy, tmp_path, monkeypatch):
