@@ -218,7 +218,20 @@ class LoopConfig(Config):
 class TrainConfig(LoopConfig, DataConfig):
     """What distillation and masked-language-model training have in common."""
 
+    mask_rate: float = option(
+        Masking.rate, "training", "share of each row's tokens that is chosen for prediction in "
+        "training; held-out figures are of 0.15, whatever it is")
+
     MASKING = Masking()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "mask_rate", 0 < self.mask_rate < 1, "must lie between 0 and 1")
+
+    @property
+    def masking(self) -> Masking:
+        """How tokens are chosen and replaced in training."""
+        return dataclasses.replace(self.MASKING, rate=self.mask_rate)
 
     def updates(self, rows: int) -> int:
         """Updates of the run on a corpus of so many rows: `steps`, or three passes."""
@@ -235,6 +248,10 @@ class DistilConfig(TrainConfig):
     student_layers: str | int | Sequence[int] = option(
         "", "models", "how many teacher layers to keep (evenly chosen), or which: 0,2,4,7,9,11; "
         "default: half of them")
+    choose: str = option(
+        "even", "models", "how so many layers are chosen: even, as the original does, or greedy, "
+        "which removes the one without which the teacher's predictions change least, again and "
+        "again")
     init: str = option("teacher", "models", "start of the student: teacher or random")
     student: Word = option(
         "", "models", "Hugging Face folder that is the student's start instead: of any depth and "
@@ -262,11 +279,20 @@ class DistilConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         choose(self.init, ("teacher", "random"), "--init")
-        if self.student and (self.student_layers or self.init == "random"):
+        check_choose(self, default="even")
+        if self.student and (self.student_layers or self.init == "random" or self.greedy):
             raise UserError(f"--student {self.student} is a start of its own: leave out "
-                            "--student-layers and --init")
+                            "--student-layers, --init and --choose")
+        if self.greedy and self.init == "random":
+            raise UserError("--choose greedy keeps layers of the teacher, --init random none: "
+                            "leave out one of them")
         check_temperature(self)
         check_weights(self.alphas)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the student's layers are chosen by the teacher's predictions."""
+        return self.choose == "greedy"
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -328,6 +354,15 @@ def _as_flag(field: dataclasses.Field, value: Any) -> Any:
             said = {int: "a whole number", float: "a number", bool: "True or False"}[kind]
             raise UserError(f"{name} {value!r} must be {said}")
     return value
+
+
+def check_choose(config: Any, default: str = "") -> None:
+    """Raise a UserError for a --choose that is unknown, or given beside the layers themselves."""
+    if config.choose != default:
+        choose(config.choose, ("even", "greedy"), "--choose")
+        if "," in config.student_layers:
+            raise UserError(f"--student-layers {config.student_layers} names the layers: leave "
+                            "out --choose")
 
 
 def check_temperature(config: Any) -> None:

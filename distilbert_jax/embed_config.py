@@ -13,6 +13,7 @@ from distilbert_jax.config import (
     Word,
     Words,
     check,
+    check_choose,
     check_weights,
     option,
 )
@@ -98,11 +99,7 @@ class EmbedConfig(LoopConfig):
               "must be positive, finite")
         choose(self.vector_dtype, ("float16", "float32"), "--vector-dtype")
         check_weights(self.alphas)
-        if self.choose:
-            choose(self.choose, ("even", "greedy"), "--choose")
-            if "," in self.student_layers:
-                raise UserError(f"--student-layers {self.student_layers} names the layers: leave "
-                                "out --choose")
+        check_choose(self)
         if self.choose == "greedy" and self.student:
             raise UserError("--choose greedy keeps layers of the teacher, and the student starts "
                             "at --student: leave out one of them")

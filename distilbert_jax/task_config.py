@@ -15,6 +15,7 @@ from distilbert_jax.config import (
     Word,
     Words,
     check,
+    check_choose,
     check_temperature,
     check_weights,
     flag,
@@ -128,11 +129,7 @@ class FinetuneConfig(LoopConfig, TaskData):
             for name in ("unlabelled", "hidden_map", "augment"):
                 if getattr(self, name):
                     raise UserError(f"{flag(name)} needs a teacher: give --teacher or --distil")
-        if self.choose:
-            choose(self.choose, ("even", "greedy"), "--choose")
-            if "," in self.student_layers:
-                raise UserError(f"--student-layers {self.student_layers} names the layers: leave "
-                                "out --choose")
+        check_choose(self)
         if self.choose == "greedy" and not self._starts_at_teacher:
             raise UserError("--choose greedy keeps layers of the teacher, and the student starts "
                             "at --model: leave out --model, or give --distil")

@@ -71,7 +71,9 @@ def test_rows_of_an_update_are_cut(program):
 
 
 @pytest.mark.parametrize("config, masking", [
-    (DistilConfig(**BASE), Masking()), (PretrainConfig(), Masking(smoothing=0.0))])
+    (DistilConfig(**BASE), Masking()), (PretrainConfig(), Masking(smoothing=0.0)),
+    (DistilConfig(**BASE, mask_rate=0.4), Masking(rate=0.4)),
+    (PretrainConfig(mask_rate=0.3), Masking(rate=0.3, smoothing=0.0))])
 def test_how_a_job_masks(config, masking, program, monkeypatch):
     seen, mask = [], module.LABELS["mlm"]
 

@@ -248,6 +248,8 @@ FOLDERS = [  # (what is made or broken, further words, parts of the message)
     (with_file("new/checkpoints/3/sha256.json", b'{"run.json'), "",
      ["no checkpoint in new/checkpoints is sound", "new/checkpoints/3: sha256.json is damaged",
       "remove that folder"]),
+    (with_file("new/layers.json", b"[]"), "--choose greedy",
+     ["new/layers.json was not made by this command: remove it"]),
     (with_file("new/data/notes.txt", b"mine"), "", ["new/data exists and is not prepared data"]),
 ]
 
@@ -291,6 +293,12 @@ FLAGS = [  # (words, parts of the message), with every file as it should be
     ("--student-layers 0,2", ["--student-layers 0,2: the teacher has 2 layers, 0 to 1"]),
     ("--student-layers 1,1", ["--student-layers 1,1 names a layer twice"]),
     ("--student-layers half", ["--student-layers half must be a number or a list"]),
+    ("--mask-rate 1", ["--mask-rate 1.0 must lie between 0 and 1"]),
+    ("--choose best", ["unknown --choose 'best'", "even, greedy"]),
+    ("--choose greedy --student-layers 0,1", ["--student-layers 0,1 names the layers: leave out "
+                                              "--choose"]),
+    ("--choose greedy --init random", ["--choose greedy keeps layers of the teacher, --init"]),
+    ("--choose greedy --student-layers 3", ["--student-layers 3: the teacher has 2 layers"]),
     ("--steps 0", ["--steps 0 must be at least 1"]),
     ("--steps 1.5", ["--steps: invalid int value: '1.5'"]),
     ("--batch-size 0", ["--batch-size 0 must be at least 1"]),

@@ -95,6 +95,7 @@ def test_command_lines_that_cannot_be(argv, message):
     (DistilConfig, "warmup", (-0.1, 1.0)),
     (DistilConfig, "dropout", (-0.1, 1.0)),
     (DistilConfig, "valid_share", (0.0, 1.0)),
+    (DistilConfig, "mask_rate", (0.0, 1.0, -0.15, float("nan"))),
     (DistilConfig, "seed", (-1,)),
     (DistilConfig, "save_every", (0,)),
     (DistilConfig, "eval_every", (0,)),
@@ -146,11 +147,12 @@ def test_what_a_continuation_may_change():
         "student", "ship"}
     meaning = DistilConfig().meaning()
     assert not {flag(name) for name in free} & set(meaning)
+    assert meaning["--choose"] == "even" and meaning["--mask-rate"] == 0.15
     assert meaning["--temperature"] == 2.0 and meaning["--alpha-ce"] == 5.0
 
 
 def test_a_student_of_its_own_is_no_part_of_the_teacher():
-    for other in (dict(student_layers="2"), dict(init="random")):
+    for other in (dict(student_layers="2"), dict(init="random"), dict(choose="greedy")):
         with pytest.raises(UserError, match="--student small is a start of its own: leave out"):
             DistilConfig(student="small", **other)
 

@@ -1,6 +1,7 @@
 """The two jobs from end to end on a toy language: what they leave behind, and that they learn."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -153,6 +154,25 @@ def test_more_steps_on_another_mesh_are_the_same_run(distilled, learnt):
     with pytest.raises(UserError, match="another run .--seed was 56, is 3; --temperature was 2.0"):
         check_job(DistilConfig(**changed | {"seed": 3, "temperature": 3.0}), FAMILIES["bert"],
                   shape)
+
+
+def test_the_rate_of_masks_in_training_is_no_matter_of_the_figures(distilled, toy, tmp_path,
+                                                                   monkeypatch):
+    """Nor of the prepared data, which are taken as they are; but of the run."""
+    monkeypatch.setattr(distil, "_write_report", lambda *_: None)
+    config, folder = distilled
+    again = dataclasses.replace(config, mask_rate=0.6, steps=1, output=str(tmp_path / "out"))
+    shutil.copytree(folder.parent / "data", tmp_path / "out" / "data")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "data").iterdir()}
+    distil.distil(again)
+    assert before == {
+        path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "data").iterdir()}
+    own, first = ([m for m in read_metrics(output) if "top1" in m][0]
+                  for output in (tmp_path / "out", folder.parent))
+    figures = ("top1", "mlm_loss", "kl", "masked", "teacher_top1", "cosine")
+    assert [own[name] for name in figures] == [first[name] for name in figures]
+    with pytest.raises(UserError, match="another run .--mask-rate was 0.15, is 0.6"):
+        distil.distil(dataclasses.replace(again, output=config.output))
 
 
 def positions(params):
@@ -350,6 +370,79 @@ def test_the_longest_row(name, longest, toy, tiny_model):
     check_job(DistilConfig(**settings), family, shape)
     with pytest.raises(UserError, match=f"{longest + 1} is beyond the model's {longest} positions"):
         check_job(DistilConfig(**settings | {"sequence_length": longest + 1}), family, shape)
+
+
+@pytest.fixture(scope="module")
+def idle(toy, tmp_path_factory):
+    """The toy's teacher, whose first layer adds nothing to its input, which is normalised."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("idle") / "teacher"
+    shutil.copytree(toy / "teacher", folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if "layer.0." in name and ".output.dense" in name:
+            tensors[name] = np.zeros_like(tensors[name])
+        if "LayerNorm" in name and ("layer.0." in name or "embeddings" in name):
+            tensors[name] = np.full_like(tensors[name], name.endswith("weight"))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def test_layers_are_removed_by_what_the_teacher_predicts(toy, idle, tmp_path, monkeypatch, capsys):
+    """A layer that changes nothing goes first, though the even choice keeps it."""
+    seen, shortened = [], distil.Shortened
+
+    def noted(*given):
+        seen.append(given[4])
+        return shortened(*given)
+
+    monkeypatch.setattr(distil, "Shortened", noted)
+    output = tmp_path / "out"
+    config = DistilConfig(**common(toy, output) | {
+        "teacher": str(idle), "steps": 2, "choose": "greedy", "learning_rate": 1e-4})
+    distil.distil(config)
+    found = json.loads((output / "layers.json").read_text())
+    assert [row["left"] for row in found["removals"]] == [[0, 1], [1]]
+    assert found["removals"][1]["kl"] < 1e-3 < 0.1 < found["evenly"]
+    table = f"| 0       |           1 |     {found['removals'][1]['kl']:.3f} |"
+    assert table in (output / "report.md").read_text() and table in capsys.readouterr().out
+    assert "started as the teacher's layers 1." in (output / "student" / "README.md").read_text()
+    scale = hub.load(str(idle)).params["layers"][1]["output_norm"]["scale"]
+    kept = hub.load(str(output / "student")).params["layers"][0]["output_norm"]["scale"]
+    np.testing.assert_allclose(kept, scale, atol=1e-3)
+
+    # of the training rows, never of the held-out ones
+    train = np.concatenate([np.load(path)["row"] for path in sorted(
+        (output / "data").glob("train-*.npy"))])
+    assert len(seen) == 1 and np.array_equal(seen[0].rows[np.arange(len(train))], train)
+
+    # A continuation keeps what the file says, and does not choose again; so does a run that was
+    # stopped before its first checkpoint.
+    found["removals"][1]["left"] = [0]
+    (output / "layers.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="another run .layers of --choose was .1., is .0.."):
+        distil.distil(config)
+    again = dataclasses.replace(config, output=str(tmp_path / "again"), steps=1)
+    (tmp_path / "again").mkdir()
+    shutil.copy(output / "layers.json", again.output)
+    card = distil.distil(again) / "README.md"
+    assert "started as the teacher's layers 0." in card.read_text() and len(seen) == 1
+
+    found["request"]["layers"] = 2
+    (output / "layers.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="layers.json was made for another layers: remove it"):
+        distil.distil(config)
+    assert json.loads((output / "layers.json").read_text()) == found
+
+
+def test_where_no_layer_is_removed_none_is_tried(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(distil, "_write_report", lambda *_: None)
+    monkeypatch.setattr(distil, "Shortened", None)
+    for name, given in (("all", dict(choose="greedy", student_layers=2)), ("even", {})):
+        distil.distil(DistilConfig(**common(toy, tmp_path / name) | {
+            "teacher": str(toy / "teacher"), "steps": 1} | given))
+        assert not (tmp_path / name / "layers.json").exists()
 
 
 def write_without(source, target, prefix):

@@ -116,7 +116,7 @@ def test_the_loss_of_projected_states_by_its_definition(wide, vocabulary, x64):
         state, assembly.teachers(teacher_params), vocabulary, batch)
 
     keys = jax.vmap(jax.random.split)(row_keys(state.key, batch))[:, 0]
-    labelled = mask_tokens(keys, batch, vocabulary, assembly.config.MASKING)
+    labelled = mask_tokens(keys, batch, vocabulary, assembly.config.masking)
     given = [labelled[name] for name in ("input_ids", "segment_ids", "position_ids")]
     real, errors = np.asarray(labelled["segment_ids"]) > 0, []
     for own, theirs in ((1, 2), (2, 3)):  # evenly: 1.5 is rounded to an even number

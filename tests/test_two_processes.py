@@ -135,6 +135,21 @@ def test_saved_in_two_and_continued_in_one(toy, alone, together, tmp_path):
     assert_same(continued(toy, together[0], tmp_path / "run", 1), alone)
 
 
+def test_two_processes_choose_the_same_layers(toy, tmp_path):
+    """And a continuation by one process keeps them."""
+    said, output = [], tmp_path / "run"
+    for processes in (2, 1):
+        distil(toy, output, processes, "--choose", "greedy", "--steps", 2 if processes == 2 else 3)
+        said.append(json.loads((output / "layers.json").read_text()))
+    assert said[0] == said[1]
+    distil(toy, tmp_path / "alone", 1, "--choose", "greedy", "--steps", 1)
+    alone = json.loads((tmp_path / "alone" / "layers.json").read_text())
+    assert said[0]["request"] == alone["request"]
+    for ours, theirs in zip(said[0]["removals"], alone["removals"], strict=True):
+        assert ours["left"] == theirs["left"]
+        assert ours["kl"] == pytest.approx(theirs["kl"], rel=LOSSES)
+
+
 @pytest.mark.parametrize("processes, mesh", [(2, "8x1"), (2, "4x2"), (1, "2x4"), (1, "1x1")])
 def test_saved_in_one_and_continued_elsewhere(processes, mesh, toy, alone, tmp_path):
     devices = 1 if mesh == "1x1" else 8

@@ -1,7 +1,7 @@
 """Held-out masked-language modelling: packed rows and parameters in, figures of both models out."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -45,24 +45,37 @@ def held_out(
         and absent, where the teacher's is not above `most_frequent`) and, if both are equally
         wide, `cosine`. Sums are taken in float64 over all batches.
     """
+    key = jax.random.key(SEED)
+    total: dict[str, float] = {}
+    progress = bar(total=min(rows or len(packed), len(packed)), desc="evaluate", unit=" rows",
+                   leave=False, delay=1)
+    for batch, count in some_rows(packed, mesh, rows):
+        sums = eval_step(params, teachers, vocabulary, batch, key)
+        for name, value in jax.device_get(sums).items():
+            total[name] = total.get(name, 0.0) + float(value)
+        progress.update(count)
+    progress.close()
+    return _figures(total)
+
+
+def some_rows(
+    packed: PackedRows, mesh: Mesh, rows: int | None
+) -> Iterator[tuple[dict[str, jax.Array], int]]:
+    """Batches of `rows` randomly chosen rows, always the same ones, or of all, on the mesh.
+
+    Yields:
+        A batch as read from disk, with rows of padding so that all are of one shape, and how many
+        others there are in it.
+    """
     data = mesh.shape["data"]
     taken = 2 ** int(math.log2(max(1, BATCH_TOKENS // packed.rows.shape[1])))
     size = math.ceil(taken / data) * data  # blank rows at the end change no mask before them
     own = local_rows(mesh, size)
     order = np.random.default_rng(SEED).permutation(len(packed))[:rows]
-    key = jax.random.key(SEED)
-    total: dict[str, float] = {}
-    progress = bar(total=len(order), desc="evaluate", unit=" rows", leave=False, delay=1)
     for start in range(0, len(order), taken):
-        mine = np.sort(order[start:start + taken])
-        mine = mine[own[own < len(mine)]]  # rows of this process; the last batch is not full
-        batch = place_rows(_filled(read(packed, mine), len(own)), mesh, size)
-        sums = eval_step(params, teachers, vocabulary, batch, key)
-        for name, value in jax.device_get(sums).items():
-            total[name] = total.get(name, 0.0) + float(value)
-        progress.update(min(taken, len(order) - start))
-    progress.close()
-    return _figures(total)
+        chosen = np.sort(order[start:start + taken])
+        mine = chosen[own[own < len(chosen)]]  # of this process; the last batch is not full
+        yield place_rows(_filled(read(packed, mine), len(own)), mesh, size), len(chosen)
 
 
 def _filled(batch: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:

@@ -3,6 +3,7 @@
 Everything that can be wrong is checked before the first file is written.
 """
 
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -19,8 +20,10 @@ from distilbert_jax.data import sources
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import report
+from distilbert_jax.evaluation.removal import Shortened
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.export.predict import fill_mask
+from distilbert_jax.jobs.kept_layers import check_kept, kept_layers
 from distilbert_jax.jobs.setup import (
     EVALUATION_ROWS,
     Setup,
@@ -32,6 +35,7 @@ from distilbert_jax.jobs.setup import (
 from distilbert_jax.jobs.ship import check_ship, ship_held_out
 from distilbert_jax.machine import store
 from distilbert_jax.machine.lock import hold
+from distilbert_jax.machine.progress import say
 from distilbert_jax.machine.seal import fingerprint
 from distilbert_jax.machine.sharding import first_process_first, to_host
 from distilbert_jax.models import hub, student
@@ -65,6 +69,8 @@ def distil(config: DistilConfig) -> Path:
     mesh = check_job(config, teacher.family, teacher.config, settings)
     check_folder(config.output, "student", "checkpoints",
                  {"--teacher": config.teacher, "--student": config.student})
+    if config.greedy:
+        check_kept(config.output)
     with hold(config.output):
         return _distil(config, teacher, own, mesh, settings)
 
@@ -77,13 +83,19 @@ def _distil(config: DistilConfig, teacher: hub.Pretrained, own: dict[str, Any], 
     family, shape = student_shape(config, teacher.family, teacher.config)
     assembly = assemble(config, family, shape, teacher.config, mesh, setup.steps)
 
+    teachers = assembly.place(assembly.teachers(teacher.params))
     layers = student.choose_layers(config.student_layers, teacher.config.num_hidden_layers)
+    removals = {}
+    if config.greedy and len(layers) < teacher.config.num_hidden_layers:
+        removals = _remove_layers(setup, assembly, teacher, teachers["teacher"], len(layers))
+        layers = removals["removals"][-1]["left"]
+        setup = dataclasses.replace(
+            setup, settings=setup.settings | {"layers of --choose": layers})
     start = own or student.student_params(
         teacher.params, layers, config.fold_token_type, shape.type_vocab_size > 0)
     if config.init == "random":
         start = init_params(shape, config.seed, assembly.param_dtype)
     start = assembly.cast(start)
-    teachers = assembly.place(assembly.teachers(teacher.params))
     trained = setup.train(assembly, start, teachers, "distil")
 
     folder = store.local(config.output) / "student"
@@ -95,12 +107,65 @@ def _distil(config: DistilConfig, teacher: hub.Pretrained, own: dict[str, Any], 
         if jax.process_index() == 0:
             export(folder, trained, shape, family, setup.tokenizer,
                    _card(config, _origin(config, layers), figures["student"], trained))
-            _write_report(setup, assembly, (trained, start, teacher.params), figures)
+            _write_report(setup, assembly, (trained, start, teacher.params), figures, removals)
             store.upload(config.output, "student", "report.md", "losses.png")
             if config.ship:
                 ship_held_out(folder, setup)
                 store.upload(config.output, "student")
     return folder
+
+
+def _remove_layers(setup: Setup, assembly: Assembly, teacher: hub.Pretrained,
+                   params: dict[str, Any], count: int) -> dict[str, Any]:
+    """Remove layers, each time that without which predictions change least, until `count` are left.
+
+    They are compared at hidden tokens of some training rows, and nothing is trained: see
+    evaluation/removal.py. The result is kept in OUTPUT/layers.json, so that a continuation on
+    other devices keeps the same layers.
+
+    Args:
+        setup: with the training rows.
+        assembly: with the mesh and the dtypes.
+        teacher: as read; params: its parameters on the mesh.
+        count: layers of the student.
+
+    Returns:
+        `removals`: a row for each, `left` and `kl` [nats per hidden token]; `evenly`: the KL of as
+        many layers evenly chosen; `masked`: how many hidden tokens both are means over.
+
+    Raises:
+        UserError: the file holds what was chosen of another teacher, by other rows, or in another
+            number.
+    """
+    total = teacher.config.num_hidden_layers
+    request = {"teacher": setup.settings["--teacher"], "corpus": setup.settings["--corpus"],
+               "layers": count}
+
+    def removals() -> dict[str, Any]:
+        say(f"choosing {count} of {total} layers; nothing is trained yet")
+        change = Shortened(teacher.config, (assembly.dtype, assembly.param_dtype), params,
+                           setup.vocabulary, setup.data.train, setup.mesh)
+        rows = student.remove_layers(total, count, change)
+        return {"removals": [{"left": left, "kl": kl} for left, kl in rows],
+                "evenly": change(student.choose_layers(str(count), total)),
+                "masked": change.masked}
+
+    found = kept_layers(setup.config.output, request, removals)
+    print(f"\n{_describe_removals(found)}\n")
+    return found
+
+
+def _describe_removals(found: dict[str, Any]) -> str:
+    """The table of removals, and a line on what it says."""
+    rows, before = [], found["removals"][0]["left"]
+    for row in found["removals"][1:]:
+        removed, = set(before) - set(row["left"])
+        before = row["left"]
+        rows.append((str(removed), ", ".join(map(str, before)), f"{row['kl']:.3f}"))
+    return (report.table(rows, ("removed", "layers left", "KL [nats]")) + "\n\nEach time the "
+            "layer without which the teacher's predictions change least, at "
+            f"{found['masked']:,} hidden tokens of the training data and without any training; "
+            f"as many evenly chosen: KL {found['evenly']:.3f}.")
 
 
 def _own_start(config: DistilConfig) -> dict[str, Any]:
@@ -144,6 +209,7 @@ def _card(config: DistilConfig, origin: str, figures: dict[str, float],
 def _write_report(
     setup: Setup, assembly: Assembly,
     params: tuple[dict[str, Any], ...], figures: dict[str, dict[str, float]],
+    removals: dict[str, Any],
 ) -> None:
     """Print the result, and write report.md and losses.png."""
     config, output = setup.config, store.local(setup.config.output)
@@ -170,9 +236,10 @@ def _write_report(
     where = (f"Held-out: {last['masked']:,.0f} masked tokens of {len(setup.data.valid):,} rows, "
              f"the same for every model. Latency: {config.sequence_length} tokens, "
              f"batch 1, {assembly.dtype}, median of 30.{trained}")
+    chosen = f"## Layers\n\n{_describe_removals(removals)}\n\n" if removals else ""
     (output / "report.md").write_text(
         f"# Distillation of {Path(config.teacher).name}\n\n{text}\n\n{against}\n\n{where}\n\n"
-        f"![losses](losses.png)\n\n## Fill-mask\n\n{example}\n\n## Provenance\n\n"
+        f"![losses](losses.png)\n\n{chosen}## Fill-mask\n\n{example}\n\n## Provenance\n\n"
         f"`{shlex.join(['python', *sys.argv])}`\n\n{report.versions()}\n", encoding="utf-8",
         errors="replace")
     plot, page, folder = (store.join(config.output, name) for name in (

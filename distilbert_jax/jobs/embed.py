@@ -23,7 +23,7 @@ from distilbert_jax.evaluation import report
 from distilbert_jax.evaluation.similarity import Embedder, cosines
 from distilbert_jax.export.sentence_folder import export_sentence
 from distilbert_jax.jobs import embed_report
-from distilbert_jax.jobs.lessons import kept_layers
+from distilbert_jax.jobs.kept_layers import kept_layers
 from distilbert_jax.jobs.sentence_data import Pairs, read_pairs, read_titles
 from distilbert_jax.jobs.sentence_model import Named, cut_to, on_devices, own_start
 from distilbert_jax.jobs.setup import check_folder

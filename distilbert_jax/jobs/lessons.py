@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 import operator
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import answers
 from distilbert_jax.evaluation.augment import unlabelled, variants
 from distilbert_jax.jobs import task_report
-from distilbert_jax.jobs.task_model import Job, Trained, cut, on_devices, order, read_json
+from distilbert_jax.jobs.kept_layers import check_kept, kept_layers
+from distilbert_jax.jobs.task_model import Job, Trained, cut, on_devices, order
 from distilbert_jax.machine import seal, store
 from distilbert_jax.machine.progress import say
 from distilbert_jax.machine.seal import fingerprint
@@ -43,12 +43,11 @@ class Lessons:
 
 def check_output(output: str) -> None:
     """Raise a UserError if the folder holds something else under the names that are used here."""
-    answers, layers = Path(output, "answers"), Path(output, "layers.json")
-    for path, ours in ((answers, (answers / "request.json").exists()),
-                       (layers, "request" in read_json(layers))):
-        if path.exists() and not ours:
-            raise UserError(f"{path} was not made by this command: remove it, or name another "
-                            "--output")
+    answers = Path(output, "answers")
+    if answers.exists() and not (answers / "request.json").exists():
+        raise UserError(f"{answers} was not made by this command: remove it, or name another "
+                        "--output")
+    check_kept(output)
 
 
 def lessons_of(job: Job, teacher: Trained, words: hub.Pretrained | None) -> Lessons:
@@ -129,33 +128,6 @@ def choose_layers(job: Job, teacher: hub.Pretrained, count: int) -> list[int]:
         f"map reads {share:.1%} of the variance of its answers (evenly chosen: "
         f"{found['evenly']:.1%})")
     return layers
-
-
-def kept_layers(output: str, request: dict[str, Any], removals: Callable[[], dict[str, Any]]
-                ) -> dict[str, Any]:
-    """The choice of layers in OUTPUT/layers.json, which is made there first if there is none.
-
-    Args:
-        output: folder of the job.
-        request: what the choice depends on.
-        removals: makes the choice, by all processes.
-
-    Raises:
-        UserError: the file holds a choice for another request.
-    """
-    path = Path(output) / "layers.json"
-    found = read_json(path)
-    if found and (other := [name for name in request
-                            if request[name] != found.get("request", {}).get(name)]):
-        raise UserError(f"{path} was made for another {', '.join(other)}: remove it, or choose "
-                        "another --output")
-    if not found:
-        made = removals()
-        with first_process_first():
-            if jax.process_index() == 0:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                seal.write_json(path, {"request": request} | made)
-    return read_json(path)
 
 
 def _removals(job: Job, teacher: hub.Pretrained, count: int) -> dict[str, Any]:

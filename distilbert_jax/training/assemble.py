@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from distilbert_jax.config import DistilConfig, LoopConfig, Masking, compute_dtype
+from distilbert_jax.config import DistilConfig, LoopConfig, compute_dtype
 from distilbert_jax.embed_config import EmbedConfig
 from distilbert_jax.machine.sharding import by_rows, replicated, shardings
 from distilbert_jax.models.encoder import EncoderConfig, graphdef
@@ -105,7 +105,7 @@ def assemble(
     teacher_graph = graphdef(teacher, dtype, param_dtype) if live else None
     tx = make_optimizer(config, steps, frozen)
     predicts = "given" if student.task or student.sentence else family.predicts
-    labels = functools.partial(LABELS[predicts], masking=getattr(config, "MASKING", Masking()))
+    labels = functools.partial(LABELS[predicts], masking=getattr(config, "masking", None))
     return Assembly(
         config=config, mesh=mesh, dtype=dtype, param_dtype=param_dtype, graph=graph,
         teacher_graph=teacher_graph, projections=projections, tx=tx,

@@ -143,7 +143,7 @@ def given(
     keys: Key[Array, " B"],
     batch: dict[str, Array],
     vocabulary: Vocabulary | None,
-    masking: Masking,
+    masking: Masking | None,
 ) -> dict[str, Array]:
     """Leave a batch that comes with its labels as it is."""
     return batch
