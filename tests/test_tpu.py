@@ -522,7 +522,7 @@ def test_keep_alive_with_a_quota_that_is_gone(cloud):
 
 
 def every_command(cloud):
-    """Every gcloud command that the scripts can print, and those of the README."""
+    """Every gcloud command that the scripts can print, and those of their README."""
     commands = []
     for script, *words in (
             ["create"], ["setup"], ["run", "--", "--corpus", "a *.txt", "it's"], ["run", "--stop"],
@@ -531,7 +531,7 @@ def every_command(cloud):
     assert not cloud.calls()
     cloud.play(states="FAILED")
     commands += printed(cloud("create").stderr)  # asks why
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    readme = (ROOT / "tpu/README.md").read_text(encoding="utf-8").replace("\\\n", " ")
     commands += [line for line in readme.splitlines() if line.startswith("gcloud ")]
     return sorted(set(commands))
 
