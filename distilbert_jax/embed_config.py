@@ -76,7 +76,7 @@ class EmbedConfig(LoopConfig):
         "default: every layer of the student, evenly")
     batch_size: int = option(64, "training", "sentences per update, over all devices")
     learning_rate: float | None = option(
-        None, "training", "peak of the learning rate; default: 1e-4 at 768 units, inversely as the "
+        None, "training", "peak of the learning rate; default: 5e-4 at 768 units, inversely as the "
         "width of the student", type=float)
     warmup: float = option(
         0.1, "training", "share of the updates over which the rate rises, before it falls to 0")
