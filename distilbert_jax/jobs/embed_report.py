@@ -63,7 +63,7 @@ def encoders(config: EmbedConfig | EvaluateConfig, mesh: Mesh, models: Mapping[s
 
 
 def remembered(encode: Encode) -> Encode:
-    """The same; texts that were asked for before are not computed again."""
+    """An encoder that keeps its answers: texts asked for before are not computed again."""
     @functools.cache
     def once(texts: tuple[str, ...], prompts: tuple[str, ...]) -> np.ndarray:
         return encode(list(texts), *prompts)
