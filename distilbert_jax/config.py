@@ -301,6 +301,20 @@ class DistilConfig(TrainConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class AblationConfig(DistilConfig):
+    """One distillation several times, each time with something else changed."""
+
+    seeds: int = option(
+        3, "training", "runs of each row, from --seed on; of several, intervals are given", **FREE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, "seeds", self.seeds >= 1, "must be at least 1")
+        if self.compile_only:
+            raise UserError("--compile-only belongs to run.py: leave it out")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainConfig):
     """Masked-language-model training of a BERT, from scratch or from a folder (adaptation)."""
 

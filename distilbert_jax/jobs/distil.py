@@ -33,7 +33,7 @@ from distilbert_jax.jobs.setup import (
     student_shape,
 )
 from distilbert_jax.jobs.ship import check_ship, ship_held_out
-from distilbert_jax.machine import store
+from distilbert_jax.machine import seal, store
 from distilbert_jax.machine.lock import hold
 from distilbert_jax.machine.progress import say
 from distilbert_jax.machine.seal import fingerprint
@@ -108,7 +108,7 @@ def _distil(config: DistilConfig, teacher: hub.Pretrained, own: dict[str, Any], 
             export(folder, trained, shape, family, setup.tokenizer,
                    _card(config, _origin(config, layers), figures["student"], trained))
             _write_report(setup, assembly, (trained, start, teacher.params), figures, removals)
-            store.upload(config.output, "student", "report.md", "losses.png")
+            store.upload(config.output, "student", "report.md", "report.json", "losses.png")
             if config.ship:
                 ship_held_out(folder, setup)
                 store.upload(config.output, "student")
@@ -211,7 +211,7 @@ def _write_report(
     params: tuple[dict[str, Any], ...], figures: dict[str, dict[str, float]],
     removals: dict[str, Any],
 ) -> None:
-    """Print the result, and write report.md and losses.png."""
+    """Print the result, and write report.md, report.json and losses.png."""
     config, output = setup.config, store.local(setup.config.output)
     trained, start, teacher = params
     models = {"teacher": (assembly.teacher_graph, teacher), "student": (assembly.graph, trained),
@@ -236,6 +236,15 @@ def _write_report(
     where = (f"Held-out: {last['masked']:,.0f} masked tokens of {len(setup.data.valid):,} rows, "
              f"the same for every model. Latency: {config.sequence_length} tokens, "
              f"batch 1, {assembly.dtype}, median of 30.{trained}")
+    sizes = {name: {"layers": len(part["layers"]), "parameters": report.count_parameters(part),
+                    "latency": speed[name]} for name, (_, part) in models.items()}
+    seal.write_json(output / "report.json", {
+        "models": {name: sizes[name] | measured for name, measured in zip(
+            models, (teacher_figures, last, first), strict=True)},
+        "updates": setup.steps, "rows_of_update": config.batch_size,
+        "tokens": metrics[-1]["tokens_seen"] if metrics else 0,
+        "seconds": metrics[-1]["seconds"] if metrics else 0.0,
+        "removals": removals, "settings": setup.settings, "versions": report.versions()})
     chosen = f"## Layers\n\n{_describe_removals(removals)}\n\n" if removals else ""
     (output / "report.md").write_text(
         f"# Distillation of {Path(config.teacher).name}\n\n{text}\n\n{against}\n\n{where}\n\n"

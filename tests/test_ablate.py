@@ -1,0 +1,107 @@
+"""Ablation: rows and seeds in folders of their own, which are run once, and compared in pairs."""
+
+import dataclasses
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from distilbert_jax.config import AblationConfig, DistilConfig
+from distilbert_jax.errors import UserError
+from distilbert_jax.jobs import ablate as job
+
+ROWS = {"all losses": {}, "no MLM": {"alphas": {"ce": 5.0, "cos": 1.0}}}
+TOP1 = {"all losses": [0.50, 0.60, 0.55], "no MLM": [0.51, 0.62, 0.56]}
+
+
+@pytest.fixture
+def config(toy, tmp_path):
+    return AblationConfig(
+        teacher=toy / "teacher", corpus=toy / "corpus.txt", valid_share=0.2, sequence_length=24,
+        batch_size=8, steps=2, student_layers=1, seed=7, seeds=3, output=tmp_path / "out")
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The runs that were started, each of which reaches what TOP1 says."""
+    started = []
+
+    def distil(run):
+        assert Path(run.corpus[0], "manifest.json").exists() and run.steps == 2
+        row, seed = Path(run.output).parent.name.replace("-", " "), run.seed
+        started.append((row, seed))
+        figures = {"top1": TOP1[row][seed - 7], "masked": 99.0}
+        Path(run.output).mkdir(parents=True)
+        Path(run.output, "report.json").write_text(json.dumps({
+            "models": {"student": figures, "student at start": {"top1": 0.1},
+                       "teacher": {"top1": 0.8}},
+            "tokens": 2e6, "seconds": 90.0, "settings": run.meaning()}))
+
+    monkeypatch.setattr(job, "distil", distil)
+    return started
+
+
+def test_rows_are_compared_seed_by_seed(config, runs, capsys):
+    page = job.ablate(config, ROWS).read_text()
+    assert runs == [(row, seed) for seed in (7, 8, 9) for row in ROWS]
+    gaps = 100 * np.subtract(TOP1["no MLM"], TOP1["all losses"])
+    low, high = scipy.stats.ttest_1samp(gaps, 0).confidence_interval(0.95)
+    line, = (row for row in page.splitlines() if row.startswith("| no MLM"))
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == [
+        "no MLM", "10.00", "56.00", "51.00 to 62.00", "70.00",
+        f"{gaps.mean():+.2f} ({low:+.2f} to {high:+.2f})", "2.00", "1.5"]
+    assert low < 0 and "- no MLM: no difference is shown" in page
+    assert page.strip() in capsys.readouterr().out
+    found = json.loads((Path(config.output) / "report.json").read_text())
+    assert found["rows"]["no MLM"]["alphas"] == {"ce": 5.0, "cos": 1.0}
+    assert [run["seed"] for run in found["rows"]["no MLM"]["figures"]] == [7, 8, 9]
+    assert (Path(config.output) / "ablation.png").exists()
+
+
+def test_what_is_finished_is_not_run_again(config, runs):
+    job.ablate(dataclasses.replace(config, seeds=1), ROWS)
+    assert len(runs) == 2
+    job.ablate(dataclasses.replace(config, seeds=2), ROWS)
+    assert runs[2:] == [(row, 8) for row in ROWS]
+    with pytest.raises(FileExistsError):  # with other settings it is a run's to refuse
+        job.ablate(dataclasses.replace(config, seeds=1, learning_rate=1e-3), ROWS)
+
+
+def test_a_real_run_leaves_what_the_table_needs(config):
+    page = job.ablate(dataclasses.replace(config, seeds=1), {"all": {}}).read_text()
+    found = json.loads((Path(config.output) / "report.json").read_text())["rows"]["all"]
+    run, = found["figures"]
+    own = json.loads((Path(config.output) / "all/seed-7/report.json").read_text())
+    assert own["models"]["student"]["top1"] == run["top1"] and run["tokens"] > 0
+    assert own["models"]["teacher"]["layers"] == 2 and own["updates"] == 2
+    assert "1 seed(s)" in page and "no difference" not in page
+
+
+@pytest.mark.parametrize("changes, line", [
+    ({"alpha": 1}, "row odd changes alpha, which is no setting of run.py"),
+    ({"init": "odd"}, "row odd: unknown --init 'odd'"),
+])
+def test_a_row_that_no_run_can_have(changes, line, config, runs):
+    with pytest.raises(UserError, match=line):
+        job.ablate(config, ROWS | {"odd": changes})
+    assert not runs
+
+
+def test_a_difference_has_an_interval_of_students_t():
+    assert job.difference([1.0], [3.0]) == (-2.0, None)
+    gap, (low, high) = job.difference([1.0, 2.0, 4.0], [0.0, 0.0, 0.0])
+    expected = scipy.stats.t.interval(0.95, 2, 7 / 3, scipy.stats.sem([1, 2, 4]))
+    assert (gap, low, high) == pytest.approx((7 / 3, *expected))
+
+
+@pytest.mark.parametrize("name", ["table_4", "three_layers"])
+def test_every_row_of_a_recipe_can_be_run(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "experiments"))
+    recipe = importlib.import_module(f"recipes.{name}")
+    monkeypatch.delitem(sys.modules, f"recipes.{name}")
+    for changes in recipe.ABLATION.values():
+        DistilConfig(teacher="t", corpus="c", **recipe.DISTIL | changes)
