@@ -264,10 +264,13 @@ class DistilConfig(TrainConfig):
     temperature: float = option(2.0, "losses", "temperature of the soft targets")
     alphas: Mapping[str, float] = option(
         {"ce": 5.0, "mlm": 2.0, "cos": 1.0}, "losses", "weight of the", each="alpha",
-        needs=("labels", "logits", "last", "hidden"))
+        needs=("labels", "logits", "last", "hidden", "qkv"))
     hidden_map: str = option(
         "", "losses", "which layers are compared, student:teacher, counted from 1: 1:4,2:8; "
         "default: every layer of the student, evenly")
+    relation_heads: int = option(
+        0, "losses", "heads that queries, keys and values are cut into for --alpha-relation, of "
+        "any number that divides both widths; default: as many as the teacher's attention has")
     restrict_ce_to_mask: bool = option(
         False, "losses", "KL and squared error on masked positions only, not on all real tokens")
     compile_only: str = option(
@@ -279,6 +282,7 @@ class DistilConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         choose(self.init, ("teacher", "random"), "--init")
+        check(self, "relation_heads", self.relation_heads >= 0, "must be at least 1")
         check_choose(self, default="even")
         if self.student and (self.student_layers or self.init == "random" or self.greedy):
             raise UserError(f"--student {self.student} is a start of its own: leave out "
