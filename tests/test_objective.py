@@ -145,7 +145,7 @@ def test_relations_by_their_definition_on_every_mesh(wide, vocabulary, x64):
         assembly = assemble(config, distilbert.FAMILY, student, teacher, mesh, 4)
         state = assembly.init(jax.tree.map(jnp.asarray, params))
         teachers = assembly.place(assembly.teachers(teacher_params))
-        key, step = state.key, assembly.jitted(state, teachers)
+        step = assembly.jitted(state, teachers)
         state = jax.device_put(state, shardings(state, mesh))
         state, metrics = step(state, teachers, vocabulary, jax.device_put(batch, by_rows(mesh)))
         found.append({name: float(value) for name, value in metrics.items()})
@@ -154,7 +154,7 @@ def test_relations_by_their_definition_on_every_mesh(wide, vocabulary, x64):
     assert found[1] == pytest.approx(found[0], rel=1e-11)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11), *states)
 
-    keys = jax.vmap(jax.random.split)(row_keys(key, batch))[:, 0]
+    keys = jax.vmap(jax.random.split)(row_keys(jax.random.key(config.seed), batch))[:, 0]
     labelled = mask_tokens(keys, batch, vocabulary, config.masking)
     given = [labelled[name] for name in ("input_ids", "segment_ids", "position_ids")]
     parts = []
