@@ -145,10 +145,13 @@ class LoopConfig(Config):
     remat: bool = option(
         False, "training", "compute each layer again for its gradient, to save memory; same result",
         **FREE)
+    optimizer: str = option(
+        "adamw", "training", "adamw, or muon, which takes the matrices of the layers and leaves "
+        "embeddings, heads, biases and norms to it")
     learning_rate: float = option(5e-4, "training", "peak of the learning rate")
     warmup: float = option(
         0.05, "training", "share of the updates over which the rate rises, before it falls to 0")
-    weight_decay: float = option(0.0, "training", "decoupled decay of the matrices (AdamW)")
+    weight_decay: float = option(0.0, "training", "decoupled decay of the matrices")
     clip: float = option(5.0, "training", "largest global norm of the gradient")
     dropout: float = option(0.1, "training", "dropout rate in the trained model, all kinds")
     seed: int = option(56, "training", "seed of initialisation, data order, masks and dropout")
@@ -199,6 +202,7 @@ class LoopConfig(Config):
         check(self, "accumulate", self.batch_size % self.accumulate == 0,
               f"must divide --batch-size {self.batch_size}")
         check_output(self.output)
+        choose(self.optimizer, ("adamw", "muon"), "--optimizer")
         choose(self.on_save_error, ("stop", "continue"), "--on-save-error")
         choose(self.dtype, ("auto", "float32", "bfloat16", "float64"), "--dtype")
 
