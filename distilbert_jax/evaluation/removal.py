@@ -71,9 +71,9 @@ class Shortened:
 
     def _after(self, layers: list[int]) -> list[jax.Array]:
         """The states [B, T, D] of each batch after these layers."""
-        shared = 0
-        while self._chain[shared:shared + 1] == layers[shared:shared + 1] != []:
-            shared += 1
+        pairs = enumerate(zip(self._chain, layers, strict=False))
+        shared = next((i for i, (before, now) in pairs if before != now),
+                      min(len(self._chain), len(layers)))
         self._chain, self._states = self._chain[:shared], self._states[:shared + 1]
         for number in layers[shared:]:
             self._states.append([self._steps.layer(self._with(number), x, batch) for x, batch in
