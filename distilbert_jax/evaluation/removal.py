@@ -1,4 +1,4 @@
-"""A masked language model without some of its layers → how far its predictions are from before.
+"""Packed rows, a masked language model → how far its predictions move without some of its layers.
 
 Nothing is trained: the layers that are left follow each other, between the model's own embeddings
 and head. It is how a student's start is chosen; held_out.py judges what comes out of it.
