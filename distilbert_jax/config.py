@@ -145,10 +145,13 @@ class LoopConfig(Config):
     remat: bool = option(
         False, "training", "compute each layer again for its gradient, to save memory; same result",
         **FREE)
+    optimizer: str = option(
+        "adamw", "training", "adamw, or muon, which takes the matrices of the layers and leaves "
+        "embeddings, heads, biases and norms to it")
     learning_rate: float = option(5e-4, "training", "peak of the learning rate")
     warmup: float = option(
         0.05, "training", "share of the updates over which the rate rises, before it falls to 0")
-    weight_decay: float = option(0.0, "training", "decoupled decay of the matrices (AdamW)")
+    weight_decay: float = option(0.0, "training", "decoupled decay of the matrices")
     clip: float = option(5.0, "training", "largest global norm of the gradient")
     dropout: float = option(0.1, "training", "dropout rate in the trained model, all kinds")
     seed: int = option(56, "training", "seed of initialisation, data order, masks and dropout")
@@ -199,6 +202,7 @@ class LoopConfig(Config):
         check(self, "accumulate", self.batch_size % self.accumulate == 0,
               f"must divide --batch-size {self.batch_size}")
         check_output(self.output)
+        choose(self.optimizer, ("adamw", "muon"), "--optimizer")
         choose(self.on_save_error, ("stop", "continue"), "--on-save-error")
         choose(self.dtype, ("auto", "float32", "bfloat16", "float64"), "--dtype")
 
@@ -264,10 +268,13 @@ class DistilConfig(TrainConfig):
     temperature: float = option(2.0, "losses", "temperature of the soft targets")
     alphas: Mapping[str, float] = option(
         {"ce": 5.0, "mlm": 2.0, "cos": 1.0}, "losses", "weight of the", each="alpha",
-        needs=("labels", "logits", "last", "hidden"))
+        needs=("labels", "logits", "last", "hidden", "qkv"))
     hidden_map: str = option(
         "", "losses", "which layers are compared, student:teacher, counted from 1: 1:4,2:8; "
         "default: every layer of the student, evenly")
+    relation_heads: int = option(
+        0, "losses", "heads that queries, keys and values are cut into for --alpha-relation, of "
+        "any number that divides both widths; default: as many as the teacher's attention has")
     restrict_ce_to_mask: bool = option(
         False, "losses", "KL and squared error on masked positions only, not on all real tokens")
     compile_only: str = option(
@@ -279,6 +286,7 @@ class DistilConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         choose(self.init, ("teacher", "random"), "--init")
+        check(self, "relation_heads", self.relation_heads >= 0, "must be at least 1")
         check_choose(self, default="even")
         if self.student and (self.student_layers or self.init == "random" or self.greedy):
             raise UserError(f"--student {self.student} is a start of its own: leave out "

@@ -80,7 +80,7 @@ class EmbedConfig(LoopConfig):
         "width of the student", type=float)
     warmup: float = option(
         0.1, "training", "share of the updates over which the rate rises, before it falls to 0")
-    weight_decay: float = option(0.01, "training", "decoupled decay of the matrices (AdamW)")
+    weight_decay: float = option(0.01, "training", "decoupled decay of the matrices")
     clip: float = option(1.0, "training", "largest global norm of the gradient")
     dropout: float = option(0.0, "training", "dropout rate in the student, all kinds")
 

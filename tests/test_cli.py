@@ -293,6 +293,7 @@ FLAGS = [  # (words, parts of the message), with every file as it should be
     ("--student-layers 0,2", ["--student-layers 0,2: the teacher has 2 layers, 0 to 1"]),
     ("--student-layers 1,1", ["--student-layers 1,1 names a layer twice"]),
     ("--student-layers half", ["--student-layers half must be a number or a list"]),
+    ("--optimizer mouon", ["unknown --optimizer 'mouon'; did you mean muon? (known: adamw, muon)"]),
     ("--mask-rate 1", ["--mask-rate 1.0 must lie between 0 and 1"]),
     ("--choose best", ["unknown --choose 'best'", "even, greedy"]),
     ("--choose greedy --student-layers 0,1", ["--student-layers 0,1 names the layers: leave out "

@@ -94,6 +94,7 @@ def test_command_lines_that_cannot_be(argv, message):
     (DistilConfig, "weight_decay", (-0.1, float("nan"))),
     (DistilConfig, "warmup", (-0.1, 1.0)),
     (DistilConfig, "dropout", (-0.1, 1.0)),
+    (DistilConfig, "optimizer", ("adam",)),
     (DistilConfig, "valid_share", (0.0, 1.0)),
     (DistilConfig, "mask_rate", (0.0, 1.0, -0.15, float("nan"))),
     (DistilConfig, "seed", (-1,)),

@@ -15,7 +15,8 @@ LABELS = RANDOM.integers(0, 11, (3, 5))
 WEIGHTS = np.array([[1, 1, 0, 0, 1], [0, 0, 0, 0, 0], [1, 0, 1, 1, 1.0]])
 CHOSEN = WEIGHTS > 0
 TAU = 3.0
-SETTINGS = {"temperature": TAU, "similarity_temperature": 0.5}
+SEGMENTS = np.array([[1, 1, 0, 0, 2], [0, 0, 0, 0, 0], [1, 0, 1, 1, 2]])  # 0 where WEIGHTS are
+SETTINGS = {"temperature": TAU, "similarity_temperature": 0.5, "relation_heads": 1}
 KNOWN = RANDOM.integers(0, 2, 15) + 0.0  # sentences of a batch that are there
 
 
@@ -25,7 +26,14 @@ def ours(name, student, teacher=TEACHER):
     settings = {setting: SETTINGS[setting] for setting in row.settings}
     target = jnp.asarray(target, float if row.needs == "targets" else None)
     more = (target.reshape(15, 11), jnp.asarray(KNOWN)) if row.needs == "similarities" else ()
+    if row.needs == "qkv":
+        student, target, more = three(student), three(target), (jnp.asarray(SEGMENTS),)
     return row.sum(student, target, jnp.asarray(WEIGHTS), *more, **settings)
+
+
+def three(x):
+    """Queries, keys and values that are made of x, and differ."""
+    return jnp.stack([x, x[..., ::-1] ** 2 / 9, -0.5 * x])
 
 
 def log_softmax(x):
@@ -52,6 +60,29 @@ def similarities(s, t):
     return (np.exp(theirs) * (theirs - own)).sum(-1)
 
 
+def skewed(s, t):
+    p, q = (np.exp(log_softmax(x / TAU)) for x in (t, s))
+    return TAU**2 * (p * np.log(p / (0.1 * p + 0.9 * q))).sum(-1)
+
+
+def relations(q_k_v, heads, row, at):
+    """Of each of the three, of each head: a position's softmax over its own document."""
+    there = SEGMENTS[row] == SEGMENTS[row, at]
+    for x in q_k_v:
+        for part in np.split(x[row], heads, axis=-1):
+            z = part[there] @ part[at] / np.sqrt(part.shape[-1])
+            yield np.exp(z - z.max()) / np.exp(z - z.max()).sum()
+
+
+def related(s, t, heads=1):
+    """Of queries, keys and values [3, B, T, D], whose widths may differ."""
+    found = np.zeros(SEGMENTS.shape)
+    for row, at in np.ndindex(*SEGMENTS.shape):
+        found[row, at] = np.mean([(p * np.log(p / q)).sum() for q, p in zip(
+            relations(s, heads, row, at), relations(t, heads, row, at), strict=True)])
+    return found
+
+
 # A new row of LOSSES is written down here once more, after its paper; the tests do the rest.
 DEFINITIONS = {
     "ce": kl,
@@ -61,7 +92,8 @@ DEFINITIONS = {
     "hidden": lambda s, t: ((s - t) ** 2).sum(-1) / (t**2).sum(-1),
 }
 DEFINITIONS |= {"hard": DEFINITIONS["mlm"], "soft": kl, "vector": DEFINITIONS["mse"],
-                "angle": cosine, "similarity": similarities}
+                "angle": cosine, "similarity": similarities, "inner": cosine, "skew": skewed,
+                "relation": lambda s, t: related(*(np.asarray(three(x)) for x in (s, t)))}
 
 
 @pytest.mark.parametrize("name, other", [("hard", LABELS / 2.0), ("soft", TEACHER[..., :1])])
@@ -133,6 +165,77 @@ def test_zeros_are_finite_and_halves_are_wide(name):
     assert jnp.isfinite(value) and jnp.isfinite(gradient).all()
     halves = jnp.asarray(STUDENT[0], jnp.bfloat16)
     assert LOSSES[name].sum(halves, halves, jnp.ones(5)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("heads, widths", [(1, (6, 4)), (2, (6, 4)), (3, (9, 9)), (4, (4, 12))])
+def test_relations_of_any_number_of_heads_and_of_other_widths(heads, widths, x64):
+    q_k_v = [RANDOM.normal(size=(3, 3, 5, width)) for width in widths]
+
+    def loss(student):
+        return losses.relation_sum(student, jnp.asarray(q_k_v[1]), jnp.asarray(WEIGHTS),
+                                   jnp.asarray(SEGMENTS), relation_heads=heads)
+
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(q_k_v[0]))
+    expected = (WEIGHTS * related(*q_k_v, heads)).sum()
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    direction = RANDOM.normal(size=q_k_v[0].shape)
+    up, down = ((WEIGHTS * related(q_k_v[0] + step * direction, q_k_v[1], heads)).sum()
+                for step in (1e-5, -1e-5))
+    np.testing.assert_allclose((gradient * direction).sum(), (up - down) / 2e-5, rtol=1e-6)
+
+
+def test_relations_equal_torch(x64):
+    """Values and gradients of torch's own operations, a document at a time."""
+    torch = pytest.importorskip("torch")
+    heads, d = 2, 3
+    ours, theirs = RANDOM.normal(size=(2, 3, 3, 5, heads * d))
+    student, teacher = torch.tensor(ours, requires_grad=True), torch.tensor(theirs)
+    value = 0
+    for row, number in ((0, 1), (0, 2), (2, 1), (2, 2)):
+        at = torch.tensor(np.flatnonzero(SEGMENTS[row] == number))
+        s, t = (x[:, row, at].unflatten(-1, (heads, d)).transpose(1, 2) for x in (student, teacher))
+        scores = [x @ x.transpose(-1, -2) / d**0.5 for x in (s, t)]
+        value = value + torch.nn.KLDivLoss(reduction="sum")(
+            scores[0].log_softmax(-1), scores[1].softmax(-1)) / (3 * heads)
+    value.backward()
+    found, gradient = jax.value_and_grad(losses.relation_sum)(
+        jnp.asarray(ours), jnp.asarray(theirs), jnp.asarray(SEGMENTS > 0, float),
+        jnp.asarray(SEGMENTS), heads)
+    np.testing.assert_allclose(found, value.item(), rtol=1e-12)
+    np.testing.assert_allclose(gradient, student.grad.numpy(), rtol=0, atol=1e-12)
+
+
+def test_packed_relations_are_those_of_separate_rows(x64):
+    s, t = RANDOM.normal(size=(2, 3, 1, 8, 6))
+    segments = np.array([[1, 1, 1, 2, 2, 2, 2, 0]])
+
+    def loss(s, t, segments):
+        given = (jnp.asarray(x) for x in (s, t, (segments > 0) + 0.0, segments))
+        return losses.relation_sum(*given, relation_heads=2)
+
+    apart = [loss(s[:, :, at], t[:, :, at], np.ones((1, at.stop - at.start), int))
+             for at in (slice(0, 3), slice(3, 7))]
+    np.testing.assert_allclose(loss(s, t, segments), sum(apart), rtol=1e-12)
+
+
+def test_the_backward_pass_of_relations_keeps_no_scores():
+    """It computes them again, one head at a time."""
+    x = jnp.ones((3, 2, 64, 16))
+
+    def loss(x):
+        return losses.relation_sum(
+            x, jnp.zeros_like(x), jnp.ones((2, 64)), jnp.ones((2, 64), int), 8)
+
+    kept = jax.tree.leaves(jax.vjp(loss, x)[1])
+    assert kept and all(leaf.size <= x.size for leaf in kept), [leaf.shape for leaf in kept]
+
+
+def test_skew_kl_is_bounded_where_kl_is_not(x64):
+    """A word that the student thinks impossible."""
+    student, teacher = jnp.array([[0.0, 400.0]]), jnp.array([[400.0, 0.0]])
+    given = student, teacher, jnp.ones(1), 1.0
+    assert losses.ce_sum(*given) > 399
+    np.testing.assert_allclose(losses.skew_sum(*given), -np.log(0.1), rtol=1e-12)
 
 
 def test_cosine_of_zeros():

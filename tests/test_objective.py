@@ -61,6 +61,9 @@ def wide(tiny_model, batch_of):
     (dict(alphas=HIDDEN | {"cos": 1.0}), "--alpha-cos compares states of equal width, and the "
      "student has 16, the teacher 24: give 0"),
     (dict(alphas={"mlm": 1.0}, hidden_map="1:1"), "--hidden-map 1:1 is read by no loss"),
+    (dict(alphas={"mlm": 1.0}, relation_heads=4), "--relation-heads 4 is read by no loss"),
+    (dict(alphas={"relation": 1.0}, relation_heads=3), "--relation-heads 3 must divide the widths: "
+     "the student has 16, the teacher 24"),
     (dict(alphas={"mlm": 1.0, "hiden": 1.0}), "unknown loss 'hiden'; did you mean hidden")])
 def test_objectives_that_cannot_be(config, message, wide):
     with pytest.raises(UserError, match=message):
@@ -127,3 +130,45 @@ def test_the_loss_of_projected_states_by_its_definition(wide, vocabulary, x64):
         x = x @ state.params["projections"]["hidden"][str(own)]["kernel"]
         errors.append((((x - y) ** 2).sum(-1) / (y ** 2).sum(-1)).mean())
     np.testing.assert_allclose(metrics["hidden"], np.mean(errors), rtol=1e-10)
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
+def test_relations_by_their_definition_on_every_mesh(wide, vocabulary, x64):
+    """Of the last layers' own projections, between models of other widths and depths."""
+    (student, teacher), params, teacher_params, batches = wide
+    student = dataclasses.replace(student, hidden_dropout=0.0, attention_dropout=0.0)
+    config = config_of(dropout=0.0, alphas={"mlm": 1.0, "relation": 2.0, "inner": 1.0},
+                       relation_heads=2)
+    batch, found, states = jax.tree.map(jnp.asarray, batches[0]), [], []
+    for shape in ("1x1", "4x2"):
+        mesh = mesh_of(shape)
+        assembly = assemble(config, distilbert.FAMILY, student, teacher, mesh, 4)
+        state = assembly.init(jax.tree.map(jnp.asarray, params))
+        teachers = assembly.place(assembly.teachers(teacher_params))
+        step = assembly.jitted(state, teachers)
+        state = jax.device_put(state, shardings(state, mesh))
+        state, metrics = step(state, teachers, vocabulary, jax.device_put(batch, by_rows(mesh)))
+        found.append({name: float(value) for name, value in metrics.items()})
+        states.append(jax.device_get(state.params))
+    assert set(states[0]["projections"]) == {"inner"}  # relations need none
+    assert found[1] == pytest.approx(found[0], rel=1e-11)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11), *states)
+
+    keys = jax.vmap(jax.random.split)(row_keys(jax.random.key(config.seed), batch))[:, 0]
+    labelled = mask_tokens(keys, batch, vocabulary, config.masking)
+    given = [labelled[name] for name in ("input_ids", "segment_ids", "position_ids")]
+    parts = []
+    for graph, tree, layers in ((assembly.graph, params, 2), (assembly.teacher_graph,
+                                                              teacher_params, 3)):
+        x = np.asarray(nnx.merge(graph, tree)(*given, want=(layers - 1,)).hidden[layers - 1])
+        attention = tree["layers"][layers - 1]["attention"]
+        parts.append([x @ attention[name]["kernel"] + attention[name]["bias"]
+                      for name in ("query", "key", "value")])
+    total, segments = [], np.asarray(labelled["segment_ids"])
+    for row, at in zip(*np.nonzero(segments), strict=True):
+        there = segments[row] == segments[row, at]
+        for own, theirs in zip(*parts, strict=True):
+            for s, t in zip(np.split(own[row], 2, -1), np.split(theirs[row], 2, -1), strict=True):
+                q, p = (np.exp(x[there] @ x[at] / np.sqrt(x.shape[-1])) for x in (s, t))
+                total.append((p / p.sum() * np.log(p / p.sum() / (q / q.sum()))).sum())
+    np.testing.assert_allclose(found[0]["relation"], np.mean(total), rtol=1e-10)

@@ -1,12 +1,17 @@
 """The schedule, what decays, what is frozen, what is clipped."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from test_sharding import mesh_of
 
 from distilbert_jax.config import TrainConfig
+from distilbert_jax.machine.sharding import by_rows, replicated, shardings
+from distilbert_jax.training.checkpoint import Checkpoints, abstract
 from distilbert_jax.training.optimizer import learning_rate, make_optimizer
 
 
@@ -74,3 +79,65 @@ def test_first_update_after_clipping(clip):
     for after, g in zip(jax.tree.leaves(params), jax.tree.leaves(gradients), strict=True):
         g = np.asarray(g, np.float64) * min(1, clip / norm)
         np.testing.assert_allclose(after, 0.5 - 0.1 * g / (abs(g) + 1e-6), rtol=2e-6)
+
+
+def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest(x64):
+    """By the definition of Jordan et al. 2024: Nesterov momentum 0.95, five steps of Newton-Schulz.
+    """
+    random = np.random.default_rng(0)
+    matrices = [random.normal(size=shape) for shape in ((4, 6), (6, 4))]
+    layer = {"up": {"kernel": matrices[0], "bias": np.ones(6)}, "down": {"kernel": matrices[1]}}
+    params = jax.tree.map(jnp.asarray, PARAMS | {"layers": {0: layer}})
+    gradients = [jax.tree.map(lambda x: jnp.asarray(random.normal(size=x.shape)), params)
+                 for _ in range(2)]
+
+    def trained(optimizer):
+        config = TrainConfig(learning_rate=0.1, warmup=0.0, weight_decay=0.5, clip=1e3,
+                             optimizer=optimizer)
+        tx, after = make_optimizer(config, 10), params
+        state = tx.init(after)
+        for gradient in gradients:
+            updates, state = tx.update(gradient, state, after)
+            after = optax.apply_updates(after, updates)
+        return after
+
+    found, plain = trained("muon"), trained("adamw")
+    for name, start in zip(("up", "down"), matrices, strict=True):
+        x, mean = start, np.zeros_like(start)
+        for done, gradient in enumerate(gradients):
+            g = np.asarray(gradient["layers"][0][name]["kernel"])
+            mean = 0.95 * mean + 0.05 * g
+            ahead = 0.95 * mean / (1 - 0.95 ** (done + 2)) + 0.05 * g / (1 - 0.95 ** (done + 1))
+            u = ahead / np.linalg.norm(ahead)
+            for _ in range(5):
+                square = u @ u.T
+                u = 3.4445 * u + (-4.775 * square + 2.0315 * square @ square) @ u
+            x = x - 0.1 * (10 - done) / 10 * (0.2 * np.sqrt(6) * u + 0.5 * x)
+        np.testing.assert_allclose(found["layers"][0][name].pop("kernel"), x, rtol=1e-6)
+        plain["layers"][0][name].pop("kernel")
+    jax.tree.map(np.testing.assert_array_equal, found, plain)
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
+def test_muon_on_a_mesh_and_out_of_a_checkpoint(problem, vocabulary, tmp_path, x64):
+    config = TrainConfig(learning_rate=0.01, warmup=0.0, optimizer="muon")
+    problem = dataclasses.replace(problem, tx=make_optimizer(config, 4))
+
+    def step(state, shape, number):
+        mesh = mesh_of(shape)
+        layout, whole = shardings(state, mesh), replicated(mesh)
+        return jax.jit(problem.step(mesh=mesh), out_shardings=(layout, whole), in_shardings=(
+            layout, shardings(problem.teachers, mesh), whole, by_rows(mesh)))(
+            jax.device_put(state, layout), problem.teachers, vocabulary, problem.batches[number])[0]
+
+    alone = step(problem.state(), "1x1", 0)
+    divided = step(problem.state(), "4x2", 0)
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        checkpoints.save(divided)
+        checkpoints.wait()
+        again = checkpoints.restore(abstract(divided, shardings(divided, mesh_of("2x4"))))
+    jax.tree.map(np.testing.assert_array_equal, *(
+        jax.device_get((state.params, state.opt_state)) for state in (again, divided)))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-9),
+        *(jax.device_get(state.params) for state in (step(alone, "1x1", 1), step(again, "2x4", 1))))

@@ -20,6 +20,7 @@ from distilbert_jax.data import sources
 from distilbert_jax.data.prepare import prepare
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
+from distilbert_jax.jobs.kept_layers import kept_layers
 from distilbert_jax.machine import store
 from distilbert_jax.models import hub
 from distilbert_jax.training.checkpoint import Checkpoints, refuse_other_run
@@ -200,6 +201,26 @@ def saved(bucket, run, state):  # noqa: F811
     """Updates 3, 5 and 9, saved in the bucket from a mesh 8x1."""
     save(run, *(place(at(state, step), "8x1") for step in (3, 5, 9)))
     return run
+
+
+def test_the_choice_of_layers_is_kept_in_the_bucket(bucket, run):
+    made = []
+
+    def removals():
+        made.append(1)
+        return {"removals": [{"left": [1], "kl": 0.5}]}
+
+    for _ in range(2):
+        found = kept_layers(run, {"layers": 1}, removals)
+        assert found["removals"] == [{"left": [1], "kl": 0.5}]
+    before = in_bucket(bucket, run)
+    assert set(before) == {"layers.json"} and len(made) == 1
+    with pytest.raises(UserError, match="gs://.*/layers.json was made for another layers: remove"):
+        kept_layers(run, {"layers": 2}, removals)
+    bucket.answer = 403, "no"
+    with pytest.raises(UserError, match="gs://.*/layers.json: not permitted"):
+        kept_layers(run, {"layers": 1}, removals)
+    assert in_bucket(bucket, run) == before and len(made) == 1
 
 
 def restored(run, state):  # noqa: F811

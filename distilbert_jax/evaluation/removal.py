@@ -1,4 +1,4 @@
-"""A masked language model without some of its layers → how far its predictions are from before.
+"""Packed rows, a masked language model → how far its predictions move without some of its layers.
 
 Nothing is trained: the layers that are left follow each other, between the model's own embeddings
 and head. It is how a student's start is chosen; held_out.py judges what comes out of it.
@@ -71,9 +71,9 @@ class Shortened:
 
     def _after(self, layers: list[int]) -> list[jax.Array]:
         """The states [B, T, D] of each batch after these layers."""
-        shared = 0
-        while self._chain[shared:shared + 1] == layers[shared:shared + 1] != []:
-            shared += 1
+        pairs = enumerate(zip(self._chain, layers, strict=False))
+        shared = next((i for i, (before, now) in pairs if before != now),
+                      min(len(self._chain), len(layers)))
         self._chain, self._states = self._chain[:shared], self._states[:shared + 1]
         for number in layers[shared:]:
             self._states.append([self._steps.layer(self._with(number), x, batch) for x, batch in

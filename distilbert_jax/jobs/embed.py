@@ -105,8 +105,8 @@ def _check(config: EmbedConfig, teacher: Named, start: Named) -> None:
     """Raise a UserError for losses that do not fit the models, or files that would be lost."""
     objective = Objective.of(config, start.shape, teacher.shape)
     if objective.mapped and not teacher.reads_as(start):
-        raise UserError("--alpha-hidden compares states token by token, and --student has another "
-                        "tokenizer, prompt or length than --teacher: give 0")
+        raise UserError(f"--alpha-{objective.mapped[0]} compares states token by token, and "
+                        "--student has another tokenizer, prompt or length than --teacher: give 0")
     for made in ("student", *embed_report.FILES):
         check_folder(config.output, made, "metrics.jsonl",
                      {"--teacher": config.teacher, "--student": config.student})

@@ -20,7 +20,7 @@ NAME = "layers.json"
 def check_kept(output: str) -> None:
     """Raise a UserError if the folder holds something else under the name of the choice."""
     name = store.join(output, NAME)
-    if store.exists(name) and "request" not in read_json(store.path(name)):
+    if store.exists(name) and not {"request", "removals"} <= read_json(store.path(name)).keys():
         raise UserError(f"{name} was not made by this command: remove it, or name another "
                         "--output")
 

@@ -15,6 +15,7 @@ from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import answers
 from distilbert_jax.jobs.task_data import TaskInput
 from distilbert_jax.machine.sharding import shardings
+from distilbert_jax.machine.store import AnyPath
 from distilbert_jax.models import hub
 from distilbert_jax.models.encoder import EncoderConfig, graphdef
 from distilbert_jax.models.start import init_params
@@ -64,7 +65,7 @@ def check_tokenizers(
                         "tokenizers: a student reads the texts as its teacher does")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: AnyPath) -> dict[str, Any]:
     """The object in a JSON file; {} if it is missing, damaged or holds something else."""
     try:
         found = json.loads(path.read_text())

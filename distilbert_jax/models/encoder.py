@@ -117,6 +117,7 @@ class Seen(NamedTuple):
 
     last: Float[Array, "B S D"]  # at the positions that were asked for
     hidden: dict[int, Float[Array, "B T D"]]  # layer, from 1 → its states; 0: the embeddings
+    qkv: dict[int, Float[Array, "3 B T D"]]  # layer, from 1 → its queries, keys and values
 
 
 class Linear(nnx.Linear):
@@ -159,6 +160,10 @@ class Attention(nnx.Module):
             (self.query, self.key, self.value), given, strict=True))  # [B, T, N, H]
         context = attention(q, k, v, AttentionMask(segment_ids), dropout(self.dropout, keys), at)
         return self.output(context.reshape(given[0].shape))
+
+    def qkv(self, x: Float[Array, "B T D"]) -> Float[Array, "3 B T D"]:
+        """Queries, keys and values of all heads, which the compiler shares with those above."""
+        return jnp.stack([project(x) for project in (self.query, self.key, self.value)])
 
 
 class FeedForward(nnx.Module):
@@ -305,6 +310,7 @@ class Encoder(nnx.Module):
         dropout_keys: RowKeys = None,
         want: tuple[int, ...] = (),
         at: At = None,
+        want_qkv: tuple[int, ...] = (),
     ) -> Seen:
         """Compute the last hidden states and, of the layers in `want`, theirs.
 
@@ -322,6 +328,7 @@ class Encoder(nnx.Module):
             want: numbers of layers, from 1; 0 are the embeddings.
             at: [B, S] positions at which the last states are wanted; None for all. The last
                 layer is then not in `want`.
+            want_qkv: numbers of layers whose queries, keys and values are wanted, everywhere.
 
         Returns:
             States [B, T, D], of the last layer [B, S, D], in the compute dtype; those of padding
@@ -334,7 +341,9 @@ class Encoder(nnx.Module):
             call = jax.checkpoint(layer) if self.remat else layer
             last = number == len(self.layers)
             x = hidden[number] = call(x, segment_ids, _own(keys, number), at if last else None)
-        return Seen(x, {number: hidden[number] for number in want})
+        return Seen(x, {number: hidden[number] for number in want},
+                    {number: self.layers[number - 1].attention.qkv(hidden[number - 1])
+                     for number in want_qkv})
 
     def mlm_projection(
         self, hidden: Float[Array, "*B D"]

@@ -7,6 +7,7 @@ micro-batches alike. All are computed in float32 or wider.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -46,7 +47,11 @@ def cos_sum(
     teacher_hidden: Float[Array, "*P D"],
     weights: Float[Array, "*P"],
 ) -> Float[Array, ""]:
-    """Σ w · (1 − cos) between hidden states (L_cos), with torch's 1e-12 under the root."""
+    """Σ w · (1 − cos) between hidden states (L_cos), with torch's 1e-12 under the root.
+
+    At inner layers, half of ‖s/‖s‖ − t/‖t‖‖², the loss of PKD (Sun et al. 2019, equation 7; theirs
+    is of the first position alone).
+    """
     s, t = (x.astype(wide(x.dtype)) for x in (student_hidden, teacher_hidden))
     norms = (jnp.sum(s * s, axis=-1) + 1e-12) * (jnp.sum(t * t, axis=-1) + 1e-12)
     return jnp.sum(weights * (1 - jnp.sum(s * t, axis=-1) / jnp.sqrt(norms)))
@@ -74,6 +79,76 @@ def hidden_sum(
     s, t = (x.astype(wide(x.dtype)) for x in (student_hidden, teacher_hidden))
     errors = jnp.sum((s - t) ** 2, axis=-1)
     return jnp.sum(weights * errors / (jnp.sum(t * t, axis=-1) + 1e-12))
+
+
+def skew_sum(
+    student_logits: Float[Array, "*P V"],
+    teacher_logits: Float[Array, "*P V"],
+    weights: Float[Array, "*P"],
+    temperature: float,
+) -> Float[Array, ""]:
+    """T² · Σ w KL(p ‖ α p + (1 − α) q), p the teacher's softmax at T, q the student's, α = 0.1.
+
+    The skew KL divergence of DistiLLM (Ko et al. 2024, section 3.1): as p is part of what it is
+    compared with, it is at most −log α, and a word that the student thinks impossible costs a
+    bounded gradient. With α = 0 it is ce_sum.
+    """
+    teacher = jax.nn.log_softmax(teacher_logits / temperature)
+    student = jax.nn.log_softmax(student_logits / temperature)
+    mixed = jnp.logaddexp(teacher + math.log(SKEW), student + math.log1p(-SKEW))
+    divergence = jnp.sum(jnp.exp(teacher) * (teacher - mixed), axis=-1)
+    return temperature**2 * jnp.sum(weights * divergence)
+
+
+def relation_sum(
+    student: Float[Array, "3 B T D"],
+    teacher: Float[Array, "3 B T E"],
+    weights: Float[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
+    relation_heads: int,
+) -> Float[Array, ""]:
+    """Σ w · mean over q, k, v and heads of KL(R_t ‖ R_s), R = softmax(X_a X_aᵀ / √d) by rows.
+
+    The relations of MiniLMv2 (Wang et al. 2021, section 3.1): of queries with queries, keys with
+    keys and values with values. X_a are d = D / heads neighbouring columns of X, of whatever
+    attention heads, so that widths and numbers of attention heads may differ. A row R of a
+    position goes over its own document. No [B, heads, T, T] exists: heads follow each other, and
+    the backward pass computes each again.
+
+    Args:
+        student, teacher: queries, keys and values of a layer, all heads beside each other.
+        weights: of positions.
+        segment_ids: the number of each position's document; 0 on padding.
+        relation_heads: divides both widths.
+    """
+    def heads(x: Float[Array, "3 B T D"]) -> Float[Array, "N B T d"]:
+        cut = x.reshape(*x.shape[:3], relation_heads, -1)
+        return jnp.moveaxis(cut, 3, 1).reshape(-1, *cut.shape[1:3], cut.shape[-1])
+
+    @jax.checkpoint
+    def divergence(own: Float[Array, "B T d"], theirs: Float[Array, "B T e"]
+                   ) -> Float[Array, ""]:
+        s, t = (_log_relations(x, segment_ids) for x in (own, theirs))
+        return jnp.sum(weights * jnp.sum(jnp.exp(t) * (t - s), axis=-1))
+
+    def add(total: Float[Array, ""], pair: tuple[Array, Array]) -> tuple[Array, None]:
+        return total + divergence(*pair), None
+
+    pairs = heads(student), heads(teacher)
+    total = jax.lax.scan(add, jnp.zeros((), wide(student.dtype)), pairs)[0]
+    return total / len(pairs[0])
+
+
+def _log_relations(x: Float[Array, "B T d"], segment_ids: Int[Array, "B T"]
+                   ) -> Float[Array, "B T T"]:
+    """Log of the softmax of scaled products with the positions of the same document."""
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    scores = jnp.einsum("BTd,BSd->BTS", x, x, preferred_element_type=wide(x.dtype))
+    scores = scores / math.sqrt(x.shape[-1])
+    return jax.nn.log_softmax(jnp.where(same, scores, jnp.finfo(scores.dtype).min), axis=-1)
+
+
+SKEW = 0.1  # share of the teacher in what it is compared with
 
 
 def hard_sum(
@@ -153,6 +228,8 @@ class Loss:
         last     sum(student's last hidden states [B, T, D], teacher's, weights [B, T])
         hidden   as last, once for each pair of mapped layers, of which the mean is taken; where
                  the widths differ, the student's states go through a learned projection first
+        qkv      sum(queries, keys and values of the student's last layer [3, B, T, D], of the
+                 teacher's, weights [B, T], segment_ids [B, T])
 
         targets  sum(logits of the task [B, S, C], labels [B, S], weights [B, S])
         answers  sum(logits of the task, the teacher's [B, S, C], weights [B, S])
@@ -178,6 +255,13 @@ LOSSES = {
     "mse": Loss("logits", "soft", mse_sum, "squared error between logits"),
     "hidden": Loss("hidden", "tokens", hidden_sum,
                    "relative squared error of hidden states at mapped layers"),
+    "inner": Loss("hidden", "tokens", cos_sum, "cosine loss on hidden states at mapped layers"),
+    "relation": Loss("qkv", "tokens", relation_sum,
+                     "KL divergence from the teacher's relations of queries, keys and values in "
+                     "the last layer", ("relation_heads",)),
+    "skew": Loss("logits", "soft", skew_sum,
+                 "KL divergence from the teacher of a mixture of 0.1 teacher and 0.9 student, at "
+                 "--temperature", ("temperature",)),
     "hard": Loss("targets", "labels", hard_sum, "loss on the labels, beside a teacher"),
     "soft": Loss("answers", "answers", soft_sum,
                  "KL divergence from the teacher's answers at --temperature (of numbers: squared "

@@ -38,6 +38,8 @@ class Objective:
     similarity_temperature: float = 0.05
     restrict_ce_to_mask: bool = False
     layer_map: tuple[tuple[int, int], ...] = ()  # (layer of the student, of the teacher) from 1
+    last_layers: tuple[int, int] = (0, 0)  # of the student, of the teacher, from 1
+    relation_heads: int = 1
     of_first: bool = False  # sentence vectors are read from first tokens alone
 
     @classmethod
@@ -49,7 +51,8 @@ class Objective:
 
         Raises:
             UserError: an unknown loss, a map of layers that do not exist or that no loss reads,
-                or a loss that needs equal widths where they differ.
+                a loss that needs equal widths where they differ, or relation heads that do not
+                divide the widths.
         """
         for name in config.alphas:
             choose(name, LOSSES, "loss")
@@ -60,11 +63,19 @@ class Objective:
             of_first=bool(student.sentence and student.sentence.of_first),
             restrict_ce_to_mask=getattr(config, "restrict_ce_to_mask", False),
             layer_map=map_layers(config.hidden_map, student.num_hidden_layers,
-                                 teacher.num_hidden_layers))
+                                 teacher.num_hidden_layers),
+            last_layers=(student.num_hidden_layers, teacher.num_hidden_layers),
+            relation_heads=getattr(config, "relation_heads", 0) or teacher.num_attention_heads)
         if config.hidden_map and not objective.mapped:
             raise UserError(f"--hidden-map {config.hidden_map} is read by no loss: give "
-                            "--alpha-hidden above 0, or leave it out")
+                            "--alpha-hidden or --alpha-inner above 0, or leave it out")
         widths = student.hidden_size, teacher.hidden_size
+        if getattr(config, "relation_heads", 0) and not objective.relational:
+            raise UserError(f"--relation-heads {config.relation_heads} is read by no loss: give "
+                            "--alpha-relation above 0, or leave it out")
+        if objective.relational and any(width % objective.relation_heads for width in widths):
+            raise UserError(f"--relation-heads {objective.relation_heads} must divide the widths: "
+                            f"the student has {widths[0]}, the teacher {widths[1]}")
         for name in objective.weights:
             if LOSSES[name].needs == "last" and widths[0] != widths[1]:
                 raise UserError(f"--alpha-{name} compares states of equal width, and the student "
@@ -75,6 +86,11 @@ class Objective:
     def mapped(self) -> tuple[str, ...]:
         """The losses on hidden states at mapped layers."""
         return tuple(name for name in self.weights if LOSSES[name].needs == "hidden")
+
+    @property
+    def relational(self) -> bool:
+        """Whether there is a loss on queries, keys and values."""
+        return any(LOSSES[name].needs == "qkv" for name in self.weights)
 
     @property
     def student_layers(self) -> tuple[int, ...]:
@@ -146,11 +162,13 @@ def map_layers(wish: str, student: int, teacher: int) -> tuple[tuple[int, int], 
 
 def observe(
     model: nnx.Module, batch: Batch, want: tuple[int, ...] = (), dropout_keys: RowKeys = None,
-    at: At = None,
+    at: At = None, want_qkv: tuple[int, ...] = (),
 ) -> Seen:
-    """What a model shows of a batch: last hidden states `at` positions, and layers in `want`."""
+    """What a model shows of a batch: last hidden states `at` positions, layers in `want`, and
+    queries, keys and values of those in `want_qkv`."""
     return model(batch["input_ids"], batch["segment_ids"], batch["position_ids"],
-                 batch.get("token_type_ids"), dropout_keys=dropout_keys, want=want, at=at)
+                 batch.get("token_type_ids"), dropout_keys=dropout_keys, want=want, at=at,
+                 want_qkv=want_qkv)
 
 
 def vectors(
@@ -208,9 +226,10 @@ def total_loss(
     """
     real = (batch["segment_ids"] > 0).astype(jnp.float32)
     read = None if objective.reads is None else batch[objective.reads]
-    seen = observe(student, batch, objective.student_layers, dropout_keys, read)
-    target = jax.lax.stop_gradient(
-        observe(teacher, batch, objective.teacher_layers, at=read)) if teacher else None
+    own, theirs = ((layer,) if objective.relational else () for layer in objective.last_layers)
+    seen = observe(student, batch, objective.student_layers, dropout_keys, read, own)
+    target = jax.lax.stop_gradient(observe(
+        teacher, batch, objective.teacher_layers, at=read, want_qkv=theirs)) if teacher else None
     total, means = jnp.zeros(()), {}
     for name, weight in objective.weights.items():
         row = LOSSES[name]
@@ -218,6 +237,10 @@ def total_loss(
             value = row.sum(seen.last, target.last, real)
         elif row.needs == "hidden":
             value = _mapped_sum(name, seen, target, real, objective, projections.get(name))
+        elif row.needs == "qkv":
+            settings = {setting: getattr(objective, setting) for setting in row.settings}
+            value = row.sum(*seen.qkv.values(), *target.qkv.values(), real, batch["segment_ids"],
+                            **settings)
         elif row.needs in ("targets", "answers"):
             value = _task_sum(name, student, seen, batch, objective, dropout_keys)
         elif row.needs in ("vectors", "similarities"):

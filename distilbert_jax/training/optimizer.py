@@ -1,10 +1,11 @@
-"""The Optax chain: clip, AdamW with decay on matrices, warm-up and linear decay."""
+"""The Optax chain: clip, AdamW or Muon with decay on matrices, warm-up and linear decay."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from distilbert_jax.config import LoopConfig
 from distilbert_jax.machine.trees import path_name
@@ -29,10 +30,14 @@ def learning_rate(config: LoopConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: LoopConfig, steps: int, frozen: tuple[str, ...] = ()
 ) -> optax.GradientTransformation:
-    """AdamW with the reference's betas (0.9, 0.98) and epsilon 1e-6.
+    """AdamW with the reference's betas (0.9, 0.98) and epsilon 1e-6, or beside it Muon.
+
+    Muon (Jordan et al. 2024) takes the matrices of the layers; embeddings, heads, biases and norms
+    stay with AdamW. Its updates are scaled to the size of AdamW's (Liu et al. 2025, section 2.2:
+    a root mean square of 0.2), so that one learning rate serves both.
 
     Args:
-        config: rate, warm-up, weight decay and clip.
+        config: which, rate, warm-up, weight decay and clip.
         steps: updates of the whole run.
         frozen: beginnings of parameter paths, e.g. "student/embeddings/position", that do not
             decay; the step gives them no gradient, so they keep their start.
@@ -43,7 +48,15 @@ def make_optimizer(
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: leaf.ndim > 1 and not path_name(path).startswith(frozen), params)
 
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(learning_rate(config, steps), b1=0.9, b2=0.98, eps=1e-6,
-                    weight_decay=config.weight_decay, mask=decays))
+    def kinds(params: dict[str, Any]) -> dict[str, Any]:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: "muon" if leaf.ndim > 1 and "layers/" in path_name(path)
+            else "adamw", params)
+
+    rate = learning_rate(config, steps)
+    adamw = optax.adamw(rate, b1=0.9, b2=0.98, eps=1e-6, weight_decay=config.weight_decay,
+                        mask=decays)
+    if config.optimizer == "muon":
+        muon = optax.contrib.muon(rate, weight_decay=config.weight_decay, consistent_rms=0.2)
+        adamw = optax.partition({"muon": muon, "adamw": adamw}, kinds)
+    return optax.chain(optax.clip_by_global_norm(config.clip), adamw)
