@@ -47,7 +47,7 @@ def started(toy, processes, *words, devices=8, own=lambda number: {}):
     common = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     common |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
                "JAX_NUM_CPU_DEVICES": str(devices // processes),
-               "JAX_COMPILATION_CACHE_DIR": str(toy / "cache"),
+               "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     if processes > 1:
         common |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
