@@ -1,15 +1,19 @@
-"""What the tests share: eight fake devices, the shape checker, tiny noisy models and batches."""
+"""What tests share: eight fake devices, compiled programs, the shape checker, tiny models."""
 
 import dataclasses
 import functools
 import os
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nothing is left in the user's folders
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers and child processes inherit the folder
+    COMPILED = tempfile.TemporaryDirectory(prefix="distilbert_jax-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 # The tests spend their time compiling tiny models; this takes a fifth of it (jaxlib 0.10.2).
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")

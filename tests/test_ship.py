@@ -12,7 +12,6 @@ from test_cli import launch, tree, with_classifier, with_config, with_file, with
 
 from distilbert_jax import predict
 from distilbert_jax.config import DistilConfig
-from distilbert_jax.data import readers
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
 from distilbert_jax.export import formats, gate, onnx
@@ -228,7 +227,6 @@ def test_without_texts_documentation_or_made_up_rows_are_taken(place, shared):
 
     english = load_tokenizer(str(shared / "minilm-l6"), None)
     model = Exportable.of(hub.load_any(str(shared / "minilm-l6")))
-    readers._python_docs.cache_clear()  # another test may have left a shorter one
     assert trials.default(model, english).text == "40 texts of Python's documentation"
 
 

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from distilbert_jax.data import python_docs, sources
+from distilbert_jax.data import python_docs, readers, sources
 from distilbert_jax.errors import UserError
 
 TEXTS = ["First document.", "Zweites: Käse", "세 번째"]
@@ -262,9 +262,18 @@ def test_tfds_without_tensorflow(tmp_path):
         next(iter(sources.Documents(["tfds:no_such_thing"])))
 
 
-def test_python_docs_is_clean_and_repeatable(monkeypatch):
+@pytest.fixture
+def short_docs(monkeypatch):
+    """The beginning of the documentation of Python, which later tests read whole again."""
     monkeypatch.setattr(python_docs, "MOST_CHARACTERS", 100_000)
+    readers._python_docs.cache_clear()
+    yield
+    readers._python_docs.cache_clear()
+
+
+def test_python_docs_is_clean_and_repeatable(short_docs):
     first = list(sources.Documents(["python-docs"]))
+    readers._python_docs.cache_clear()
     assert first == list(sources.Documents(["python-docs"]))
     text = " ".join(first)
     assert 90_000 < sum(map(len, first)) <= 100_000
@@ -316,7 +325,7 @@ def test_describe_knows_a_file_by_its_content(tmp_path):
 
 
 @pytest.mark.parametrize("kind", sources.SOURCES)
-def test_a_row_of_the_table_reads_or_refuses_in_one_line(kind, tmp_path):
+def test_a_row_of_the_table_reads_or_refuses_in_one_line(kind, tmp_path, short_docs):
     """What is no document of its kind at all; python-docs is always there."""
     row = sources.SOURCES[kind]
     place = str(tmp_path / f"broken{(row.endings or ('',))[0]}")

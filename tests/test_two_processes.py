@@ -36,18 +36,18 @@ def start(toy, output, processes, *words, devices=8, own=lambda number: {}):
     """Processes of one distillation of the toy; see started."""
     corpus = [] if "--corpus" in words else ["--corpus", toy / "corpus.txt"]
     return started(
-        toy, processes, "run", "--teacher", toy / "teacher", *corpus, "--output", output,
+        processes, "run", "--teacher", toy / "teacher", *corpus, "--output", output,
         "--sequence-length", "16", "--batch-size", "8", "--student-layers", "1",
         "--learning-rate", "0.01", "--steps", STEPS, "--save-every", "2",
         "--valid-share", "0.1", "--dtype", "float64", *words, devices=devices, own=own)
 
 
-def started(toy, processes, *words, devices=8, own=lambda number: {}):
+def started(processes, *words, devices=8, own=lambda number: {}):
     """Processes of one program; together they have `devices`, each its `own` environment."""
     common = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     common |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
                "JAX_NUM_CPU_DEVICES": str(devices // processes),
-               "JAX_COMPILATION_CACHE_DIR": str(toy / "cache"),
+               "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     if processes > 1:
         common |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
@@ -189,7 +189,7 @@ def test_two_processes_distil_a_task_as_one(toy, tmp_path):
              tmp_path / "dev.csv", "--distil", "--student-layers", "1", "--augment", "1",
              "--batch-size", "8", "--steps", "4", "--learning-rate", "0.01", "--dtype", "float64")
     for processes, name in ((1, "alone"), (2, "together")):
-        ended(started(toy, processes, "finetune", *words, "--output", tmp_path / name))
+        ended(started(processes, "finetune", *words, "--output", tmp_path / name))
     ours, theirs = ({path.relative_to(tmp_path / name): path for path in sorted(
         (tmp_path / name).rglob("*")) if path.is_file()} for name in ("together", "alone"))
     kept = [path for path in ours if "tensorboard" not in path.parts]
