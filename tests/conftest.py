@@ -56,6 +56,14 @@ def shared():
     return folder
 
 
+@pytest.fixture(autouse=True)
+def compiled_programs():
+    """Kept for the next test too: a benchmark stops that, as if the process were its own."""
+    before = jax.config.jax_enable_compilation_cache
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+
+
 @pytest.fixture
 def x64():
     """float64 within one test."""

