@@ -5,16 +5,15 @@ its student has learnt.
 """
 
 import dataclasses
-import functools
-import os
 import statistics
 import time
 from typing import Any
 
 import numpy as np
 
-from distilbert_jax.benchmark.sides import Side, Worker
-from distilbert_jax.benchmark.task import KEEP_MEMORY, OurSide, TaskProblem
+from distilbert_jax.benchmark import task
+from distilbert_jax.benchmark.sides import Worker
+from distilbert_jax.benchmark.task import OurSide, TaskProblem
 from distilbert_jax.data.examples import Examples
 from distilbert_jax.evaluation.similarity import Embedder
 
@@ -85,16 +84,7 @@ def measure(problem: SentenceProblem) -> dict[str, dict[str, Any]]:
         Side → sentences per second of each round (`rounds`), `updates` and `seconds` of the whole
         training, `vectors` [n, D] of the problem's texts, `process_bytes` at most.
     """
-    sides = {}
-    for name in SIDES:
-        if name != "ours":
-            os.environ.update(KEEP_MEMORY)
-        sides[name] = Side(functools.partial(_worker, name, problem))
-    timed: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(problem.rounds):
-        for name, side in sides.items():
-            timed[name].append(side.round())
-    return {name: {"rounds": timed[name]} | side.end() for name, side in sides.items()}
+    return task.measure(problem, SIDES, _worker)
 
 
 def speeds(found: dict[str, dict[str, Any]]) -> dict[str, tuple[float, float]]:

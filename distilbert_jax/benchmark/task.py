@@ -8,7 +8,7 @@ import functools
 import os
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -103,19 +103,27 @@ def _worker(name: str, problem: TaskProblem, began: float) -> Worker:
     return TrainerSide(problem, name == "trainer-padded", began)
 
 
-def measure(problem: TaskProblem, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def measure(
+    problem: TaskProblem, names: tuple[str, ...],
+    worker: Callable[[str, Any, float], Worker] = _worker,
+) -> dict[str, dict[str, Any]]:
     """Time the sides in turn.
 
+    Args:
+        problem: what they train.
+        names: of the sides.
+        worker: makes one from its name, the problem and when its process was started.
+
     Returns:
-        Side → examples per second of each round (`rounds`), `first_update_seconds` from the
-        start of its process, all compiled, `process_bytes` at most, `padding` as a share of what
-        is computed.
+        Side → examples per second of each round (`rounds`), and what it knows in the end: of
+        those here `first_update_seconds` from the start of its process, all compiled,
+        `process_bytes` at most, `padding` as a share of what is computed.
     """
     sides = {}
     for name in names:
         if name != "ours":
             os.environ.update(KEEP_MEMORY)
-        sides[name] = Side(functools.partial(_worker, name, problem))
+        sides[name] = Side(functools.partial(worker, name, problem))
     timed: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(problem.rounds):
         for name, side in sides.items():
