@@ -63,7 +63,7 @@ class SentenceTrainerSide:
         arguments = sentence_transformers.SentenceTransformerTrainingArguments(
             output_dir=tempfile.gettempdir(), max_steps=updates, report_to="none",
             per_device_train_batch_size=config.batch_size, save_strategy="no",
-            logging_strategy="no", disable_tqdm=True, learning_rate=RATE, warmup_ratio=WARMUP,
+            logging_strategy="no", disable_tqdm=True, learning_rate=RATE, warmup_steps=WARMUP,
             seed=config.seed, use_cpu=not torch.cuda.is_available(),
             bf16=config.dtype == "bfloat16")
         trainer = sentence_transformers.SentenceTransformerTrainer(
