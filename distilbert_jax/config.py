@@ -138,7 +138,7 @@ class LoopConfig(Config):
     """What every training has in common: its updates, its devices, its folder."""
 
     steps: int | None = option(
-        None, "training", "updates; default: three passes over the corpus", **FREE)
+        None, "training", "updates; default: as --epochs says or, without it, three passes", **FREE)
     batch_size: int = option(128, "training", "rows per update, over all devices")
     accumulate: int = option(
         1, "training", "micro-batches an update is cut into, to save memory; same result")
