@@ -3,12 +3,14 @@
 import dataclasses
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
+from safetensors.numpy import load_file, save_file
 
 from distilbert_jax.config import AblationConfig, DistilConfig
 from distilbert_jax.errors import UserError
@@ -35,7 +37,7 @@ def runs(monkeypatch):
         row, seed = Path(run.output).parent.name.replace("-", " "), run.seed
         started.append((row, seed))
         figures = {"top1": TOP1[row][seed - 7], "masked": 99.0}
-        Path(run.output).mkdir(parents=True)
+        Path(run.output).mkdir(parents=True, exist_ok=True)
         Path(run.output, "report.json").write_text(json.dumps({
             "models": {"student": figures, "student at start": {"top1": 0.1},
                        "teacher": {"top1": 0.8}},
@@ -62,16 +64,12 @@ def test_rows_are_compared_seed_by_seed(config, runs, capsys):
     assert (Path(config.output) / "ablation.png").exists()
 
 
-def test_what_is_finished_is_not_run_again(config, runs):
-    job.ablate(dataclasses.replace(config, seeds=1), ROWS)
-    assert len(runs) == 2
-    job.ablate(dataclasses.replace(config, seeds=2), ROWS)
-    assert runs[2:] == [(row, 8) for row in ROWS]
-    with pytest.raises(FileExistsError):  # with other settings it is a run's to refuse
-        job.ablate(dataclasses.replace(config, seeds=1, learning_rate=1e-3), ROWS)
-
-
-def test_a_real_run_leaves_what_the_table_needs(config):
+def test_a_real_run_leaves_what_the_table_needs(config, toy, tmp_path):
+    another = tmp_path / "another"
+    shutil.copytree(toy / "teacher", another)
+    tensors = load_file(another / "model.safetensors")
+    tensors = {name: x + np.float32(0.01) for name, x in tensors.items()}
+    save_file(tensors, another / "model.safetensors", metadata={"format": "pt"})
     page = job.ablate(dataclasses.replace(config, seeds=1), {"all": {}}).read_text()
     found = json.loads((Path(config.output) / "report.json").read_text())["rows"]["all"]
     run, = found["figures"]
@@ -79,6 +77,15 @@ def test_a_real_run_leaves_what_the_table_needs(config):
     assert own["models"]["student"]["top1"] == run["top1"] and run["tokens"] > 0
     assert own["models"]["teacher"]["layers"] == 2 and own["updates"] == 2
     assert "1 seed(s)" in page and "no difference" not in page
+
+    log = (Path(config.output) / "all/seed-7/metrics.jsonl").read_bytes()
+    job.ablate(dataclasses.replace(config, seeds=1), {"all": {}})  # is finished, and not trained
+    again = json.loads((Path(config.output) / "report.json").read_text())["rows"]["all"]
+    assert [run | {"latency": 0} for run in again["figures"]] == [run | {"latency": 0}]
+    assert (Path(config.output) / "all/seed-7/metrics.jsonl").read_bytes() == log
+    for other in ({"learning_rate": 1e-3}, {"teacher": str(another)}):  # is not read as this one
+        with pytest.raises(UserError, match="learning-rate|teacher"):
+            job.ablate(dataclasses.replace(config, seeds=1, **other), {"all": {}})
 
 
 @pytest.mark.parametrize("changes, line", [
@@ -89,6 +96,12 @@ def test_a_row_that_no_run_can_have(changes, line, config, runs):
     with pytest.raises(UserError, match=line):
         job.ablate(config, ROWS | {"odd": changes})
     assert not runs
+
+
+def test_what_is_missing_is_named(config, runs):
+    for name, nothing in (("teacher", ""), ("corpus", ())):
+        with pytest.raises(UserError, match=f"--{name} is missing"):
+            job.ablate(dataclasses.replace(config, **{name: nothing}), ROWS)
 
 
 def test_a_difference_has_an_interval_of_students_t():

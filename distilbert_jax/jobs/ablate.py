@@ -5,7 +5,6 @@ prepared once for all of them.
 """
 
 import dataclasses
-import json
 import shlex
 import statistics
 import sys
@@ -50,6 +49,8 @@ def ablate(config: AblationConfig, rows: Rows) -> Path:
                         "machine")
     if not config.teacher:
         raise UserError("--teacher is missing: give a Hugging Face folder")
+    if not config.corpus:
+        raise UserError("--corpus is missing: give text or JSON-lines files, a datasets name ...")
     runs = {(name, seed): _run(config, name, changes, seed)
             for seed in range(config.seed, config.seed + config.seeds)
             for name, changes in rows.items()}
@@ -94,13 +95,9 @@ def _data(config: AblationConfig) -> tuple[str, ...]:
 
 
 def _figures(run: DistilConfig) -> dict[str, Any]:
-    """What a run has reached; a finished one is not started again."""
-    path = Path(run.output) / "report.json"
-    meaning = json.loads(json.dumps(run.meaning()))
-    settings = read_json(path).get("settings", {})
-    if not settings or any(settings.get(name) != value for name, value in meaning.items()):
-        distil(run)
-    found = read_json(path)
+    """What a run reaches; one that is finished is judged again, and refused if it is another."""
+    distil(run)
+    found = read_json(Path(run.output) / "report.json")
     return found["models"]["student"] | {
         "start": found["models"]["student at start"]["top1"],
         "teacher": found["models"]["teacher"]["top1"], "tokens": found["tokens"],
