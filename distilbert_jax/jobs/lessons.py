@@ -28,7 +28,7 @@ from distilbert_jax.machine.seal import fingerprint
 from distilbert_jax.machine.sharding import first_process_first
 from distilbert_jax.models import hub, student
 
-SAMPLE = 1024  # examples on which layers are chosen
+SAMPLE, SAMPLE_TOKENS = 1024, 2**16  # on which layers are chosen, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +133,13 @@ def choose_layers(job: Job, teacher: hub.Pretrained, count: int) -> list[int]:
 def _removals(job: Job, teacher: hub.Pretrained, count: int) -> dict[str, Any]:
     """A row for each removal: which layers are left, and how well the answers are read."""
     train = job.task.parts["train"].examples
-    some = train.some(np.random.default_rng(0).permutation(len(train))[:SAMPLE])
+    drawn = np.random.default_rng(0).permutation(len(train))[:SAMPLE]
+    tokens = np.cumsum(train.lengths[drawn])
+    some = train.some(drawn[:max(1, int((tokens <= SAMPLE_TOKENS).sum()))])
     total = teacher.config.num_hidden_layers
+    say(f"choosing layers: {sum(range(count + 1, total + 1))} selections of the teacher's "
+        f"{total} layers read {len(some):,} training examples of {int(some.lengths.sum()):,} "
+        "tokens")
     graph, params = on_devices(job.config, job.mesh, teacher)
     whole = answers.logits(graph, params, some, job.mesh, "layers")
 
