@@ -87,7 +87,7 @@ def test_a_distillation_leaves_its_student_and_its_figures(distilled, learnt):
     config, folder = distilled
     output = folder.parent
     assert files(output) == {"checkpoints", "data", "losses.png", "metrics.jsonl", "report.json",
-                             "report.md", "student", "tensorboard"}
+                             "report.html", "report.md", "student", "tensorboard"}
     student, teacher = hub.load(str(folder)), hub.load(str(learnt[1]))
     assert student.family.model_type == "distilbert" and student.config.num_hidden_layers == 1
     report = (output / "report.md").read_text()

@@ -213,7 +213,7 @@ def test_what_is_left(distilled):
     config, folder = distilled
     assert {path.name for path in folder.parent.iterdir()} - {"tensorboard", "lock.json"} == {
         "student", "vectors", "layers.json", "checkpoints", "metrics.jsonl", "metrics.json",
-        "report.md"}
+        "report.html", "report.md"}
     report, card = (folder.parent / "report.md").read_text(), (folder / "README.md").read_text()
     for row in ("teacher", "student, untrained", "static vectors (model2vec): model2vec is not",
                 "student, trained"):

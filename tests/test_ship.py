@@ -60,7 +60,8 @@ def test_a_language_model_is_shipped_and_what_was_there_stays(place, lenient, ca
     assert shipped(reduce_range=True) == Path("teacher")
     after = tree(place / "teacher")
     assert set(after) - set(before) == {
-        "onnx", "onnx/model.onnx", "onnx/model_quantized.onnx", "report.md", "report.json"}
+        "onnx", "onnx/model.onnx", "onnx/model_quantized.onnx", "report.html", "report.md",
+        "report.json"}
     assert {name: after[name] for name in before} == before
     found = json.loads(after["report.json"])
     assert found["formats"]["onnx"]["figures"]["same"] == 1

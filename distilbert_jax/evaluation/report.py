@@ -1,4 +1,4 @@
-"""What a run reached: figures in, a table for the terminal, report.md and losses.png out."""
+"""What a run reached: figures in, a table for the terminal, losses.png out."""
 
 import contextlib
 import datetime

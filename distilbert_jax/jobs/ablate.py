@@ -20,6 +20,7 @@ from distilbert_jax.data.prepare import is_prepared, prepare
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import report
+from distilbert_jax.evaluation.page import write_report
 from distilbert_jax.jobs.distil import distil
 from distilbert_jax.jobs.task_model import read_json
 from distilbert_jax.machine import seal, store
@@ -31,7 +32,7 @@ Rows = Mapping[str, Mapping[str, Any]]  # name of a row → the settings that it
 
 
 def ablate(config: AblationConfig, rows: Rows) -> Path:
-    """Run all rows with all seeds, and leave report.md, report.json and ablation.png.
+    """Run all rows with all seeds, and leave a report, report.json and ablation.png.
 
     Args:
         config: of what is not changed.
@@ -67,8 +68,8 @@ def ablate(config: AblationConfig, rows: Rows) -> Path:
     seal.write_json(output / "report.json", content)
     _plot(done, output / "ablation.png")
     page = _page(config, done, content)
-    (output / "report.md").write_text(page, encoding="utf-8", errors="replace")
-    print(f"\n{page}\nreport: {output / 'report.md'}\nplot: {output / 'ablation.png'}")
+    write_report(output, page)
+    print(f"\n{page}\nreport: {output / 'report.html'}\nplot: {output / 'ablation.png'}")
     return output / "report.md"
 
 

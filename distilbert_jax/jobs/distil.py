@@ -20,6 +20,8 @@ from distilbert_jax.data import sources
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import report
+from distilbert_jax.evaluation.page import FILES as REPORTS
+from distilbert_jax.evaluation.page import write_report
 from distilbert_jax.evaluation.removal import Shortened
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.export.predict import fill_mask
@@ -108,7 +110,7 @@ def _distil(config: DistilConfig, teacher: hub.Pretrained, own: dict[str, Any], 
             export(folder, trained, shape, family, setup.tokenizer,
                    _card(config, _origin(config, layers), figures["student"], trained))
             _write_report(setup, assembly, (trained, start, teacher.params), figures, removals)
-            store.upload(config.output, "student", "report.md", "report.json", "losses.png")
+            store.upload(config.output, "student", *REPORTS, "report.json", "losses.png")
             if config.ship:
                 ship_held_out(folder, setup)
                 store.upload(config.output, "student")
@@ -211,7 +213,7 @@ def _write_report(
     params: tuple[dict[str, Any], ...], figures: dict[str, dict[str, float]],
     removals: dict[str, Any],
 ) -> None:
-    """Print the result, and write report.md, report.json and losses.png."""
+    """Print the result, and write the report, report.json and losses.png."""
     config, output = setup.config, store.local(setup.config.output)
     trained, start, teacher = params
     models = {"teacher": (assembly.teacher_graph, teacher), "student": (assembly.graph, trained),
@@ -246,13 +248,12 @@ def _write_report(
         "seconds": metrics[-1]["seconds"] if metrics else 0.0,
         "removals": removals, "settings": setup.settings, "versions": report.versions()})
     chosen = f"## Layers\n\n{_describe_removals(removals)}\n\n" if removals else ""
-    (output / "report.md").write_text(
-        f"# Distillation of {Path(config.teacher).name}\n\n{text}\n\n{against}\n\n{where}\n\n"
-        f"![losses](losses.png)\n\n{chosen}## Fill-mask\n\n{example}\n\n## Provenance\n\n"
-        f"`{shlex.join(['python', *sys.argv])}`\n\n{report.versions()}\n", encoding="utf-8",
-        errors="replace")
+    write_report(
+        output, f"# Distillation of {Path(config.teacher).name}\n\n{text}\n\n{against}\n\n"
+        f"{where}\n\n![losses](losses.png)\n\n{chosen}## Fill-mask\n\n{example}\n\n"
+        f"## Provenance\n\n`{shlex.join(['python', *sys.argv])}`\n\n{report.versions()}\n")
     plot, page, folder = (store.join(config.output, name) for name in (
-        "losses.png", "report.md", "student"))
+        "losses.png", "report.html", "student"))
     print(f"\n{text}\n\n{against}\n{where}\n\n{example}\n\nplot: {plot}\nreport: {page}\n"
           f"student: {folder}")
 

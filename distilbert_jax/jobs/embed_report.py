@@ -1,4 +1,4 @@
-"""What sentence encoders are worth beside their teacher: figures, a table, report.md and the card.
+"""What sentence encoders are worth beside their teacher: figures, a table, a report and the card.
 """
 
 import functools
@@ -18,6 +18,8 @@ from distilbert_jax.data import sources
 from distilbert_jax.embed_config import EmbedConfig
 from distilbert_jax.evaluation import intervals, report
 from distilbert_jax.evaluation.metrics import score
+from distilbert_jax.evaluation.page import FILES as REPORTS
+from distilbert_jax.evaluation.page import write_report
 from distilbert_jax.evaluation.similarity import (
     cosines,
     judged,
@@ -34,7 +36,7 @@ from distilbert_jax.machine.progress import say
 from distilbert_jax.models.encoder import graphdef
 from distilbert_jax.task_config import EvaluateConfig
 
-FILES = ("metrics.json", "report.md")
+FILES = ("metrics.json", *REPORTS)
 NAMES = {"teacher": "teacher", "untrained": "student, untrained", "student": "student, trained",
          "static": "static vectors (model2vec)", "int8": "student, trained, int8 in ONNX Runtime"}
 LENGTHS, ROWS = (16, 128), 32  # tokens and sentences of the batches that are timed
@@ -266,7 +268,7 @@ def card(config: EmbedConfig, found: dict[str, Any], origin: str) -> str:
 
 
 def write(config: EmbedConfig, found: dict[str, Any], origin: str) -> None:
-    """Write metrics.json and report.md, and print the table."""
+    """Write metrics.json and the report, and print the table."""
     output, table = Path(config.output), _table(found)
     seal.write_json(output / "metrics.json", found | {"versions": report.versions()})
     where = (f"{origin} Spearman's correlation of cosines with people's scores, and recall@10, in "
@@ -275,8 +277,8 @@ def write(config: EmbedConfig, found: dict[str, Any], origin: str) -> None:
              f"{config.max_length} tokens. Speed: batches of {ROWS} in float32, without the "
              "tokenizer (static vectors: with theirs).")
     more = _search_table(found["retrieval"]) if "retrieval" in found else ""
-    (output / "report.md").write_text(
-        f"# A smaller encoder in the space of {Path(config.teacher).name}\n\n{table}\n\n{where}"
-        f"{more}\n\n## Provenance\n\n`{shlex.join(['python', *sys.argv])}`\n\n"
-        f"{report.versions()}\n", encoding="utf-8", errors="replace")
-    print(f"\n{table}\n\n{where}\n\nmodel: {output / 'student'}\nreport: {output / 'report.md'}")
+    write_report(
+        output, f"# A smaller encoder in the space of {Path(config.teacher).name}\n\n{table}\n\n"
+        f"{where}{more}\n\n## Provenance\n\n`{shlex.join(['python', *sys.argv])}`\n\n"
+        f"{report.versions()}\n")
+    print(f"\n{table}\n\n{where}\n\nmodel: {output / 'student'}\nreport: {output / 'report.html'}")

@@ -18,6 +18,8 @@ from distilbert_jax.config import LoopConfig, cpu_flags
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError, first_line
 from distilbert_jax.evaluation import report
+from distilbert_jax.evaluation.page import FILES as REPORTS
+from distilbert_jax.evaluation.page import write_report
 from distilbert_jax.export import huggingface
 from distilbert_jax.export.exportable import Exportable
 from distilbert_jax.export.formats import DEFAULT, FORMATS, Format, check_formats
@@ -142,7 +144,7 @@ def ship_into(
                    name for name in names if not shipped[name]["problems"]]),
                "command": shlex.join(["python", *sys.argv]), "versions": report.versions()}
     seal.write_json(folder / REPORT, content)
-    (folder / "report.md").write_text(_page(content), encoding="utf-8", errors="replace")
+    write_report(folder, _page(content))
     refused = {name: shipped[name]["problems"] for name in names if shipped[name]["problems"]}
     if refused:
         raise UserError("; ".join(
@@ -237,7 +239,7 @@ def _check_ours(folder: Path, source: Path, names: Sequence[str]) -> None:
     if folder != source and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--output {folder} is there and was not made by this command: name a new "
                         "folder")
-    made = (REPORT, "report.md", *(FORMATS[name].path for name in names))
+    made = (REPORT, *REPORTS, *(FORMATS[name].path for name in names))
     if theirs := [name for name in made if (source / name).exists()]:
         if folder == source or "weights" not in read_json(source / REPORT):
             raise UserError(f"{source / theirs[0]} was not made by this command and would be "

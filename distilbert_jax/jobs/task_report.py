@@ -1,4 +1,4 @@
-"""What a training for a task leaves: metrics.json, predictions.tsv, report.md and confusion.png."""
+"""What a training for a task leaves: metrics.json, predictions.tsv, a report and confusion.png."""
 
 import shlex
 import sys
@@ -10,6 +10,8 @@ import numpy as np
 from distilbert_jax.benchmark.latency import latencies
 from distilbert_jax.evaluation import answers, intervals, report
 from distilbert_jax.evaluation.metrics import METRICS, compute
+from distilbert_jax.evaluation.page import FILES as REPORTS
+from distilbert_jax.evaluation.page import write_report
 from distilbert_jax.machine import seal
 from distilbert_jax.models.encoder import graphdef
 from distilbert_jax.training.metrics_log import read_metrics
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 
 COLUMNS = ("model", "layers", "parameters", "score", "min to max", "95 % interval", "retention",
            "latency [ms]")
-FILES = ("metrics.json", "predictions.tsv", "test_predictions.tsv", "submission.tsv", "report.md",
-         "confusion.png")
+FILES = ("metrics.json", "predictions.tsv", "test_predictions.tsv", "submission.tsv",
+         "confusion.png", *REPORTS)
 NAMES = {"teacher": "teacher", "plain": "student, fine-tuned plainly",
          "distilled": "student, distilled", "model": "model"}
 
@@ -104,12 +106,11 @@ def write(output: Path, task: "TaskInput", runs: dict[str, list["Trained"]], mai
              f"Latency: batch 1, float32, median of 30.")
     if temperature:
         where += f" Temperature {temperature}."
-    (output / "report.md").write_text(
-        f"# {task.name}\n\n{table}\n\n{words}\n\n{where}{detail}\n\n## Provenance\n\n"
-        f"`{shlex.join(['python', *sys.argv])}`\n\n{report.versions()}\n", encoding="utf-8",
-        errors="replace")
+    write_report(
+        output, f"# {task.name}\n\n{table}\n\n{words}\n\n{where}{detail}\n\n## Provenance\n\n"
+        f"`{shlex.join(['python', *sys.argv])}`\n\n{report.versions()}\n")
     print(f"\n{table}\n\n{words}\n{where}\n\nmodel: {output / 'model'}\nreport: "
-          f"{output / 'report.md'}\nanswers: {output / 'predictions.tsv'}")
+          f"{output / 'report.html'}\nanswers: {output / 'predictions.tsv'}")
 
 
 def _judge(task: "TaskInput", part: str, runs: dict[str, list["Trained"]]) -> dict[str, Any]:
