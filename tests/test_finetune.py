@@ -13,6 +13,7 @@ from distilbert_jax.config import DistilConfig
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import intervals
 from distilbert_jax.jobs import finetune as job
+from distilbert_jax.jobs.compare import compare
 from distilbert_jax.jobs.distil import distil
 from distilbert_jax.jobs.evaluate import evaluate
 from distilbert_jax.jobs.finetune import finetune
@@ -72,13 +73,12 @@ def distilled(toy, data, tmp_path_factory):
     return config, finetune(config)
 
 
-def test_what_is_left(distilled):
+def test_what_is_left(distilled, tmp_path):
     config, folder = distilled
     output = folder.parent
     assert {path.name for path in output.iterdir()} == {
         "model", "answers", "layers.json", "seed-56", "seed-57", "metrics.json", "predictions.tsv",
-        "test_predictions.tsv", "submission.tsv", "report.md", "report.html",
-        "confusion.png"}
+        "test_predictions.tsv", "submission.tsv", "report.md", "report.html", "confusion.png"}
     assert {path.name for path in (output / "seed-56").iterdir()} == {
         "teacher", "plain", "distilled"}
     left = {path.name for path in (output / "seed-57" / "plain").iterdir()}
@@ -96,6 +96,9 @@ def test_what_is_left(distilled):
     assert 0 <= low <= dev["distilled"]["score"] <= high <= 1
     assert dev["distilled"]["retention"] == pytest.approx(
         dev["distilled"]["score"] / dev["teacher"]["score"])
+    row = compare([str(output)], str(tmp_path)).splitlines()[3]  # of the distilled one
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[4] == f"{100 * dev['distilled']['score']:.2f}" and cells[6] == "2 → 1"
     student = hub.load_task(str(folder))
     assert student.config.num_hidden_layers == 1 and student.labels == ("close", "mid", "open")
 

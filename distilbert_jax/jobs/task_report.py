@@ -85,6 +85,9 @@ def write(output: Path, task: "TaskInput", runs: dict[str, list["Trained"]], mai
     words = _differences(task, judged["dev"], main)
     content = {"task": task.name, "kind": task.kind, "labels": task.labels,
                "score": list(task.task.metrics), "parts": judged, "latency_ms": speed,
+               "size": {role: {"layers": len(own[0].model.params["layers"]),
+                               "parameters": report.count_parameters(own[0].model.params)}
+                        for role, own in runs.items()},
                "seconds": {role: [run.seconds for run in own] for role, own in runs.items()},
                "versions": report.versions()}
     seal.write_json(output / "metrics.json", content)

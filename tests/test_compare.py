@@ -1,0 +1,72 @@
+"""Finished runs side by side: each job's own figures, found where it leaves them."""
+
+import json
+
+import pytest
+
+from distilbert_jax.errors import UserError
+from distilbert_jax.jobs.compare import PLOT, compare
+
+
+def shape(layers, parameters, **more):
+    return {"layers": layers, "parameters": parameters} | more
+
+
+MASKED = {"models": {
+    "teacher": shape(12, 6675535, top1=0.9475, latency=20.0),
+    "student": shape(3, 1931087, top1=0.91, latency=5.0),
+    "student at start": shape(3, 1931087, top1=0.5, latency=5.0)}}
+TASK = {
+    "task": "mrpc", "score": ["f1", "accuracy"],
+    "size": {"teacher": shape(6, 22000), "plain": shape(3, 17000), "distilled": shape(3, 17000)},
+    "latency_ms": {"teacher": 6.0, "plain": 3.0, "distilled": 2.0},
+    "parts": {"dev": {
+        "teacher": {"score": 0.8}, "plain": {"score": None},
+        "distilled": {"score": 0.76, "retention_interval": [0.92, 0.99]}}}}
+ALONE = {"task": "own", "score": ["accuracy"], "size": {"model": shape(6, 22000)},
+         "latency_ms": {"model": 6.0}, "parts": {"dev": {"model": {"score": 0.5}}}}
+SENTENCES = {
+    "size": {"teacher": shape(6, 22000), "student": shape(3, 17000)},
+    "sentences_per_second": {"teacher": [100.0, 10.0], "student": [210.0, 25.0]},
+    "pairs": {"dev.tsv": {"teacher": {"value": 0.8}, "student": {
+        "value": 0.72, "retention_interval": [0.88, 0.91]}}}}
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, file, content in (
+            ("mlm", "report.json", MASKED), ("task", "metrics.json", TASK),
+            ("alone", "metrics.json", ALONE), ("sts", "metrics.json", SENTENCES)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text(json.dumps(content))
+    return tmp_path
+
+
+def cells(text):
+    return [[cell.strip() for cell in line.strip("|").split("|")]
+            for line in text.splitlines() if line.startswith("|")][2:]
+
+
+def test_every_kind_of_run(runs):
+    found = compare(["mlm", "task", "alone", "sts"], "plots")
+    assert cells(found) == [
+        ["mlm", "top-1", "94.75", "91.00", "96.04%", "12 → 3", "1,931,087", "4.00"],
+        ["task, plain", "mrpc: f1, accuracy", "80.00", "", "", "6 → 3", "17,000", "2.00"],
+        ["task", "mrpc: f1, accuracy", "80.00", "76.00", "95.00% (92.00% to 99.00%)", "6 → 3",
+         "17,000", "3.00"],
+        ["alone", "own: accuracy", "", "50.00", "", "6", "22,000", ""],
+        ["sts", "Spearman dev.tsv", "80.00", "72.00", "90.00% (88.00% to 91.00%)", "6 → 3",
+         "17,000", "2.50"]]
+    assert found.endswith(f"plot: plots/{PLOT}") and (runs / "plots" / PLOT).stat().st_size > 5000
+
+
+def test_nothing_to_plot(runs):
+    assert "plot" not in compare(["alone"], "plots") and not (runs / "plots" / PLOT).exists()
+
+
+def test_no_run(runs):
+    with pytest.raises(UserError, match="plots holds no finished run of run.py, finetune.py or"):
+        compare(["mlm", "plots"])
+    with pytest.raises(UserError, match="--output mlm/report.json cannot be used: File exists"):
+        compare(["mlm"], "mlm/report.json")
