@@ -80,7 +80,7 @@ def test_a_teacher_from_scratch_learns(learnt):
     assert top1[0] < 0.2 and top1[-1] > 0.5
     model = hub.load(str(folder))
     assert (model.config.hidden_size, model.config.num_hidden_layers) == (32, 2)
-    assert (folder / "README.md").read_text().startswith("# 2-layer BertForMaskedLM")
+    assert "\n# 2-layer BertForMaskedLM\n" in (folder / "README.md").read_text()
 
 
 def test_a_distillation_leaves_its_student_and_its_figures(distilled, learnt):
@@ -96,6 +96,7 @@ def test_a_distillation_leaves_its_student_and_its_figures(distilled, learnt):
     assert "![losses](losses.png)" in report and "hidden: " in report
     card = (folder / "README.md").read_text()
     assert "library_name: transformers" in card and "- corpus: corpus.txt\n" in card
+    assert "name: top-1 of hidden tokens" in card
     assert str(Path(config.teacher).parent) not in card  # no path of this machine
     assert not np.array_equal(student.params["embeddings"]["word"]["embedding"],
                               teacher.params["embeddings"]["word"]["embedding"])

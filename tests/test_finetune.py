@@ -96,6 +96,8 @@ def test_what_is_left(distilled, tmp_path):
     assert 0 <= low <= dev["distilled"]["score"] <= high <= 1
     assert dev["distilled"]["retention"] == pytest.approx(
         dev["distilled"]["score"] / dev["teacher"]["score"])
+    card = (folder / "README.md").read_text()  # with the figures of all seeds
+    assert "- kept of the teacher's score: " in card and "type: accuracy" in card
     row = compare([str(output)], str(tmp_path)).splitlines()[3]  # of the distilled one
     cells = [cell.strip() for cell in row.split("|")]
     assert cells[4] == f"{100 * dev['distilled']['score']:.2f}" and cells[6] == "2 → 1"

@@ -22,6 +22,7 @@ class Metric:
     kind: str
     compute: Callable[[Values, Values], float]
     text: str
+    hub: str = ""  # its name on the Hugging Face hub, where that is another
 
 
 def _accuracy(labels: Values, answers: Values) -> float:
@@ -81,13 +82,17 @@ def _word_accuracy(labels: Values, answers: Values) -> float:
 METRICS = {
     "accuracy": Metric("classify", _accuracy, "share of right answers"),
     "f1": Metric("classify", _f1("binary"), "F1 of the second of two classes"),
-    "f1_macro": Metric("classify", _f1("macro"), "mean F1 of all classes"),
-    "matthews": Metric("classify", _matthews, "Matthews' correlation"),
-    "pearson": Metric("regress", _correlation("pearsonr"), "Pearson's correlation"),
-    "spearman": Metric("regress", _correlation("spearmanr"), "Spearman's rank correlation"),
+    "f1_macro": Metric("classify", _f1("macro"), "mean F1 of all classes", "f1"),
+    "matthews": Metric("classify", _matthews, "Matthews' correlation",
+                       "matthews_correlation"),
+    "pearson": Metric("regress", _correlation("pearsonr"), "Pearson's correlation",
+                      "pearsonr"),
+    "spearman": Metric("regress", _correlation("spearmanr"), "Spearman's rank correlation",
+                       "spearmanr"),
     "mse": Metric("regress", _mse, "mean squared error"),
-    "entity_f1": Metric("tag", _entity_f1, "F1 of whole entities"),
-    "accuracy_words": Metric("tag", _word_accuracy, "share of words tagged right"),
+    "entity_f1": Metric("tag", _entity_f1, "F1 of whole entities", "f1"),
+    "accuracy_words": Metric("tag", _word_accuracy, "share of words tagged right",
+                             "accuracy"),
 }
 
 

@@ -49,11 +49,19 @@ def export(
                             config.task]
     tokenizer.model_max_length = config.positions
     with store.whole_folder(folder) as new:
-        save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(tensors, new / "model.safetensors")
         (new / "config.json").write_text(json.dumps(description, indent=2) + "\n")
         tokenizer.save_pretrained(new)
         generalise(new / "tokenizer_config.json", config)
         (new / "README.md").write_text(card, encoding="utf-8", errors="replace")
+
+
+def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Write tensors, for all to read who may read the other files (safetensors 0.8: mode 0600)."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def generalise(path: Path, config: EncoderConfig) -> None:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from distilbert_jax.export.huggingface import export
+from distilbert_jax.export.huggingface import export, save_tensors
 from distilbert_jax.machine import store
 from distilbert_jax.models.encoder import EncoderConfig
 from distilbert_jax.models.family import Family
@@ -79,7 +78,7 @@ def _write_dense(folder: Path, params: dict[str, Any], sentence: Sentence, numbe
     tensors = {"linear.weight": np.ascontiguousarray(np.asarray(params["kernel"], np.float32).T)}
     if dense.bias:
         tensors["linear.bias"] = np.asarray(params["bias"], np.float32)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, folder / "model.safetensors")
 
 
 def _write(path: Path, content: Any) -> None:

@@ -23,6 +23,7 @@ from distilbert_jax.evaluation import report
 from distilbert_jax.evaluation.page import FILES as REPORTS
 from distilbert_jax.evaluation.page import write_report
 from distilbert_jax.evaluation.removal import Shortened
+from distilbert_jax.export.card import card, held_out_results
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.export.predict import fill_mask
 from distilbert_jax.jobs.kept_layers import check_kept, kept_layers
@@ -108,7 +109,8 @@ def _distil(config: DistilConfig, teacher: hub.Pretrained, own: dict[str, Any], 
     with first_process_first():
         if jax.process_index() == 0:
             export(folder, trained, shape, family, setup.tokenizer,
-                   _card(config, _origin(config, layers), figures["student"], trained))
+                   _card(config, _origin(config, layers), figures["student"], trained,
+                         setup.tokenizer.mask_token))
             _write_report(setup, assembly, (trained, start, teacher.params), figures, removals)
             store.upload(config.output, "student", *REPORTS, "report.json", "losses.png")
             if config.ship:
@@ -191,21 +193,19 @@ def _origin(config: DistilConfig, layers: list[int]) -> str:
 
 
 def _card(config: DistilConfig, origin: str, figures: dict[str, float],
-          params: dict[str, Any]) -> str:
+          params: dict[str, Any], mask: str) -> str:
     """The model card of the student."""
     weights = ", ".join(f"{name} {weight}" for name, weight in config.alphas.items() if weight)
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: fill-mask\n---\n\n"
-        f"# A student of {len(params['layers'])} layers\n\n"
+    text = (
         f"Distilled by distilbert_jax from `{Path(config.teacher).name}`. {origin}\n\n"
         f"- parameters: {report.count_parameters(params):,}\n"
         f"- {report.held_out_line(figures)}\n"
         f"- corpus: {', '.join(map(sources.published, config.corpus))}\n"
         f"- losses: {weights}; temperature {config.temperature}\n"
-        f"- {report.versions()}\n\n"
-        "```python\nfrom transformers import AutoModelForMaskedLM, AutoTokenizer\n\n"
-        "model = AutoModelForMaskedLM.from_pretrained(\"student\")  # this folder\n"
-        "tokenizer = AutoTokenizer.from_pretrained(\"student\")\n```\n")
+        f"- {report.versions()}")
+    return card("fill-mask", f"A student of {len(params['layers'])} layers", text,
+                folder="student", origin=config.teacher, mask=mask,
+                results=held_out_results(figures))
 
 
 def _write_report(

@@ -162,8 +162,8 @@ def _leave(job: Job, start: Named, trained: Named, layers: list[int]) -> Path:
             prompts = job.teacher.facts.modules
             export_sentence(
                 folder, trained.params, trained.shape, trained.family, trained.tokenizer,
-                embed_report.card(job.config, found, origin), facts.max_length, prompts.prompts,
-                prompts.default_prompt)
+                embed_report.model_card(job.config, found, origin), facts.max_length,
+                prompts.prompts, prompts.default_prompt)
             embed_report.write(job.config, found, origin)
             if job.config.ship:
                 ship_exported(folder, of_sentences(

@@ -28,6 +28,7 @@ from distilbert_jax.evaluation.similarity import (
     spearman,
 )
 from distilbert_jax.export import predict
+from distilbert_jax.export.card import Result, card
 from distilbert_jax.export.onnx_runtime import OnnxModel
 from distilbert_jax.jobs.sentence_data import Encode, Pairs, Titles
 from distilbert_jax.jobs.sentence_model import Named, on_devices
@@ -247,24 +248,23 @@ def _search_table(found: dict[str, Any]) -> str:
         "text.\n\n" + report.table(rows, ("model", "figure", "value")))
 
 
-def card(config: EmbedConfig, found: dict[str, Any], origin: str) -> str:
+def model_card(config: EmbedConfig, found: dict[str, Any], origin: str) -> str:
     """The model card of the student."""
     teacher = Path(config.teacher).name
     lines = [f"- Spearman of cosines, {name}: {_cell(part['student'])}"
              for name, part in found["pairs"].items()]
     near = found["to_teacher"]["student"]
-    return (
-        "---\nlibrary_name: sentence-transformers\npipeline_tag: sentence-similarity\n"
-        f"base_model: {teacher}\ntags:\n- sentence-transformers\n---\n\n# A student of "
-        f"{found['size']['student']['layers']} layers in the space of {teacher}\n\nDistilled by "
-        f"distilbert_jax from `{teacher}`: its vectors can be compared with the teacher's. "
-        f"{origin}\n\n- parameters: {found['size']['student']['parameters']:,}\n"
+    text = (
+        f"Distilled by distilbert_jax from `{teacher}`: its vectors can be compared with the "
+        f"teacher's. {origin}\n\n- parameters: {found['size']['student']['parameters']:,}\n"
         f"- cosine to the teacher's vectors, {near['count']:,} held-out sentences: mean "
         f"{near['mean']:.4f}, worst {near['worst']:.4f}\n" + "".join(f"{x}\n" for x in lines)
-        + f"- corpus: {', '.join(map(sources.published, config.corpus))}\n- {report.versions()}\n\n"
-        "```python\nfrom sentence_transformers import SentenceTransformer\n\nmodel = "
-        "SentenceTransformer(\"student\")  # this folder\nvectors = model.encode([\"A sentence.\"])"
-        "\n```\n")
+        + f"- corpus: {', '.join(map(sources.published, config.corpus))}\n- {report.versions()}")
+    results = [Result("spearmanr", "Spearman of cosines", name, part["student"]["value"])
+               for name, part in found["pairs"].items() if part["student"]["value"] is not None]
+    layers = found["size"]["student"]["layers"]
+    return card("sentence-similarity", f"A student of {layers} layers in the space of {teacher}",
+                text, folder="student", origin=config.teacher, results=results)
 
 
 def write(config: EmbedConfig, found: dict[str, Any], origin: str) -> None:

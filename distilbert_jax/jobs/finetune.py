@@ -154,7 +154,7 @@ def _compare(job: Job, start: hub.Pretrained, teacher: hub.Pretrained | None, la
         if jax.process_index() == 0:
             with store.whole_folder(output / "model") as new:
                 shutil.copytree(runs[main][0].folder / "model", new, dirs_exist_ok=True)
-            task_report.write(output, job.task, runs, main, config.temperature if teacher else None)
+            task_report.write(config, job.task, runs, main)
             if config.ship:
                 ship_exported(output / "model", of_task(job.task, job.task.labels, job.task.name))
     return output / "model"
@@ -234,7 +234,7 @@ def _trained(job: Job, run: Run, source: hub.Pretrained, shape: EncoderConfig,
         if jax.process_index() == 0:
             family = FAMILIES[source.family.model_type].for_task(job.task.kind)
             export(folder / "model", found, shape, family, job.tokenizer,
-                   task_report.card(job.task, run.label, run.config), job.task.labels)
+                   task_report.model_card(job.task, run.label, run.config), job.task.labels)
             seal.write_json(folder / "finished.json",
                             {"seconds": seconds, "settings": run.settings})
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)

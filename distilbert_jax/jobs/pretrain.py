@@ -14,6 +14,7 @@ from distilbert_jax.data.prepare import is_prepared
 from distilbert_jax.data.tokenize import load_tokenizer, train_wordpiece
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import report
+from distilbert_jax.export.card import card, held_out_results
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.jobs.setup import check_folder, check_job, read_data
 from distilbert_jax.jobs.ship import check_ship, ship_held_out
@@ -83,13 +84,15 @@ def _pretrain(config: PretrainConfig, source: hub.Pretrained | None, family: Fam
     output = store.local(config.output)
     figures = setup.evaluator(assembly.eval_step, {})(trained)
     trained = to_host(trained)
-    card = (f"# {shape.num_hidden_layers}-layer {family.architecture}\n\nTrained by "
-            "distilbert_jax with the masked-language-model loss; held-out top-1 "
-            f"{figures['top1']:.2%}, perplexity {figures['perplexity']:.3f}.\n\n"
-            f"{report.versions()}\n")
+    about = card(
+        "fill-mask", f"{shape.num_hidden_layers}-layer {family.architecture}",
+        f"Trained by distilbert_jax with the masked-language-model loss; held-out top-1 "
+        f"{figures['top1']:.2%}, perplexity {figures['perplexity']:.3f}.\n\n{report.versions()}",
+        folder="model", origin=config.model, mask=setup.tokenizer.mask_token,
+        results=held_out_results(figures))
     with first_process_first():
         if jax.process_index() == 0:
-            export(output / "model", trained, shape, family, setup.tokenizer, card)
+            export(output / "model", trained, shape, family, setup.tokenizer, about)
             report.plot(read_metrics(config.output), output / "losses.png",
                         "masked-language-model training")
             store.upload(config.output, "model", "losses.png")

@@ -12,6 +12,7 @@ from distilbert_jax.evaluation import answers, intervals, report
 from distilbert_jax.evaluation.metrics import METRICS, compute
 from distilbert_jax.evaluation.page import FILES as REPORTS
 from distilbert_jax.evaluation.page import write_report
+from distilbert_jax.export.card import Result, card
 from distilbert_jax.machine import seal
 from distilbert_jax.models.encoder import graphdef
 from distilbert_jax.training.metrics_log import read_metrics
@@ -40,17 +41,30 @@ def seconds(folder: Path) -> float:
     return float(lines[-1]["seconds"]) if lines else 0.0
 
 
-def card(task: "TaskInput", role: str, config: "FinetuneConfig") -> str:
-    """The model card, without figures that are not known before all seeds are."""
+def model_card(task: "TaskInput", role: str, config: "FinetuneConfig",
+               judged: dict[str, Any] | None = None) -> str:
+    """The model card; with figures where those of all seeds are known (_judge's, of dev)."""
     kind = "token-classification" if task.kind == "tag" else "text-classification"
     teacher = ", learning from a fine-tuned teacher" if role == "distilled" else ""
     source = Path(config.model or config.teacher).name
-    return (f"---\nlibrary_name: transformers\npipeline_tag: {kind}\n---\n\n# {task.name}\n\n"
-            f"Trained by distilbert_jax from `{source}` on {len(task.parts['train']):,} labelled "
+    text = (f"Trained by distilbert_jax from `{source}` on {len(task.parts['train']):,} labelled "
             f"examples{teacher}; seed {config.seed}.\n\n"
-            + (f"Labels: {', '.join(task.labels)}.\n\n" if task.labels else "")
-            + f"{report.versions()}\n\n```python\nfrom transformers import pipeline\n\n"
-            f"answer = pipeline(\"{kind}\", model=\"model\")  # this folder\n```\n")
+            + (f"Labels: {', '.join(task.labels)}.\n\n" if task.labels else ""))
+    results = []
+    if judged:
+        first = {name: value for name, value in judged[role]["seeds"][0].items()
+                 if name in task.task.metrics and value is not None}
+        results = [Result(METRICS[name].hub or name, METRICS[name].text, f"{task.name}, dev",
+                          value) for name, value in first.items()]
+        text += "".join(f"- {METRICS[name].text} on {len(task.parts['dev']):,} dev examples: "
+                        f"{100 * value:.2f}\n" for name, value in first.items())
+        if kept := judged[role].get("retention"):
+            text += (f"- kept of the teacher's score: {_percent(kept)} % (95 % interval "
+                     f"{_between(judged[role]['retention_interval'])}; {len(judged[role]['seeds'])}"
+                     " seeds)\n")
+        text += "\n" if first else ""
+    return card(kind, task.name, text + report.versions(), folder="model",
+                origin=config.model or config.teacher, results=results)
 
 
 def given(task: "TaskInput", part: str, found: np.ndarray) -> list[Any]:
@@ -73,9 +87,10 @@ def collapsed(task: "TaskInput", found: np.ndarray) -> bool:
     return len({str(answer) for answer in given(task, "dev", found)}) == 1
 
 
-def write(output: Path, task: "TaskInput", runs: dict[str, list["Trained"]], main: str,
-          temperature: float | None) -> None:
-    """Write all that is left beside the models, and print the result."""
+def write(config: "FinetuneConfig", task: "TaskInput", runs: dict[str, list["Trained"]],
+          main: str) -> None:
+    """Write all that is left beside the models, their card, and print the result."""
+    output = Path(config.output)
     judged = {part: _judge(task, part, runs) for part in ("dev", "test")
               if part in task.parts and task.parts[part].truth is not None}
     speed = latencies({role: (graphdef(own[0].model.config, "float32"), own[0].model.params)
@@ -107,8 +122,10 @@ def write(output: Path, task: "TaskInput", runs: dict[str, list["Trained"]], mai
              f"{len(task.parts['dev']):,} dev examples; median of the seeds, interval by bootstrap "
              f"over examples and seeds. Cut: {', '.join(f'{n:,} in {p}' for p, n in cut.items())}. "
              f"Latency: batch 1, float32, median of 30.")
-    if temperature:
-        where += f" Temperature {temperature}."
+    if "teacher" in runs:
+        where += f" Temperature {config.temperature}."
+    (output / "model" / "README.md").write_text(
+        model_card(task, main, config, judged["dev"]), encoding="utf-8", errors="replace")
     write_report(
         output, f"# {task.name}\n\n{table}\n\n{words}\n\n{where}{detail}\n\n## Provenance\n\n"
         f"`{shlex.join(['python', *sys.argv])}`\n\n{report.versions()}\n")
