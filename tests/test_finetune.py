@@ -78,7 +78,8 @@ def test_what_is_left(distilled, tmp_path):
     output = folder.parent
     assert {path.name for path in output.iterdir()} == {
         "model", "answers", "layers.json", "seed-56", "seed-57", "metrics.json", "predictions.tsv",
-        "test_predictions.tsv", "submission.tsv", "report.md", "report.html", "confusion.png"}
+        "test_predictions.tsv", "submission.tsv", "report.md", "report.html", "confusion.png",
+        "calibration.png"}
     assert {path.name for path in (output / "seed-56").iterdir()} == {
         "teacher", "plain", "distilled"}
     left = {path.name for path in (output / "seed-57" / "plain").iterdir()}

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.special
 
 from distilbert_jax.data.examples import Examples
 from distilbert_jax.data.labelled import Columns, Labelled
@@ -200,3 +201,20 @@ def test_confusion_of_any_labels(labels, tmp_path):
         "dev": Part(raw, truth, Examples([], [], [], [], [], 0))})
     task_report.plot_confusion(task, np.eye(3, len(labels)), tmp_path / "confusion.png")
     assert (tmp_path / "confusion.png").stat().st_size < 500_000
+
+
+@pytest.mark.parametrize("logits", [
+    np.zeros((3, 2)), 1e3 * np.eye(3, 2, dtype=np.float32), np.eye(3, 2)])
+def test_calibration_of_any_answers(logits, tmp_path, monkeypatch):
+    """Of a model that knows nothing, of one that is quite sure, and of an ordinary one."""
+    said = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda *_, label="", **__: said.append(label))
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda *_, **__: None)
+    task = TaskInput("own", own_task("classify", Columns(), 128), ("a", "b"), {
+        "dev": Part(Labelled([("a",)] * 3, list("abb"), ["x"] * 3), [0, 1, 1],
+                    Examples([], [], [], [], [], 0))})
+    task_report.plot_calibration(task, {"model": logits}, tmp_path / "calibration.png")
+    sure = scipy.special.softmax(logits, -1).max(-1).mean()
+    right = np.mean(logits.argmax(-1) == [0, 1, 1])
+    assert said[1] == f"model: sure {sure:.1%}, right {right:.1%}"
+    assert (tmp_path / "calibration.png").exists()

@@ -20,7 +20,7 @@ body { color: var(--ink); background: var(--paper); margin: 2rem auto; max-width
        padding: 0 1.5rem; font: 16px/1.55 system-ui, sans-serif }
 h1, h2 { line-height: 1.25 } h2 { margin-top: 2.2rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line) }
+th, td { padding: .35rem .8rem; border-bottom: 1px solid var(--line); white-space: nowrap }
 th { background: var(--soft); text-align: left }
 pre, code { background: var(--soft); font-size: .9em } code { overflow-wrap: anywhere }
 pre { padding: .8rem 1rem; overflow-x: auto }

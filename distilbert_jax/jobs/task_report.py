@@ -1,4 +1,4 @@
-"""What a training for a task leaves: metrics.json, predictions.tsv, a report and confusion.png."""
+"""What a training for a task leaves: metrics.json, predictions.tsv, a report and its pictures."""
 
 import shlex
 import sys
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 COLUMNS = ("model", "layers", "parameters", "score", "min to max", "95 % interval", "retention",
            "latency [ms]")
 FILES = ("metrics.json", "predictions.tsv", "test_predictions.tsv", "submission.tsv",
-         "confusion.png", *REPORTS)
+         "confusion.png", "calibration.png", *REPORTS)
 NAMES = {"teacher": "teacher", "plain": "student, fine-tuned plainly",
          "distilled": "student, distilled", "model": "model"}
 
@@ -115,8 +115,10 @@ def write(config: "FinetuneConfig", task: "TaskInput", runs: dict[str, list["Tra
     detail = ""
     if task.kind == "classify":
         detail = f"\n\n## Classes\n\n```\n{_classes(task, best.found['dev'])}```\n\n" \
-            "![confusion](confusion.png)"
+            "![confusion](confusion.png)\n\n![calibration](calibration.png)"
         plot_confusion(task, best.found["dev"], output / "confusion.png")
+        plot_calibration(task, {role: own[0].found["dev"] for role, own in runs.items()},
+                         output / "calibration.png")
     cut = {part: content.examples.cut for part, content in task.parts.items()}
     where = (f"Score: {' and '.join(METRICS[n].text for n in task.task.metrics)}, on "
              f"{len(task.parts['dev']):,} dev examples; median of the seeds, interval by bootstrap "
@@ -256,3 +258,32 @@ def plot_confusion(task: "TaskInput", found: np.ndarray, path: Path) -> None:
         axes.set(xlabel="answer", ylabel="label")
         figure.savefig(path, dpi=120)
         plt.close(figure)
+
+
+def plot_calibration(task: "TaskInput", found: dict[str, np.ndarray], path: Path) -> None:
+    """Draw how often answers are right over how sure each model is of them.
+
+    Args:
+        found: role → logits of the dev part; the first seed's.
+        path: of the picture.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from sklearn.calibration import calibration_curve
+
+    figure, axes = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
+    for role, logits in found.items():
+        sure = np.minimum(answers.probabilities(logits).max(-1), 1)  # rounding
+        right = logits.argmax(-1) == np.asarray(task.parts["dev"].truth)
+        share, mean = calibration_curve(right, sure, n_bins=10, strategy="quantile")
+        axes.plot(mean, share, marker="o", markersize=4, label=(
+            f"{NAMES[role]}: sure {sure.mean():.1%}, right {right.mean():.1%}"))
+    axes.set(xlabel="probability of the answer, in ten equal parts of the dev examples",
+             ylabel="share of right answers", xlim=(0, 1), ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
