@@ -2,12 +2,137 @@
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from distilbert_jax.config import GROUPS, flag
-from distilbert_jax.errors import UserError, choose
-from distilbert_jax.training.losses import LOSSES
+from distilbert_jax.errors import UserError, choose, nearest
+
+Command = Callable[[Sequence[str]], None]
+Recipes = Mapping[str, Mapping[str, Any]]  # name → the settings whose defaults it changes
+
+
+def listing(program: str, text: str, commands: Mapping[str, Command]) -> str:
+    """The help of a program that has several commands: the first line of the docstring of each."""
+    lines = "\n".join(f"  {name:11}{inspect.getdoc(command).splitlines()[0]}"
+                      for name, command in commands.items())
+    return (f"usage: {program} NAME [FLAG VALUE ...]\n\n{text}\n\n{lines}\n\n"
+            f"{program} NAME --help lists the flags of one of them, with examples.")
+
+
+def about(program: str, command: Command, commands: Mapping[str, Command]) -> tuple[str, str]:
+    """How one of several commands is called, and the text of its help, as `parse` takes them."""
+    others = ", ".join(name for name in commands if name != command.__name__)
+    return (f"{program} {command.__name__}",
+            f"{inspect.getdoc(command)}\n\nother commands ({program} NAME --help): {others}")
+
+
+def parse(config_class: type, program: str, text: str, argv: Sequence[str],
+          recipes: Recipes | None = None) -> Any:
+    """Read the command line into `config_class`: `read`, then `settle`."""
+    return settle(config_class, read(config_class, program, text, argv, recipes), recipes)
+
+
+def read(config_class: type, program: str, text: str, argv: Sequence[str],
+         recipes: Recipes | None = None) -> dict[str, Any]:
+    """Read the command line.
+
+    Args:
+        config_class: of the settings; each field with metadata is one flag.
+        program: how the command is called.
+        text: of `--help`; from "Examples:" on it stands below the flags.
+        argv: the words after the program's name.
+        recipes: those that `--help` names.
+
+    Returns:
+        What was given, by the name of its setting; a weight of a loss as "alpha_NAME".
+
+    Raises:
+        UserError: an unknown flag, or a value of another kind.
+    """
+    above, examples, below = text.partition("\n\nExamples:\n")
+    parser = _Parser(
+        description=above, epilog="examples:\n" + below if examples else "",
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=f"{program} [FLAG VALUE ...]")
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    for name, group, help_text, kind in _flags(config_class):
+        if name == "recipe":
+            help_text += f" (known: {', '.join(sorted(recipes or ()))})"
+        groups[group].add_argument(flag(name), help=help_text.replace("%", "%%"), **kind)
+    given = vars(parser.parse_args(argv))
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+
+
+def settle(config_class: type, given: Mapping[str, Any], recipes: Recipes | None = None) -> Any:
+    """Put what was given over the defaults of its recipe, and check it.
+
+    Args:
+        config_class: of the settings.
+        given: by the name of each; of a table of weights one as "alpha_NAME".
+        recipes: that "recipe" may name.
+
+    Returns:
+        A `config_class`.
+
+    Raises:
+        UserError: an unknown setting or recipe, or a value that cannot be.
+    """
+    tables = {field.name: field for field in dataclasses.fields(config_class)
+              if "each" in field.metadata}
+    known = {name for name, *_ in _flags(config_class)} | set(tables)
+    for name in given:
+        if name not in known:
+            raise UserError(f"unknown setting {name!r}" + (
+                nearest(name, known) or f" (known: {', '.join(sorted(known))})"))
+    recipe, recipes = given.get("recipe") or "", recipes or {}
+    settings = dict(recipes[choose(recipe, recipes, "--recipe")]) if recipe else {}
+    for table, field in tables.items():
+        prefix = f"{field.metadata['each']}_"
+        weights = {name.removeprefix(prefix): weight for name, weight in given.items()
+                   if name.startswith(prefix)}
+        before = given.get(table) or settings.get(table) or field.default_factory()
+        settings[table] = {**before, **weights}
+        given = {name: value for name, value in given.items()
+                 if name != table and not name.startswith(prefix)}
+    return config_class(**settings | given)
+
+
+def _flags(config_class: type) -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """Each flag: its name with underscores, its group, its help, and what argparse needs."""
+    from distilbert_jax.training.losses import LOSSES  # here, because it starts JAX
+
+    for field in dataclasses.fields(config_class):
+        meta = field.metadata
+        if "each" not in meta:
+            yield field.name, meta["group"], _help(field), _kind(field)
+            continue
+        defaults = field.default_factory()
+        for name, row in LOSSES.items():
+            if row.needs in meta["needs"]:
+                yield (f"{meta['each']}_{name}", meta["group"],
+                       f"{meta['help']} {row.text} (default: {defaults.get(name, 0.0)})",
+                       {"type": float, "metavar": "FLOAT"})
+
+
+def _help(field: dataclasses.Field) -> str:
+    text = field.metadata["help"]
+    if field.default in (None, "", ()) or "default:" in text:
+        return text
+    default = field.default
+    return f"{text} (default: {('off', 'on')[default] if isinstance(default, bool) else default})"
+
+
+def _kind(field: dataclasses.Field) -> dict[str, Any]:
+    """What a flag takes, as argparse wants to know it."""
+    meta = field.metadata
+    if isinstance(field.default, bool):
+        return {"action": argparse.BooleanOptionalAction}
+    kind = meta.get("type", int if field.default is None else type(field.default))
+    kind = {"type": str if kind is tuple else kind, "metavar": "X"}
+    return kind | ({"nargs": meta["nargs"], "action": "extend"} if "nargs" in meta else {})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -16,70 +141,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split()
         if len(unknown) < len(message.split()) and unknown and unknown[0].startswith("-"):
-            choose(unknown[0].split("=")[0], self._option_string_actions, "flag")
+            name = unknown[0].split("=")[0]
+            raise UserError(f"unknown flag {name!r}" + (
+                nearest(name, self._option_string_actions) or " (see --help)"))
         raise UserError(message.removeprefix("argument ") + " (see --help)")
-
-
-def parse(config_class: type, description: str, argv: Sequence[str],
-          recipes: dict[str, dict[str, Any]]) -> Any:
-    """Read the command line into `config_class`.
-
-    Args:
-        config_class: DistilConfig, PretrainConfig or PrepareConfig; each field with metadata
-            is one flag.
-        description: first line of `--help`.
-        argv: the words after the program's name.
-        recipes: recipe name → the defaults it sets; flags that are given win over them.
-
-    Returns:
-        A `config_class`.
-
-    Raises:
-        UserError: unknown flag or recipe, or a value that cannot be.
-    """
-    parser = _Parser(
-        description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [FLAG VALUE ...]")
-    groups = {name: parser.add_argument_group(name) for name in GROUPS}
-    for field in dataclasses.fields(config_class):
-        meta = dict(field.metadata)
-        group = groups[meta["group"]]
-        if "each" in meta:
-            weights = field.default_factory()
-            rows = {name: row for name, row in LOSSES.items() if row.needs in meta["needs"]}
-            for name, row in rows.items():
-                group.add_argument(
-                    flag(f"{meta['each']}_{name}"), type=float, metavar="X",
-                    help=f"{meta['help']} {row.text} (default: {weights.get(name, 0.0)})")
-            continue
-        text = meta["help"].replace("%", "%%")
-        if field.default not in (None, "", ()) and "default:" not in text:
-            text += f" (default: {field.default})"
-        if field.name == "recipe":
-            text += f" (known: {', '.join(sorted(recipes))})"
-        if isinstance(field.default, bool):
-            kind = {"action": argparse.BooleanOptionalAction}
-        else:
-            value_type = int if field.name == "steps" else type(field.default)
-            value_type = meta.get("type", str if value_type is tuple else value_type)
-            kind = {"type": value_type, "metavar": "X"}
-            kind |= {"nargs": meta["nargs"], "action": "extend"} if "nargs" in meta else {}
-        group.add_argument(flag(field.name), help=text, **kind)
-    given = vars(parser.parse_args(argv))
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    recipe = given.get("recipe", "")
-    defaults = recipes[choose(recipe, recipes, "--recipe")] if recipe else {}
-    return config_class(**_merged(config_class, defaults, given))
-
-
-def _merged(
-    config_class: type, defaults: dict[str, Any], given: dict[str, Any]
-) -> dict[str, Any]:
-    """The defaults of a recipe, and what is given over them; of a table, item by item."""
-    for field in dataclasses.fields(config_class):
-        if each := field.metadata.get("each"):
-            names = [key for key in given if key.startswith(f"{each}_")]
-            items = {name.removeprefix(f"{each}_"): given.pop(name) for name in names}
-            before = defaults.get(field.name, field.default_factory())
-            defaults = defaults | {field.name: {**before, **items}}
-    return defaults | given

@@ -71,7 +71,7 @@ class DataConfig(Config):
     corpus: Words = option(
         (), "data", "text, JSON-lines or parquet files (globs; .gz, .zst, .bz2, .xz), folders of "
         "them or saved by datasets, paragraphs:FILE (empty lines between documents), "
-        "hf:NAME[:CONFIG], tfds:NAME, python-docs, or one folder that prepare.py made; files and "
+        "hf:NAME[:CONFIG], tfds:NAME, python-docs, or one folder that `prepare` made; files and "
         "folders may lie under gs://; one line of text is one document", nargs="+",
         **BY_CONTENT)
     mix: float | Sequence[float] = option(
@@ -172,7 +172,7 @@ class LoopConfig(Config):
         **FREE)
     ship: bool = option(
         False, "output", "also write the model as ONNX, in float32 and int8, each judged on "
-        "held-out data before it is kept; see ship.py", **FREE)
+        "held-out data before it is kept, as `ship` does", **FREE)
     max_skipped: int = option(
         10, "training", "updates in a row without a finite loss and gradient, each of which is "
         "skipped, before the run stops", **FREE)
@@ -281,7 +281,7 @@ class DistilConfig(TrainConfig):
         "", "devices", "a TPU topology, e.g. v5e:2x4: compile the update for it, on this machine, "
         "and end: does it fit, and what would the run take", **FREE)
     recipe: str = option(
-        "", "output", "a file of experiments/recipes that sets other defaults", **FREE)
+        "", "output", "a set of other defaults, each made for one purpose", **FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -319,7 +319,7 @@ class AblationConfig(DistilConfig):
         super().__post_init__()
         check(self, "seeds", self.seeds >= 1, "must be at least 1")
         if self.compile_only:
-            raise UserError("--compile-only belongs to run.py: leave it out")
+            raise UserError("--compile-only belongs to distil: leave it out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

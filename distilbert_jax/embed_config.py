@@ -41,7 +41,7 @@ class EmbedConfig(LoopConfig):
         "", "models", "encoder folder that is the student's start instead, of any width and with "
         "a tokenizer of its own", **BY_CONTENT)
     corpus: Words = option(
-        (), "data", "texts whose sentences are learnt from, named as for run.py", nargs="+",
+        (), "data", "texts whose sentences are learnt from, named as for distil", nargs="+",
         **BY_CONTENT)
     text_field: str = option(
         "", "data", "field of a record that holds one sentence, which is not divided; default: "

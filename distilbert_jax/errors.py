@@ -36,6 +36,10 @@ def choose(name: str, known: Iterable[str], what: str) -> str:
     known = sorted(known)
     if name in known:
         return name
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"unknown {what} {name!r}{hint} (known: {', '.join(known)})")
+    raise UserError(f"unknown {what} {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """"; did you mean NEAREST?", or "" if none of the known names is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

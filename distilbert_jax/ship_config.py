@@ -18,7 +18,7 @@ class ShipConfig(Config):
         "model that was trained for a task, pairs with a score or texts for a sentence encoder, "
         "texts for a masked language model; default: documentation of Python or, where the "
         "tokenizer does not know English, made-up rows", nargs="+")
-    task: str = option("", "data", "a task whose files are known, as for finetune.py")
+    task: str = option("", "data", "a task whose files are known, as for finetune")
     text: Words = option(
         (), "data", "the column of the text, or the two columns of a pair; default: text, or "
         "sentence1 and sentence2", nargs="+")

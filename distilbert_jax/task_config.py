@@ -122,8 +122,8 @@ class FinetuneConfig(LoopConfig, TaskData):
         if not (self.teacher or self.model):
             raise UserError("--model is missing: give the Hugging Face folder to start from")
         if self.task == "sts":
-            raise UserError("--task sts judges sentence encoders (experiments/evaluate.py); they "
-                            "are trained by experiments/embed.py, and scorers of pairs by --kind "
+            raise UserError("--task sts judges sentence encoders (distilbert-jax evaluate); they "
+                            "are trained by embed, and scorers of pairs by --kind "
                             "regress")
         if not self.taught:
             for name in ("unlabelled", "hidden_map", "augment"):

@@ -17,8 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from launch import HERE, launch
+import launch  # noqa: F401  (the package of this clone)
 
+from distilbert_jax.commands.launch import launch as launched
 from distilbert_jax.data.tokenize import train_wordpiece
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import report
@@ -94,8 +95,9 @@ def start(folder: Path, output: str) -> "subprocess.Popen[bytes]":
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     words = ["--teacher", "teacher", "--corpus", "corpus.txt", "--output", output, *FLAGS]
     with (folder / "log").open("wb") as log:
-        return subprocess.Popen([sys.executable, str(HERE / "run.py"), *words], cwd=folder,
-                                env=environment, stdout=log, stderr=log)
+        return subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("run.py")), *words], cwd=folder,
+            env=environment, stdout=log, stderr=log)
 
 
 def wait(run: "subprocess.Popen[bytes]", seconds: float) -> bool:
@@ -127,4 +129,4 @@ def weights(output: Path) -> bytes:
 
 
 if __name__ == "__main__":
-    launch(main)
+    launched(main, sys.argv[1:])

@@ -1,18 +1,11 @@
-"""Train a BERT with the masked-language-model loss: from scratch, or --model to adapt one.
+"""Train a BERT with the masked-language-model loss:
 
-    python experiments/pretrain.py --corpus texts/*.txt --output teacher
+    python experiments/pretrain.py --corpus FILES --output teacher
+
+The same as `distilbert-jax pretrain`, from a clone.
 """
 
-from launch import launch
-
-from distilbert_jax.cli import parse
-from distilbert_jax.config import PretrainConfig
-from distilbert_jax.jobs.pretrain import pretrain
-
-
-def main(argv: list[str]) -> None:
-    pretrain(parse(PretrainConfig, __doc__, argv, {}))
-
+from launch import run
 
 if __name__ == "__main__":
-    launch(main)
+    run("pretrain")

@@ -1,20 +1,11 @@
-"""Write a model in the formats that servers, browsers and phones take, each checked before it is
-kept:
+"""Write a model in further formats, each checked before it is kept:
 
-    python experiments/ship.py --model DIR
-    python experiments/ship.py --model DIR --formats onnx int8 --evaluate dev.tsv --output shipped
+    python experiments/ship.py --model DIR --output shipped
+
+The same as `distilbert-jax ship`, from a clone.
 """
 
-from launch import launch
-
-from distilbert_jax.cli import parse
-from distilbert_jax.jobs.ship import ship
-from distilbert_jax.ship_config import ShipConfig
-
-
-def main(argv: list[str]) -> None:
-    ship(parse(ShipConfig, __doc__, argv, {}))
-
+from launch import run
 
 if __name__ == "__main__":
-    launch(main)
+    run("ship")

@@ -1,10 +1,8 @@
 """Ablation: rows and seeds in folders of their own, which are run once, and compared in pairs."""
 
 import dataclasses
-import importlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from distilbert_jax.config import AblationConfig, DistilConfig
 from distilbert_jax.errors import UserError
 from distilbert_jax.jobs import ablate as job
+from distilbert_jax.recipes import recipes
 
 ROWS = {"all losses": {}, "no MLM": {"alphas": {"ce": 5.0, "cos": 1.0}}}
 TOP1 = {"all losses": [0.50, 0.60, 0.55], "no MLM": [0.51, 0.62, 0.56]}
@@ -89,7 +88,7 @@ def test_a_real_run_leaves_what_the_table_needs(config, toy, tmp_path):
 
 
 @pytest.mark.parametrize("changes, line", [
-    ({"alpha": 1}, "row odd changes alpha, which is no setting of run.py"),
+    ({"alpha": 1}, "row odd changes alpha, which is no setting of distil"),
     ({"init": "odd"}, "row odd: unknown --init 'odd'"),
 ])
 def test_a_row_that_no_run_can_have(changes, line, config, runs):
@@ -112,9 +111,7 @@ def test_a_difference_has_an_interval_of_students_t():
 
 
 @pytest.mark.parametrize("name", ["table_4", "three_layers"])
-def test_every_row_of_a_recipe_can_be_run(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "experiments"))
-    recipe = importlib.import_module(f"recipes.{name}")
-    monkeypatch.delitem(sys.modules, f"recipes.{name}")
+def test_every_row_of_a_recipe_can_be_run(name):
+    recipe = recipes()[name]
     for changes in recipe.ABLATION.values():
         DistilConfig(teacher="t", corpus="c", **recipe.DISTIL | changes)

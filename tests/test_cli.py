@@ -12,18 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distilbert_jax.commands import launch
+from distilbert_jax.commands.main import distil, embed, evaluate, finetune, prepare, pretrain
+from distilbert_jax.recipes import recipes
 from distilbert_jax.training.train import Interrupted
 
 pytest.importorskip("transformers")
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-import embed  # noqa: E402
-import evaluate  # noqa: E402
-import finetune  # noqa: E402
-import launch  # noqa: E402
-import prepare  # noqa: E402
-import pretrain  # noqa: E402
-import run  # noqa: E402
 
 TEACHER = "--teacher teacher --corpus corpus.txt --output new --steps 1 --sequence-length 16 " \
     "--batch-size 8"
@@ -57,13 +52,11 @@ def once(*words):
     return sum(groups.values(), [])
 
 
-def refused(program, words, capfd, monkeypatch, last=False):
-    """Run an entry point that must fail; what it says after "error: ", after other lines if `last`.
-    """
+def refused(command, words, capfd, last=False):
+    """Run a command that must fail; what it says after "error: ", after other lines if `last`."""
     before = tree(Path())
-    monkeypatch.setattr(sys, "argv", [program.__file__, *words])
     with pytest.raises(SystemExit) as end:
-        launch.launch(program.main)
+        launch.launch(command, words)
     error = capfd.readouterr().err
     assert end.value.code == 2, error
     error = error.splitlines(keepends=True)[-1] if last else error
@@ -119,7 +112,7 @@ def truncated():
 def prepared(*words, tokenizer="teacher", change=lambda: None):
     """The folder ready/ was prepared from the corpus, with further words."""
     def make():
-        prepare.main(once(PREPARE, "--output ready --tokenizer", tokenizer, *words))
+        prepare(once(PREPARE, "--output ready --tokenizer", tokenizer, *words))
         change()
     return make
 
@@ -255,10 +248,10 @@ FOLDERS = [  # (what is made or broken, further words, parts of the message)
 
 
 @pytest.mark.parametrize("made, words, parts", FOLDERS)
-def test_files_that_cannot_be(made, words, parts, place, capfd, monkeypatch):
+def test_files_that_cannot_be(made, words, parts, place, capfd):
     if made:
         made()
-    error = refused(run, once(TEACHER, words), capfd, monkeypatch)
+    error = refused(distil, once(TEACHER, words), capfd)
     assert all(part in error for part in parts), error
 
 
@@ -341,8 +334,8 @@ FLAGS = [  # (words, parts of the message), with every file as it should be
 
 
 @pytest.mark.parametrize("words, parts", FLAGS)
-def test_flags_that_cannot_be(words, parts, place, capfd, monkeypatch):
-    error = refused(run, once(TEACHER, words), capfd, monkeypatch)
+def test_flags_that_cannot_be(words, parts, place, capfd):
+    error = refused(distil, once(TEACHER, words), capfd)
     assert all(part in error for part in parts), error
 
 
@@ -431,10 +424,10 @@ TASKS_THAT_CANNOT = [  # (program, what is made, words after those of TASK, part
 
 
 @pytest.mark.parametrize("program, made, words, parts", TASKS_THAT_CANNOT)
-def test_tasks_that_cannot_be(program, made, words, parts, place, capfd, monkeypatch):
+def test_tasks_that_cannot_be(program, made, words, parts, place, capfd):
     made()
     first = TASK if program is finetune else "--model teacher --dev a.csv --output new"
-    error = refused(program, once(first, words), capfd, monkeypatch, last=True)
+    error = refused(program, once(first, words), capfd, last=True)
     assert all(part in error for part in parts), error
 
 
@@ -468,22 +461,22 @@ ENCODERS_THAT_CANNOT = [  # (program, what is made, words, parts of the message)
 
 
 @pytest.mark.parametrize("program, made, words, parts", ENCODERS_THAT_CANNOT)
-def test_encoders_that_cannot_be(program, made, words, parts, place, capfd, monkeypatch):
+def test_encoders_that_cannot_be(program, made, words, parts, place, capfd):
     if made:
         made()
     first = EMBED if program is embed else "--model teacher --pooling mean --task sts --output new"
-    error = refused(program, once(first, words), capfd, monkeypatch, last=True)
+    error = refused(program, once(first, words), capfd, last=True)
     assert all(part in error for part in parts), error
 
 
 OTHERS = [  # (program, what is made, all its words, parts of the message)
-    (run, None, "--teacher teacher", ["--corpus is missing"]),
-    (run, None, "--corpus corpus.txt", ["--teacher is missing"]),
-    (run, None, "--recipe rxn_bert --corpus corpus.txt", ["--teacher is missing"]),
+    (distil, None, "--teacher teacher", ["--corpus is missing"]),
+    (distil, None, "--corpus corpus.txt", ["--teacher is missing"]),
+    (distil, None, "--recipe rxn_bert --corpus corpus.txt", ["--teacher is missing"]),
     # the quickstart, before its teacher is trained
-    (run, None, "--student-layers 9", ["--student-layers 9: the teacher has 4 layers"]),
-    (run, None, "--sequence-length 513", ["--sequence-length 513", "512 positions"]),
-    (run, None, "--batch-size 12", ["--batch-size 12", "8 devices"]),
+    (distil, None, "--student-layers 9", ["--student-layers 9: the teacher has 4 layers"]),
+    (distil, None, "--sequence-length 513", ["--sequence-length 513", "512 positions"]),
+    (distil, None, "--batch-size 12", ["--batch-size 12", "8 devices"]),
     (pretrain, None, "", ["--corpus is missing"]),
     (pretrain, None, f"{SCRATCH} --model ./nowhere", ["model folder ./nowhere does not exist"]),
     (pretrain, None, f"{SCRATCH} --hidden-size 30", ["--num-attention-heads 4 must divide "
@@ -529,17 +522,17 @@ OTHERS = [  # (program, what is made, all its words, parts of the message)
 
 
 @pytest.mark.parametrize("program, made, words, parts", OTHERS)
-def test_whole_commands_that_cannot_be(program, made, words, parts, place, capfd, monkeypatch):
+def test_whole_commands_that_cannot_be(program, made, words, parts, place, capfd):
     if made:
         made()
-    error = refused(program, once(words), capfd, monkeypatch)
+    error = refused(program, once(words), capfd)
     assert all(part in error for part in parts), error
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_an_output_without_the_right_to_write(place, capfd, monkeypatch):
+def test_an_output_without_the_right_to_write(place, capfd):
     (place / "new").mkdir(mode=0o555)
-    error = refused(run, TEACHER.split(), capfd, monkeypatch)
+    error = refused(distil, TEACHER.split(), capfd)
     assert "--output new cannot be used: Permission denied" in error
 
 
@@ -551,7 +544,7 @@ def test_other_endings(ending, code, said, capfd):
         raise ending
 
     with pytest.raises(SystemExit) as end:
-        launch.launch(main)
+        launch.launch(main, [])
     assert end.value.code == code and capfd.readouterr().err == said
 
 
@@ -570,9 +563,8 @@ def test_help(script, groups, place):
     done = command(script, "--help")
     assert done.returncode == 0 and not done.stderr
     assert all(f"\n{group}:\n" in done.stdout for group in groups)
-    recipes = {path.stem for path in (EXPERIMENTS / "recipes").glob("*.py")}
     listed = " ".join(done.stdout.split())
-    assert (f"(known: {', '.join(sorted(recipes))})" in listed) == (script == "run.py")
+    assert (f"(known: {', '.join(sorted(recipes()))})" in listed) == (script == "run.py")
 
 
 @pytest.mark.parametrize("made, words, message", [

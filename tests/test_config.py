@@ -23,7 +23,7 @@ RECIPES = {"short": {"steps": 7, "batch_size": 16, "alphas": {"ce": 5.0, "cos": 
 
 
 def distil(*argv):
-    return parse(DistilConfig, "Distil.", argv, RECIPES)
+    return parse(DistilConfig, "distil", "Distil.", argv, RECIPES)
 
 
 def test_no_flags_are_the_defaults():
@@ -53,7 +53,7 @@ def test_every_field_is_a_flag_of_its_type():
                                       type(field.default)(0)))
                 argv = [flag(field.name), *(value if isinstance(value, tuple) else [str(value)])]
             if value != "":
-                got = getattr(parse(config_class, "", argv, {str(value): {}}), field.name)
+                got = getattr(parse(config_class, "", "", argv, {str(value): {}}), field.name)
                 assert got == value and type(got) is type(value)
 
 
@@ -110,7 +110,7 @@ def test_command_lines_that_cannot_be(argv, message):
 def test_values_that_cannot_be_name_their_flag(config_class, name, values):
     for value in values:
         with pytest.raises(UserError) as error:
-            parse(config_class, "", [f"{flag(name)}={value}"], {})
+            parse(config_class, "", "", [f"{flag(name)}={value}"])
         assert flag(name) in str(error.value) and str(value) in str(error.value)
 
 
@@ -124,7 +124,7 @@ def losses_of(config_class):
 def test_every_loss_has_a_flag(config_class, name):
     def written(*words):
         more = [] if config_class is DistilConfig else ["--model", "m"]
-        return parse(config_class, "", [*more, *words], {})
+        return parse(config_class, "", "", [*more, *words])
 
     given = written(f"--alpha-{name}", "3.5")
     assert given.alphas == written().alphas | {name: 3.5}
@@ -166,7 +166,7 @@ def test_all_losses_off():
 @pytest.mark.parametrize("config_class", [DistilConfig, PretrainConfig])
 def test_help_names_every_flag_once(config_class, capsys):
     with pytest.raises(SystemExit) as end:
-        parse(config_class, "What it does.", ["--help"], {})
+        parse(config_class, "distil", "What it does.", ["--help"])
     text = capsys.readouterr().out
     assert end.value.code == 0 and "What it does." in text
     for field in dataclasses.fields(config_class):

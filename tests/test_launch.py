@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 import pytest
 
+from distilbert_jax.commands import launch
+
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-import launch  # noqa: E402
 
 
 @pytest.fixture

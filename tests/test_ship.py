@@ -11,6 +11,7 @@ import pytest
 from test_cli import launch, tree, with_classifier, with_config, with_file, without
 
 from distilbert_jax import predict
+from distilbert_jax.commands.main import ship
 from distilbert_jax.config import DistilConfig
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
@@ -26,8 +27,6 @@ from distilbert_jax.task_config import FinetuneConfig
 
 pytest.importorskip("onnxruntime", reason="pip install 'distilbert_jax[serve]'")
 pytest.importorskip("onnx", reason="pip install 'distilbert_jax[serve]'")
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-import ship  # noqa: E402  (test_cli put the folder in the path)
 
 LENIENT = {"same": gate.Limit("same", least=0.1)}  # a toy's answers hang on a hair
 
@@ -122,9 +121,8 @@ def test_what_is_refused_is_deleted_and_the_rest_stays(place, monkeypatch, capfd
     strict = {"same": gate.Limit("the share of equal answers", least=1.5)}
     row = formats.FORMATS["int8"]
     monkeypatch.setitem(formats.FORMATS, "int8", row.__class__(**row.__dict__ | {"limits": strict}))
-    monkeypatch.setattr(sys, "argv", ["ship.py", "--model", "teacher", "--evaluate", "corpus.txt"])
     with pytest.raises(SystemExit) as end:
-        launch.launch(ship.main)
+        launch.launch(ship, ["--model", "teacher", "--evaluate", "corpus.txt"])
     error = capfd.readouterr().err.splitlines()[-1]
     assert end.value.code == 2
     assert error.startswith("error: int8 is refused and deleted: the share of equal answers is ")
@@ -190,15 +188,13 @@ CANNOT = [  # (what is made, words, parts of the message)
 
 
 @pytest.mark.parametrize("make, words, parts", CANNOT)
-def test_what_cannot_be_shipped(make, words, parts, place, capfd, monkeypatch):
+def test_what_cannot_be_shipped(make, words, parts, place, capfd):
     make()
     before = tree(Path())
     given = ["--formats", "onnx", *(["--evaluate", "corpus.txt"] if "--task" not in words and (
         "--evaluate" not in words) else []), *words.split()]
-    monkeypatch.setattr(sys, "argv", ["ship.py", *(
-        [] if "--model" in words else ["--model", "teacher"]), *given])
     with pytest.raises(SystemExit) as end:
-        launch.launch(ship.main)
+        launch.launch(ship, [*([] if "--model" in words else ["--model", "teacher"]), *given])
     error = capfd.readouterr().err.splitlines()[-1]
     assert end.value.code == 2 and error.startswith("error: "), error
     assert all(part in error for part in parts), error

@@ -190,7 +190,8 @@ def test_absent_sources_are_told_at_once(name, message):
 
 def test_library_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(UserError, match="tfds:x: needs tensorflow-datasets .*pip install tensor"):
+    line = r'tfds:x: needs tensorflow-datasets .*pip install "distilbert_jax\[tfds\]"'
+    with pytest.raises(UserError, match=line):
         next(iter(sources.Documents(["tfds:x"])))
 
 

@@ -36,7 +36,7 @@ def start(toy, output, processes, *words, devices=8, own=lambda number: {}):
     """Processes of one distillation of the toy; see started."""
     corpus = [] if "--corpus" in words else ["--corpus", toy / "corpus.txt"]
     return started(
-        processes, "run", "--teacher", toy / "teacher", *corpus, "--output", output,
+        processes, "distil", "--teacher", toy / "teacher", *corpus, "--output", output,
         "--sequence-length", "16", "--batch-size", "8", "--student-layers", "1",
         "--learning-rate", "0.01", "--steps", STEPS, "--save-every", "2",
         "--valid-share", "0.1", "--dtype", "float64", *words, devices=devices, own=own)
@@ -212,24 +212,19 @@ def test_two_processes_distil_a_task_as_one(toy, tmp_path):
     ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "localhost:1"},
      "JAX_NUM_PROCESSES two and")])
 def test_an_environment_that_cannot_be(given, message, monkeypatch, capfd):
-    sys.path.insert(0, str(ROOT / "experiments"))
-    import launch
+    from distilbert_jax.commands import launch, main
 
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as end:
-        launch.launch(lambda _: None)
+        launch.launch(main.prepare, [])
     error = capfd.readouterr().err
     assert end.value.code == 2 and error.startswith(f"error: {message}")
     assert error.count("\n") == 1
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT / "experiments"))
-    import finetune
-    import launch
-    import run
-
+    from distilbert_jax.commands.main import run
     from distilbert_jax.evaluation import held_out, intervals
     from distilbert_jax.jobs import distil as job
     from distilbert_jax.machine import processes
@@ -238,5 +233,4 @@ if __name__ == "__main__":
     job._write_report = lambda *_: None  # seen elsewhere, and slow
     held_out.BATCH_TOKENS = 256
     intervals.DRAWS = 50
-    program = {"run": run, "finetune": finetune}[sys.argv.pop(1)]
-    launch.launch(program.main)
+    run(sys.argv[1], sys.argv[2:])

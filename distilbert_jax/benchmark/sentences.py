@@ -43,7 +43,7 @@ def updates_in(problem: SentenceProblem, timed: list[float], lost: float) -> int
 
 
 class OurSentences(OurSide):
-    """The step of embed.py, with its batches."""
+    """The step of embed, with its batches."""
 
     def __init__(self, problem: SentenceProblem, began: float):
         """Compile, and make first updates."""

@@ -61,7 +61,7 @@ class Contender:
             return ""
         row = FORMATS[self.runtime]
         if not (self.folder / row.path).exists():
-            return (f"python experiments/ship.py --model {self.folder} --formats {self.runtime} "
+            return (f"distilbert-jax ship --model {self.folder} --formats {self.runtime} "
                     f"writes {row.path}")
         library = row.needs[-1]  # the runtime
         return "" if find_spec(library) else f"pip install \"distilbert_jax[{row.extra}]\""

@@ -37,12 +37,12 @@ class TrainBenchmark(HeadBenchmark):
     """Our update beside PyTorch's."""
 
     corpus: tuple[str, ...] = option(
-        (), "data", "documents as for run.py: ours packed, PyTorch's padded in groups of about "
+        (), "data", "documents as for distil: ours packed, PyTorch's padded in groups of about "
         "one length; default: full rows, the same on both sides", nargs="+")
     tokenizer: str = option("", "models", "Hugging Face folder, for --corpus")
     updates: int = option(4, "training", "of ours in a round")
     dtype: str = option(
-        "auto", "devices", "float32 or bfloat16; auto: as for run.py")
+        "auto", "devices", "float32 or bfloat16; auto: as for distil")
     sides: tuple[str, ...] = option(
         ("ours", "torch"), "devices", "of ours, torch (eager) and torch.compile; ours first "
         "(default: ours torch)", nargs="+")
@@ -70,11 +70,11 @@ class TaskBenchmark(TaskData):
     """Our training for a task beside the Hugging Face Trainer's."""
 
     model: str = option("", "models", "Hugging Face folder to start from")
-    train: Words = option((), "data", "labelled files, as for finetune.py", nargs="+")
+    train: Words = option((), "data", "labelled files, as for finetune", nargs="+")
     batch_size: int = option(32, "training", "examples of an update")
     updates: int = option(20, "training", "in a round")
     rounds: int = option(5, "output", "how often each side is timed, in turn; the median counts")
-    dtype: str = option("auto", "devices", "float32 or bfloat16; auto: as for finetune.py")
+    dtype: str = option("auto", "devices", "float32 or bfloat16; auto: as for finetune")
     sides: tuple[str, ...] = option(
         ("ours", "trainer", "trainer-padded"), "devices", "of ours, trainer (each batch padded to "
         "its longest) and trainer-padded (to the task's length); ours first (default: all)",
@@ -118,7 +118,7 @@ class ServingBenchmark(Config):
     """Latency of models in each runtime that serves them."""
 
     model: Words = option(
-        (), "models", "Hugging Face folders; the files that ship.py leaves in them are timed too",
+        (), "models", "Hugging Face folders; the files that ship leaves in them are timed too",
         nargs="+")
     teacher: Word = option(
         "", "models", "folder of the teacher, in PyTorch; default: ratios are to the first model")

@@ -47,7 +47,7 @@ class TaskProblem:
 
 
 class OurSide:
-    """The step of finetune.py, with its batches."""
+    """The step of finetune, with its batches."""
 
     def __init__(self, problem: TaskProblem, began: float):
         """Compile the step, for each number of rows that batches have, and make first updates."""

@@ -212,7 +212,8 @@ def hub(name: str, field: str) -> Documents:
 
 def tensorflow_dataset(name: str, field: str) -> Documents:
     """A record of a TensorFlow dataset; file_format="array_record" needs no TensorFlow."""
-    tfds, where = _library("tensorflow_datasets", f"tfds:{name}"), f"tfds:{name}"
+    where = f"tfds:{name}"
+    tfds = _library("tensorflow_datasets", where, "distilbert_jax[tfds]")
     with _errors_about(where):
         records = tfds.data_source(name, split="train")
         yield from _texts(where, ((where, record) for record in records), field)
@@ -223,12 +224,14 @@ def documentation(_: str, __: str) -> Documents:
     return iter(_python_docs())
 
 
-def _library(module: str, where: str) -> ModuleType:
+def _library(module: str, where: str, package: str = "") -> ModuleType:
+    """Import what `where` needs, which `package` brings, or the library itself."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.replace("_", "-")
-        raise UserError(f"{where}: needs {package} ({error}): pip install {package}") from error
+        name = module.replace("_", "-")
+        raise UserError(f"{where}: needs {name} ({error}): pip install \"{package or name}\""
+                        ) from error
 
 
 @contextlib.contextmanager

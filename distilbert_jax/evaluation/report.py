@@ -1,6 +1,7 @@
 """What a run reached: figures in, a table for the terminal, losses.png out."""
 
 import contextlib
+import contextvars
 import datetime
 import os
 import platform
@@ -14,6 +15,7 @@ import numpy as np
 from distilbert_jax.machine.progress import bar
 from distilbert_jax.training.losses import LOSSES
 
+_CALL: contextvars.ContextVar[str] = contextvars.ContextVar("call", default="")
 UNKNOWN = 0.03  # share of unknown tokens that is warned of
 COLUMNS = ("model", "layers", "parameters", "size [MB]", "top-1 [%]", "perplexity",
            "retention [%]", "latency [ms]")
@@ -100,6 +102,21 @@ def retention(figures: dict[str, float]) -> str:
         return f"{figures['retention']:.2%}"
     return ("not defined, since the teacher is no better than always the commonest token "
             f"({figures['most_frequent']:.2%})")
+
+
+@contextlib.contextmanager
+def called(how: str) -> Iterator[None]:
+    """Within this context, in this thread, `how` is what the reports say they were made by."""
+    token = _CALL.set(how)
+    try:
+        yield
+    finally:
+        _CALL.reset(token)
+
+
+def call() -> str:
+    """How the job that runs was called: a command line, or a call from Python."""
+    return _CALL.get() or "called from Python"
 
 
 def versions() -> str:

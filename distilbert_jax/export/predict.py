@@ -42,7 +42,7 @@ def load(folder: str | Path, runtime: str = "jax") -> "Predictor":
 
     Args:
         folder: with config.json and tokenizer.json; for "jax" with the weights, else with what
-            `experiments/ship.py` has written.
+            `distilbert-jax ship` has written.
         runtime: "jax", "onnx", or "int8", which is ONNX in 8 bits.
 
     Raises:
@@ -71,7 +71,7 @@ def _in_onnx(path: Path) -> Any:
     from distilbert_jax.export.onnx_runtime import OnnxModel
 
     if not path.exists():
-        raise UserError(f"{path} does not exist: write it by python experiments/ship.py --model "
+        raise UserError(f"{path} does not exist: write it by distilbert-jax ship --model "
                         f"{path.parents[1]}")
     try:
         return OnnxModel(path)

@@ -1,13 +1,11 @@
 """Ablation: one distillation several times, each row with other settings, and a table of them.
 
-Each run is one of run.py in a folder of its own, which goes on where it was stopped; the corpus is
+Each run is a distillation in a folder of its own, which goes on where it was stopped; the corpus is
 prepared once for all of them.
 """
 
 import dataclasses
-import shlex
 import statistics
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,7 +62,7 @@ def ablate(config: AblationConfig, rows: Rows) -> Path:
         done[name].append(_figures(dataclasses.replace(run, corpus=data, valid=(), mix=())))
     content = {"rows": {name: dict(rows[name]) | {"figures": found}
                         for name, found in done.items()},
-               "command": shlex.join(["python", *sys.argv]), "versions": report.versions()}
+               "command": report.call(), "versions": report.versions()}
     seal.write_json(output / "report.json", content)
     _plot(done, output / "ablation.png")
     page = _page(config, done, content)
@@ -79,7 +77,7 @@ def _run(config: AblationConfig, name: str, changes: Mapping[str, Any], seed: in
              for field in dataclasses.fields(DistilConfig)}
     if unknown := set(changes) - set(known):
         raise UserError(f"row {name} changes {', '.join(sorted(unknown))}, which is no setting of "
-                        "run.py")
+                        "distil")
     folder = Path(config.output, name.replace(" ", "-").replace("/", "-"), f"seed-{seed}")
     try:
         return DistilConfig(**known | dict(changes) | {"seed": seed, "output": str(folder)})

@@ -4,8 +4,6 @@ Everything that can be wrong is checked before the first file is written.
 """
 
 import dataclasses
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +62,7 @@ def distil(config: DistilConfig) -> Path:
     teacher = hub.load(config.teacher)
     if not teacher.config.mlm_head:
         raise UserError(f"{config.teacher} has no masked-language-model head to distil from; "
-                        f"train one: python experiments/pretrain.py --model {config.teacher} ...")
+                        f"train one: distilbert-jax pretrain --model {config.teacher} ...")
     settings = config.meaning() | {"--teacher": fingerprint(teacher.params)}
     own = _own_start(config)
     if own:
@@ -179,7 +177,7 @@ def _own_start(config: DistilConfig) -> dict[str, Any]:
     found = hub.load(config.student)
     if not found.config.mlm_head:
         raise UserError(f"--student {config.student} has no masked-language-model head; train one: "
-                        f"python experiments/pretrain.py --model {config.student} ...")
+                        f"distilbert-jax pretrain --model {config.student} ...")
     return {name: part for name, part in found.params.items() if name != "pooler"}
 
 
@@ -251,7 +249,7 @@ def _write_report(
     write_report(
         output, f"# Distillation of {Path(config.teacher).name}\n\n{text}\n\n{against}\n\n"
         f"{where}\n\n![losses](losses.png)\n\n{chosen}## Fill-mask\n\n{example}\n\n"
-        f"## Provenance\n\n`{shlex.join(['python', *sys.argv])}`\n\n{report.versions()}\n")
+        f"## Provenance\n\n`{report.call()}`\n\n{report.versions()}\n")
     plot, page, folder = (store.join(config.output, name) for name in (
         "losses.png", "report.html", "student"))
     print(f"\n{text}\n\n{against}\n{where}\n\n{example}\n\nplot: {plot}\nreport: {page}\n"

@@ -44,7 +44,7 @@ from distilbert_jax.training.train import Run, train
 if TYPE_CHECKING:
     from distilbert_jax.jobs.sentence_data import Titles
 
-RATE, WIDTH = 5e-4, 768  # of the learning rate; narrower models take more, as in finetune.py
+RATE, WIDTH = 5e-4, 768  # of the learning rate; narrower models take more, as in finetune
 SAMPLE = 512  # sentences on which layers are chosen
 SHOWN, JUDGED = 500, 2000  # held-out sentences that are judged while training, and in the end
 

@@ -3,8 +3,6 @@
 
 import functools
 import os
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -279,6 +277,6 @@ def write(config: EmbedConfig, found: dict[str, Any], origin: str) -> None:
     more = _search_table(found["retrieval"]) if "retrieval" in found else ""
     write_report(
         output, f"# A smaller encoder in the space of {Path(config.teacher).name}\n\n{table}\n\n"
-        f"{where}{more}\n\n## Provenance\n\n`{shlex.join(['python', *sys.argv])}`\n\n"
+        f"{where}{more}\n\n## Provenance\n\n`{report.call()}`\n\n"
         f"{report.versions()}\n")
     print(f"\n{table}\n\n{where}\n\nmodel: {output / 'student'}\nreport: {output / 'report.html'}")

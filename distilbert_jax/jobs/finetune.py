@@ -94,7 +94,7 @@ def finetune(config: FinetuneConfig) -> Path:
     layers = _student_layers(config, start, teacher or start)
     if config.augment and not start.config.mlm_head:
         raise UserError(f"--augment: {config.model or config.teacher} has no masked-language-model "
-                        "head to draw words from; train one: python experiments/pretrain.py "
+                        "head to draw words from; train one: distilbert-jax pretrain "
                         f"--model {config.model or config.teacher} ...")
     rate = config.learning_rate or RATE * WIDTH / start.config.hidden_size
     job = Job(dataclasses.replace(config, learning_rate=rate), task, tokenizer, mesh)

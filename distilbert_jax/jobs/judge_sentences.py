@@ -15,7 +15,7 @@ from distilbert_jax.task_config import EvaluateConfig
 
 
 def judge_sentences(config: EvaluateConfig) -> tuple[dict[str, float | None], dict[str, Any]]:
-    """Judge `config.model`, as evaluate.py --task sts does.
+    """Judge `config.model`, as `distilbert-jax evaluate --task sts` does.
 
     Returns:
         Its figures by name, with the ends of their 95 % intervals; and all of them, the teacher's

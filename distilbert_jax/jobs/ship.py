@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import os
-import shlex
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -142,7 +140,7 @@ def ship_into(
                "trial": trial.text, "ours": gate.own, "formats": shipped,
                "latency": _latency(folder, model, [
                    name for name in names if not shipped[name]["problems"]]),
-               "command": shlex.join(["python", *sys.argv]), "versions": report.versions()}
+               "command": report.call(), "versions": report.versions()}
     seal.write_json(folder / REPORT, content)
     write_report(folder, _page(content))
     refused = {name: shipped[name]["problems"] for name in names if shipped[name]["problems"]}
@@ -296,7 +294,6 @@ def _page(content: dict[str, Any]) -> str:
     return (f"# {content['model']}, shipped\n\n{report.table(rows, columns)}\n\n{refused}\n"
             f"Judged in each format's own runtime on {content['trial']}.\n\nLatency: rows × "
             "tokens, one thread, median (95th percentile) of 30 in turn. "
-            f"{content['latency']['where']} Beside the teacher in PyTorch: `python "
-            f"experiments/benchmark.py latency --model {content['model']} --teacher "
-            "DIR`.\n\n"
+            f"{content['latency']['where']} Beside the teacher in PyTorch: "
+            f"`distilbert-jax benchmark latency --model {content['model']} --teacher DIR`.\n\n"
             f"`{content['command']}`\n\n{content['versions']}\n")

@@ -1,7 +1,5 @@
 """What a training for a task leaves: metrics.json, predictions.tsv, a report and its pictures."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +128,7 @@ def write(config: "FinetuneConfig", task: "TaskInput", runs: dict[str, list["Tra
         model_card(task, main, config, judged["dev"]), encoding="utf-8", errors="replace")
     write_report(
         output, f"# {task.name}\n\n{table}\n\n{words}\n\n{where}{detail}\n\n## Provenance\n\n"
-        f"`{shlex.join(['python', *sys.argv])}`\n\n{report.versions()}\n")
+        f"`{report.call()}`\n\n{report.versions()}\n")
     print(f"\n{table}\n\n{words}\n{where}\n\nmodel: {output / 'model'}\nreport: "
           f"{output / 'report.html'}\nanswers: {output / 'predictions.tsv'}")
 

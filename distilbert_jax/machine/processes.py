@@ -136,7 +136,10 @@ class StopSignal:
         self._asked: jax.Array | None = None
 
     def __enter__(self) -> "StopSignal":
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        # Python lets no other thread handle signals; there, the run is not stopped by them.
+        mine = threading.current_thread() is threading.main_thread()
+        self._before = {number: signal.signal(number, self._note)
+                        for number in (signal.SIGINT, signal.SIGTERM) if mine}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,

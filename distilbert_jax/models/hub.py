@@ -72,7 +72,7 @@ def load_task(name: str) -> Pretrained:
         raise UserError(f"{folder} gives each text several labels: one is supported")
     if not (task := task_of(raw)):
         raise UserError(f"{folder} is {architecture(raw) or 'a bare encoder'}, not trained for a "
-                        "task: fine-tune it first: python experiments/finetune.py --model "
+                        "task: fine-tune it first: distilbert-jax finetune --model "
                         f"{name} ...")
     labels = labels_of(raw)
     config = dataclasses.replace(config, task=task, num_labels=len(labels))

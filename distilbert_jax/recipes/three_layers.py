@@ -8,7 +8,7 @@ Hardware:  2 CPU cores, float32. Score: not measured yet.
 Each row but the last two adds to the one before it.
 """
 
-from recipes import rxn_bert
+from distilbert_jax.recipes import rxn_bert
 
 DISTIL = rxn_bert.DISTIL | dict(student_layers="3", steps=170, eval_every=170)
 GREEDY = {"choose": "greedy"}

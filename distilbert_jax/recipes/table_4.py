@@ -8,7 +8,7 @@ Hardware:  2 CPU cores, float32. Score: not measured yet.
 rxn_bert with a tenth of its updates: rows are compared at equal tokens.
 """
 
-from recipes import rxn_bert
+from distilbert_jax.recipes import rxn_bert
 
 DISTIL = rxn_bert.DISTIL | dict(steps=170, eval_every=170)
 ABLATION = {
