@@ -3,10 +3,10 @@
 import argparse
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
-from distilbert_jax.config import GROUPS, flag
+from distilbert_jax.config import GROUPS, Word, Words, flag
 from distilbert_jax.errors import UserError, choose, nearest
 
 Command = Callable[[Sequence[str]], None]
@@ -31,11 +31,11 @@ def about(program: str, command: Command, commands: Mapping[str, Command]) -> tu
 def parse(config_class: type, program: str, text: str, argv: Sequence[str],
           recipes: Recipes | None = None) -> Any:
     """Read the command line into `config_class`: `read`, then `settle`."""
-    return settle(config_class, read(config_class, program, text, argv, recipes), recipes)
+    return settle(config_class, read(config_class, program, text, argv, recipes or ()), recipes)
 
 
 def read(config_class: type, program: str, text: str, argv: Sequence[str],
-         recipes: Recipes | None = None) -> dict[str, Any]:
+         recipes: Iterable[str] = ()) -> dict[str, Any]:
     """Read the command line.
 
     Args:
@@ -43,7 +43,7 @@ def read(config_class: type, program: str, text: str, argv: Sequence[str],
         program: how the command is called.
         text: of `--help`; from "Examples:" on it stands below the flags.
         argv: the words after the program's name.
-        recipes: those that `--help` names.
+        recipes: the names that `--help` lists.
 
     Returns:
         What was given, by the name of its setting; a weight of a loss as "alpha_NAME".
@@ -60,7 +60,7 @@ def read(config_class: type, program: str, text: str, argv: Sequence[str],
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for name, group, help_text, kind in _flags(config_class):
         if name == "recipe":
-            help_text += f" (known: {', '.join(sorted(recipes or ()))})"
+            help_text += f" (known: {', '.join(sorted(recipes))})"
         groups[group].add_argument(flag(name), help=help_text.replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
     return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
@@ -131,8 +131,10 @@ def _kind(field: dataclasses.Field) -> dict[str, Any]:
     if isinstance(field.default, bool):
         return {"action": argparse.BooleanOptionalAction}
     kind = meta.get("type", int if field.default is None else type(field.default))
-    kind = {"type": str if kind is tuple else kind, "metavar": "X"}
-    return kind | ({"nargs": meta["nargs"], "action": "extend"} if "nargs" in meta else {})
+    metavar = meta.get("metavar") or "|".join(meta.get("choices", ())) or {
+        int: "INT", float: "FLOAT"}.get(kind) or {Word: "DIR", Words: "FILE"}[field.type]
+    several = {"nargs": meta["nargs"], "action": "extend"} if "nargs" in meta else {}
+    return {"type": str if kind is tuple else kind, "metavar": metavar} | several
 
 
 class _Parser(argparse.ArgumentParser):

@@ -28,7 +28,13 @@ BY_CONTENT = {"continued": "by content"}  # a continuation compares what was rea
 def option(default: Any, group: str, text: str, **extra: Any) -> Any:
     """A dataclass field that is also a command-line flag of the same name.
 
-    A field belongs to the meaning of a run, unless `extra` holds FREE or BY_CONTENT.
+    Args:
+        default: its value where nothing is given.
+        group: of --help.
+        text: of --help; the default is added, unless it says "default:" itself.
+        extra: "choices", the words that it may be; or "metavar", how --help writes a value that is
+            neither a number, a folder (Word) nor files (Words). A field belongs to the meaning of a
+            run, unless FREE or BY_CONTENT is among them.
     """
     if isinstance(default, dict):
         return dataclasses.field(
@@ -57,11 +63,17 @@ EVALUATION_MASKING = Masking(mask=1.0, keep=0.0, smoothing=0.0)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Settings that Python may give in the form a person writes, held in one form."""
+    """Settings that Python may give in the form a person writes, held in one form.
+
+    Words that are not among the choices of a field are a UserError."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _as_flag(field, getattr(self, field.name)))
+            value = _as_flag(field, getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+            if (choices := field.metadata.get("choices")) and value != field.default:
+                for word in value if isinstance(value, tuple) else (value,):
+                    choose(word, choices, flag(field.name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,11 +87,11 @@ class DataConfig(Config):
         "folders may lie under gs://; one line of text is one document", nargs="+",
         **BY_CONTENT)
     mix: float | Sequence[float] = option(
-        (), "data", "a weight for each word of --corpus: documents are drawn in this ratio until "
-        "one is used up; default: one corpus after the other", nargs="+", type=float)
+        (), "data", "a weight for each corpus: documents are drawn in this ratio until one "
+        "corpus is used up; default: one corpus after the other", nargs="+", type=float)
     text_field: str = option(
-        "", "data", "field or column that holds the text of a record; default: text, or the only "
-        "one that holds a string")
+        "", "data", "field or column that holds the text of a record; default: text, or the "
+        "only one that holds a string", metavar="NAME")
     valid: Words = option(
         (), "data", "held-out corpus, named like --corpus; default: a part of the corpus, chosen "
         "by the hash of each document", nargs="+", **BY_CONTENT)
@@ -87,8 +99,8 @@ class DataConfig(Config):
         0.02, "data", "share of the documents held out when --valid is not given")
     sequence_length: int = option(128, "data", "tokens in a packed row")
     workers: int = option(
-        0, "data", "processes that prepare the corpus; the result is the same; default: one for "
-        "each core", **FREE)
+        0, "data", "processes that prepare the corpus; the result does not depend on their "
+        "number; default: one for each core", **FREE)
 
     LARGEST_LENGTH = 2**16 - 1  # lengths of segments are stored as uint16
 
@@ -111,10 +123,10 @@ class PrepareConfig(DataConfig):
     """The preparation of a corpus on its own, for any number of runs."""
 
     tokenizer: Word = option(
-        "", "models", "Hugging Face folder whose tokenizer is used, as a rule the teacher's")
+        "", "models", "Hugging Face folder whose tokenizer is used, usually the teacher's")
     shard: str = option(
-        "0/1", "data", "i/n: prepare the i-th of n parts, counted from 0, on this machine; all n "
-        "write into the same folder, and the last to end completes it")
+        "0/1", "data", "prepare only the I-th of N parts, counted from 0, on this machine; all "
+        "N write into the same folder, and the last one to finish completes it", metavar="I/N")
     output: Word = option(
         "prepared", "output", "folder for the prepared corpus; may be gs://BUCKET/NAME")
 
@@ -138,44 +150,52 @@ class LoopConfig(Config):
     """What every training has in common: its updates, its devices, its folder."""
 
     steps: int | None = option(
-        None, "training", "updates; default: as --epochs says or, without it, three passes", **FREE)
-    batch_size: int = option(128, "training", "rows per update, over all devices")
+        None, "training", "updates; default: as many as --epochs says or, without it, three "
+        "passes over the data", **FREE)
+    batch_size: int = option(128, "training", "rows in an update, over all devices")
     accumulate: int = option(
-        1, "training", "micro-batches an update is cut into, to save memory; same result")
+        1, "training", "micro-batches that an update is cut into, to save memory; the result is "
+        "the same")
     remat: bool = option(
-        False, "training", "compute each layer again for its gradient, to save memory; same result",
-        **FREE)
+        False, "training", "compute each layer a second time for its gradient, to save memory; "
+        "the result is the same", **FREE)
     optimizer: str = option(
-        "adamw", "training", "adamw, or muon, which takes the matrices of the layers and leaves "
-        "embeddings, heads, biases and norms to it")
+        "adamw", "training", "adamw, or muon, which trains the matrices of the layers and "
+        "leaves embeddings, heads, biases and norms to adamw", choices=("adamw", "muon"))
     learning_rate: float = option(5e-4, "training", "peak of the learning rate")
     warmup: float = option(
         0.05, "training", "share of the updates over which the rate rises, before it falls to 0")
-    weight_decay: float = option(0.0, "training", "decoupled decay of the matrices")
-    clip: float = option(5.0, "training", "largest global norm of the gradient")
-    dropout: float = option(0.1, "training", "dropout rate in the trained model, all kinds")
+    weight_decay: float = option(0.0, "training", "decoupled weight decay, of the matrices only")
+    clip: float = option(
+        5.0, "training", "largest global norm of the gradient; a larger one is scaled down to it")
+    dropout: float = option(
+        0.1, "training", "dropout rate in the model that is trained, for all kinds of dropout")
     seed: int = option(56, "training", "seed of initialisation, data order, masks and dropout")
     dtype: str = option(
-        "auto", "devices", "float32, bfloat16 or float64 matrix products (float64: everything); "
-        "auto is bfloat16 on TPU, GPU and CPUs with AMX, float32 on others")
+        "auto", "devices", "dtype of matrix products (float64: of everything); auto is bfloat16 "
+        "on TPU, GPU and CPUs with AMX, float32 on others",
+        choices=("auto", "float32", "bfloat16", "float64"))
     mesh: str = option(
-        "", "devices", "DATAxMODEL, e.g. 8x1 or 4x2; default: all devices on data", **FREE)
+        "", "devices", "over how many devices the rows are divided, and over how many the "
+        "matrices, e.g. 8x1 or 4x2; default: the rows over all devices", metavar="DATAxMODEL",
+        **FREE)
     output: Word = option(
         "output", "output", "folder for checkpoints, figures and the model; may be gs://BUCKET/NAME",
         **FREE)
     save_every: int = option(500, "output", "updates between checkpoints", **FREE)
     eval_every: int = option(250, "output", "updates between held-out evaluations", **FREE)
     keep: int = option(
-        2, "output", "newest checkpoints to keep; the best by held-out loss is kept too", **FREE)
+        2, "output", "how many of the newest checkpoints to keep; the best by held-out loss is "
+        "kept too", **FREE)
     on_save_error: str = option(
-        "stop", "output", "stop or continue when a checkpoint cannot be written (disk full)",
-        **FREE)
+        "stop", "output", "what to do when a checkpoint cannot be written (disk full)",
+        choices=("stop", "continue"), **FREE)
     ship: bool = option(
-        False, "output", "also write the model as ONNX, in float32 and int8, each judged on "
-        "held-out data before it is kept, as `ship` does", **FREE)
+        False, "output", "also write the model as ONNX, in float32 and int8, each compared with "
+        "it on held-out data before it is kept, as `ship` does", **FREE)
     max_skipped: int = option(
-        10, "training", "updates in a row without a finite loss and gradient, each of which is "
-        "skipped, before the run stops", **FREE)
+        10, "training", "an update whose loss or gradient is not finite is skipped; after so "
+        "many in a row the run stops", **FREE)
 
     LARGEST_SEED = 2**32 - 1
 
@@ -202,9 +222,6 @@ class LoopConfig(Config):
         check(self, "accumulate", self.batch_size % self.accumulate == 0,
               f"must divide --batch-size {self.batch_size}")
         check_output(self.output)
-        choose(self.optimizer, ("adamw", "muon"), "--optimizer")
-        choose(self.on_save_error, ("stop", "continue"), "--on-save-error")
-        choose(self.dtype, ("auto", "float32", "bfloat16", "float64"), "--dtype")
 
     def meaning(self) -> dict[str, Any]:
         """What a continuation must share, by flag; not what is known by its content."""
@@ -224,7 +241,7 @@ class TrainConfig(LoopConfig, DataConfig):
 
     mask_rate: float = option(
         Masking.rate, "training", "share of each row's tokens that is chosen for prediction in "
-        "training; held-out figures are of 0.15, whatever it is")
+        "training; held-out figures always use 0.15")
 
     MASKING = Masking()
 
@@ -247,45 +264,48 @@ class DistilConfig(TrainConfig):
     """A distillation: a teacher, which student, and the weights of the losses."""
 
     teacher: Word = option(
-        "", "models", "Hugging Face BERT folder, or hub name where there is a network",
+        "", "models", "Hugging Face folder, or hub name where there is a network",
         **BY_CONTENT)
     student_layers: str | int | Sequence[int] = option(
-        "", "models", "how many teacher layers to keep (evenly chosen), or which: 0,2,4,7,9,11; "
-        "default: half of them")
+        "", "models", "how many of the teacher's layers to keep (evenly chosen), or which, "
+        "counted from 0: 0,2,4,7,9,11; default: half of them", metavar="N|N,N,...")
     choose: str = option(
-        "even", "models", "how so many layers are chosen: even, as the original does, or greedy, "
-        "which removes the one without which the teacher's predictions change least, again and "
-        "again")
-    init: str = option("teacher", "models", "start of the student: teacher or random")
+        "even", "models", "how the layers that are kept are chosen: even, as the original does, "
+        "or greedy, which removes one layer after the other, each time the one without which the "
+        "teacher's predictions change least", choices=("even", "greedy"))
+    init: str = option(
+        "teacher", "models", "what the student starts from: the teacher's parameters, or random "
+        "ones", choices=("teacher", "random"))
     student: Word = option(
-        "", "models", "Hugging Face folder that is the student's start instead: of any depth and "
-        "width, with the teacher's tokenizer", **BY_CONTENT)
+        "", "models", "Hugging Face folder that the student starts from instead, of any depth "
+        "and width, with the teacher's tokenizer", **BY_CONTENT)
     fold_token_type: bool = option(
-        True, "models", "add the teacher's token-type-0 embedding to the student's positions, so "
-        "that embeddings start equal; the original drops it")
+        True, "models", "add the teacher's embedding of token type 0 to the student's "
+        "positions, so that both begin with equal embeddings; the original drops it")
     freeze_position_embeddings: bool = option(
-        False, "models", "leave the student's position embeddings as they start")
+        False, "models", "keep the student's position embeddings as they are at the start")
     temperature: float = option(2.0, "losses", "temperature of the soft targets")
     alphas: Mapping[str, float] = option(
         {"ce": 5.0, "mlm": 2.0, "cos": 1.0}, "losses", "weight of the", each="alpha",
         needs=("labels", "logits", "last", "hidden", "qkv"))
     hidden_map: str = option(
-        "", "losses", "which layers are compared, student:teacher, counted from 1: 1:4,2:8; "
-        "default: every layer of the student, evenly")
+        "", "losses", "which layers are compared, as student:teacher, counted from 1: 1:4,2:8; "
+        "default: every layer of the student, evenly", metavar="S:T,...")
     relation_heads: int = option(
         0, "losses", "heads that queries, keys and values are cut into for --alpha-relation, of "
-        "any number that divides both widths; default: as many as the teacher's attention has")
+        "any number that divides both widths; default: as many as the teacher has attention heads")
     restrict_ce_to_mask: bool = option(
-        False, "losses", "KL and squared error on masked positions only, not on all real tokens")
+        False, "losses", "KL and squared error of logits on masked positions only, instead of "
+        "all real tokens")
     compile_only: str = option(
-        "", "devices", "a TPU topology, e.g. v5e:2x4: compile the update for it, on this machine, "
-        "and end: does it fit, and what would the run take", **FREE)
+        "", "devices", "a TPU topology, e.g. v5e:2x4: only compile the update for it, on this "
+        "machine, and say whether it fits and how long the run would take", metavar="TOPOLOGY",
+        **FREE)
     recipe: str = option(
-        "", "output", "a set of other defaults, each made for one purpose", **FREE)
+        "", "output", "a set of other defaults that belong together", metavar="NAME", **FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        choose(self.init, ("teacher", "random"), "--init")
         check(self, "relation_heads", self.relation_heads >= 0, "must be at least 1")
         check_choose(self, default="even")
         if self.student and (self.student_layers or self.init == "random" or self.greedy):
@@ -313,7 +333,8 @@ class AblationConfig(DistilConfig):
     """One distillation several times, each time with something else changed."""
 
     seeds: int = option(
-        3, "training", "runs of each row, from --seed on; of several, intervals are given", **FREE)
+        3, "training", "runs of each row, with seeds from --seed on; several give intervals",
+        **FREE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -327,14 +348,15 @@ class PretrainConfig(TrainConfig):
     """Masked-language-model training of a BERT, from scratch or from a folder (adaptation)."""
 
     model: Word = option(
-        "", "models", "BERT folder to start from, with its tokenizer; default: from scratch",
-        **BY_CONTENT)
-    vocab_size: int = option(8192, "models", "WordPiece vocabulary to learn, from scratch only")
+        "", "models", "Hugging Face folder to start from, with its tokenizer; default: start "
+        "from nothing", **BY_CONTENT)
+    vocab_size: int = option(
+        8192, "models", "words of the WordPiece vocabulary that is learnt without --model")
     lowercase: bool = option(
-        True, "models", "whether the learnt vocabulary is uncased; accents stay in any case")
-    hidden_size: int = option(256, "models", "width of the model, from scratch only")
-    num_hidden_layers: int = option(4, "models", "layers, from scratch only")
-    num_attention_heads: int = option(4, "models", "attention heads, from scratch only")
+        True, "models", "whether that vocabulary is uncased; accents are kept in any case")
+    hidden_size: int = option(256, "models", "width of the model, without --model")
+    num_hidden_layers: int = option(4, "models", "layers, without --model")
+    num_attention_heads: int = option(4, "models", "attention heads, without --model")
 
     MASKING = Masking(smoothing=0.0)  # as BERT was trained; rare words first would be slow
 
@@ -379,12 +401,10 @@ def _as_flag(field: dataclasses.Field, value: Any) -> Any:
 
 
 def check_choose(config: Any, default: str = "") -> None:
-    """Raise a UserError for a --choose that is unknown, or given beside the layers themselves."""
-    if config.choose != default:
-        choose(config.choose, ("even", "greedy"), "--choose")
-        if "," in config.student_layers:
-            raise UserError(f"--student-layers {config.student_layers} names the layers: leave "
-                            "out --choose")
+    """Raise a UserError for a --choose that is given beside the layers themselves."""
+    if config.choose != default and "," in config.student_layers:
+        raise UserError(f"--student-layers {config.student_layers} names the layers: leave out "
+                        "--choose")
 
 
 def check_temperature(config: Any) -> None:

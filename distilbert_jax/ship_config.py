@@ -18,20 +18,23 @@ class ShipConfig(Config):
         "model that was trained for a task, pairs with a score or texts for a sentence encoder, "
         "texts for a masked language model; default: documentation of Python or, where the "
         "tokenizer does not know English, made-up rows", nargs="+")
-    task: str = option("", "data", "a task whose files are known, as for finetune")
+    task: str = option("", "data", "a task whose files are known, as for finetune", metavar="NAME")
     text: Words = option(
         (), "data", "the column of the text, or the two columns of a pair; default: text, or "
-        "sentence1 and sentence2", nargs="+")
-    label: str = option("", "data", "the column of the label; default: label or score")
-    formats: Words = option((), "output", "formats to write; default: onnx int8", nargs="+")
+        "sentence1 and sentence2", metavar="COLUMN", nargs="+")
+    label: str = option(
+        "", "data", "the column of the label; default: label or score", metavar="COLUMN")
+    formats: Words = option(
+        (), "output", "formats to write: onnx, int8, stablehlo, litert (default: onnx int8)",
+        metavar="FORMAT", nargs="+")
     reduce_range: bool = option(
         False, "output", "int8 weights within ±63, for x86 CPUs without VNNI")
     demo: bool = option(
         False, "output", "also write a page beside the folder that runs the int8 model in a "
         "browser, by transformers.js")
     teacher: Word = option(
-        "", "models", "Hugging Face folder of the model that this one was made from: its answers "
-        "to the examples stand on the page of --demo")
+        "", "models", "Hugging Face folder of the model that this one was made from, whose "
+        "answers to the examples stand on the page of --demo")
     output: Word = option(
         "", "output", "folder for a copy of the model with the formats in it; default: they are "
         "written into the folder of --model")

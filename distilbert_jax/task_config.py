@@ -21,7 +21,7 @@ from distilbert_jax.config import (
     flag,
     option,
 )
-from distilbert_jax.errors import UserError, choose
+from distilbert_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,8 +29,9 @@ class TaskData(Config):
     """Labelled data, and what there is to be done with it."""
 
     task: str = option(
-        "", "data", "a task whose files, columns, labels and metrics are known: cola, sst2, ...; "
-        "without it, columns and kind are taken from the files; sts judges sentence encoders")
+        "", "data", "a task whose files, columns, labels and metrics are known: cola, sst2, "
+        "...; without it, columns and kind are taken from the files; sts is for sentence encoders",
+        metavar="NAME")
     data: Word = option("", "data", "folder of the task's files: train.tsv, dev.tsv, ...",
                         **BY_CONTENT)
     dev: Words = option(
@@ -38,21 +39,21 @@ class TaskData(Config):
         "the examples, chosen by the hash of the text", nargs="+", **BY_CONTENT)
     text: Words = option(
         (), "data", "the column of the text, or the two columns of a pair; default: text, or "
-        "sentence1 and sentence2", nargs="+")
-    label: str = option("", "data", "the column of the label; default: label or score")
+        "sentence1 and sentence2", metavar="COLUMN", nargs="+")
+    label: str = option(
+        "", "data", "the column of the label; default: label or score", metavar="COLUMN")
     kind: str = option(
-        "", "data", "classify, regress or tag; default: tag for files in CoNLL's form, regress "
-        "for numbers with decimals, else classify")
+        "", "data", "what is learnt: a class, a number, or a tag for each word; default: tag "
+        "for files in CoNLL's form, regress for numbers with decimals, else classify",
+        choices=("classify", "regress", "tag"))
     max_length: int | None = option(
-        None, "data", "tokens of the longest example; what is longer is cut, and counted; default: "
-        "the task's, or 128", type=int)
+        None, "data", "tokens of the longest example; longer ones are cut, and counted; "
+        "default: the task's, or 128", type=int)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, "max_length", self.max_length is None or self.max_length >= 8,
               "must be at least 8")
-        if self.kind:
-            choose(self.kind, ("classify", "regress", "tag"), "--kind")
         check(self, "text", len(self.text) <= 2, "must be one column or two")
 
 
@@ -61,20 +62,21 @@ class FinetuneConfig(LoopConfig, TaskData):
     """Training for a task, with a teacher or without."""
 
     model: Word = option(
-        "", "models", "Hugging Face folder to start from; with --teacher by default the teacher",
+        "", "models", "Hugging Face folder to start from; default: the one of --teacher",
         **BY_CONTENT)
     teacher: Word = option(
-        "", "models", "folder of a model fine-tuned for the task, whose answers are learnt too",
-        **BY_CONTENT)
+        "", "models", "folder of a model that was fine-tuned for the task, whose answers are "
+        "learnt too", **BY_CONTENT)
     distil: bool = option(
-        False, "models", "fine-tune --model first, and distil it into --student-layers")
+        False, "models", "fine-tune --model first, then distil it into --student-layers")
     student_layers: str | int | Sequence[int] = option(
-        "", "models", "how many layers of --model to keep (evenly chosen), or which: 0,3,5; "
-        "default: all of them, or half of a teacher's")
+        "", "models", "how many layers of --model to keep, or which, counted from 0: 0,3,5; "
+        "default: all of them, or half of a teacher's", metavar="N|N,N,...")
     choose: str = option(
-        "", "models", "how so many layers are chosen: even, or greedy, which removes the one "
-        "without which the teacher's answers are read best from the states that are left, again "
-        "and again; default: greedy where the student starts at its teacher")
+        "", "models", "how the layers that are kept are chosen: even, or greedy, which removes "
+        "one layer after the other, each time the one without which the teacher's answers can "
+        "still be read best from the states that are left; default: greedy where the student "
+        "starts from its teacher", choices=("even", "greedy"))
     baseline: bool = option(
         True, "models", "with a teacher, also train the student without it, for comparison",
         **FREE)
@@ -82,32 +84,34 @@ class FinetuneConfig(LoopConfig, TaskData):
         (), "data", "labelled files: .csv, .tsv, .jsonl, .parquet, .conll", nargs="+",
         **BY_CONTENT)
     test: Words = option(
-        (), "data", "files to answer in the end, with labels or without", nargs="+", **BY_CONTENT)
+        (), "data", "files to answer at the end, with labels or without", nargs="+", **BY_CONTENT)
     unlabelled: Words = option(
-        (), "data", "files without labels from which the teacher's answers are learnt",
+        (), "data", "files without labels, for which the student learns the teacher's answers",
         nargs="+", **BY_CONTENT)
     augment: int = option(
-        0, "data", "variants of each training text, in which --model's masked-language head chose "
-        "some of the words, and from which the teacher's answers are learnt")
+        0, "data", "how many variants of each training text to add: the masked-language head of "
+        "--model replaces some words, and the student learns the teacher's answers")
     epochs: float | None = option(
         None, "training", "passes over the data; default: the task's, or 3", type=float)
     seeds: int = option(
-        1, "training", "how often to train, each time with another seed, for intervals", **FREE)
+        1, "training", "how often to train, each time with another seed; several give intervals",
+        **FREE)
     temperature: float = option(2.0, "losses", "temperature of the teacher's answers")
     alphas: Mapping[str, float] = option(
         {"hard": 0.1, "soft": 0.9}, "losses", "weight of the", each="alpha",
         needs=("targets", "answers", "hidden"))
     hidden_map: str = option(
-        "", "losses", "which layers are compared, student:teacher, counted from 1: 1:2,3:6; "
-        "default: every layer of the student, evenly")
-    batch_size: int = option(32, "training", "examples per update, over all devices")
+        "", "losses", "which layers are compared, as student:teacher, counted from 1: 1:2,3:6; "
+        "default: every layer of the student, evenly", metavar="S:T,...")
+    batch_size: int = option(32, "training", "examples in an update, over all devices")
     learning_rate: float | None = option(
         None, "training", "peak of the learning rate; default: 5e-5 at 768 units, inversely as the "
         "width of the model", type=float)
     warmup: float = option(
         0.1, "training", "share of the updates over which the rate rises, before it falls to 0")
-    weight_decay: float = option(0.01, "training", "decoupled decay of the matrices")
-    clip: float = option(1.0, "training", "largest global norm of the gradient")
+    weight_decay: float = option(0.01, "training", "decoupled weight decay, of the matrices only")
+    clip: float = option(
+        1.0, "training", "largest global norm of the gradient; a larger one is scaled down to it")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,18 +160,24 @@ class EvaluateConfig(DataConfig, TaskData):
 
     model: Word = option("", "models", "Hugging Face folder to judge")
     teacher: Word = option(
-        "", "models", "model to compare with: of a masked language model another, of a sentence "
-        "encoder its teacher")
+        "", "models", "model to compare with: for a masked language model another one, for a "
+        "sentence encoder its teacher")
     pooling: str = option(
-        "", "models", "with --task sts, of folders without modules.json: mean, cls, max or "
-        "mean_sqrt_len_tokens")
+        "", "models", "with --task sts, for folders without modules.json: how the states of a "
+        "text become one vector", metavar="mean|cls|max|mean_sqrt_len_tokens")
     retrieval: Words = option(
         (), "data", "with --task sts, JSON lines of title and text: titles look for their texts",
         nargs="+")
-    dtype: str = option("auto", "devices", "as for training")
-    mesh: str = option("", "devices", "DATAxMODEL, e.g. 8x1; default: all devices on data")
-    output: Word = option("", "output", "folder for metrics.json and predictions.tsv; default: "
-                          "figures are printed alone")
+    dtype: str = option(
+        "auto", "devices", "dtype of matrix products (float64: of everything); auto is bfloat16 "
+        "on TPU, GPU and CPUs with AMX, float32 on others",
+        choices=("auto", "float32", "bfloat16", "float64"))
+    mesh: str = option(
+        "", "devices", "over how many devices the rows are divided, and over how many the "
+        "matrices, e.g. 8x1 or 4x2; default: the rows over all devices", metavar="DATAxMODEL")
+    output: Word = option(
+        "", "output", "folder for metrics.json and predictions.tsv; default: figures are only "
+        "printed")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,12 +1,14 @@
 """The command line: flags, recipes, and one line for whatever cannot be."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 from distilbert_jax import config
 from distilbert_jax.cli import parse
+from distilbert_jax.commands.main import COMMANDS
 from distilbert_jax.config import (
     DistilConfig,
     PrepareConfig,
@@ -16,7 +18,8 @@ from distilbert_jax.config import (
 )
 from distilbert_jax.embed_config import EmbedConfig
 from distilbert_jax.errors import UserError, choose, first_line
-from distilbert_jax.task_config import FinetuneConfig
+from distilbert_jax.ship_config import ShipConfig
+from distilbert_jax.task_config import EvaluateConfig, FinetuneConfig
 from distilbert_jax.training.losses import LOSSES
 
 RECIPES = {"short": {"steps": 7, "batch_size": 16, "alphas": {"ce": 5.0, "cos": 0.5}}}
@@ -65,6 +68,7 @@ def test_defaults_then_recipe_then_flags():
 
 @pytest.mark.parametrize("argv, message", [
     (["--stepz", "3"], "unknown flag '--stepz'; did you mean --steps?"),
+    (["--zzz", "3"], "unknown flag '--zzz' (see --help)"),
     (["--batch_size", "3"], "did you mean --batch-size?"),
     (["--batch", "3"], "unknown flag '--batch'"),  # no abbreviations
     (["--recipe", "shrot"], "unknown --recipe 'shrot'; did you mean short? (known: short)"),
@@ -78,6 +82,7 @@ def test_command_lines_that_cannot_be(argv, message):
     with pytest.raises(UserError) as error:
         distil(*argv)
     assert message in str(error.value) and "\n" not in str(error.value)
+    assert "known: --" not in str(error.value)  # the nearest is enough
 
 
 @pytest.mark.parametrize("config_class, name, values", [
@@ -177,6 +182,43 @@ def test_help_names_every_flag_once(config_class, capsys):
                    for name in names)
         assert text.count(f"\n{field.metadata['group']}:\n") == 1
     assert "(default: 0.0005)" in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_what_each_flag_takes(name, capsys):
+    """Numbers, files, folders or the words themselves; then examples, and the other commands."""
+    if name == "benchmark":
+        return  # has commands of its own
+    with pytest.raises(SystemExit):
+        COMMANDS[name](["--help"])
+    text = capsys.readouterr().out
+    flags, _, end = text.partition("\nexamples:\n")
+    taken = dict(re.findall(r"\n  (--[\w-]+) (\S+)", flags))
+    assert "X" not in taken.values() and not {"--output", "--model"} & {
+        flag for flag, kind in taken.items() if kind != "DIR"}
+    assert all(taken.get(flag, kind) == kind for flag, kind in {
+        "--dtype": "auto|float32|bfloat16|float64", "--steps": "INT", "--clip": "FLOAT",
+        "--mesh": "DATAxMODEL", "--corpus": "FILE", "--text": "COLUMN"}.items())
+    assert f"    distilbert-jax {name} " in end or f"    distilbert-jax {name}\n" in end
+    others = end.rpartition("other commands (distilbert-jax NAME --help): ")[2].strip()
+    assert {*others.split(", "), name} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("config_class", [
+    DistilConfig, PretrainConfig, FinetuneConfig, EmbedConfig, ShipConfig, EvaluateConfig])
+def test_only_words_of_a_setting_are_accepted(config_class):
+    least = {"model": "m", "teacher": "t", "corpus": "c"}
+    known = {field.name: field for field in dataclasses.fields(config_class)}
+    least = {name: value for name, value in least.items() if name in known}
+    if config_class in (ShipConfig, EvaluateConfig):
+        least = {"model": "m"}
+    for name, field in known.items():
+        for word in field.metadata.get("choices", ()):
+            if name != "choose":  # goes with other settings
+                assert getattr(config_class(**least, **{name: word}), name) == word
+        if "choices" in field.metadata:
+            with pytest.raises(UserError, match=f"unknown {flag(name)} 'floot32'"):
+                config_class(**least | {name: "floot32"})
 
 
 def test_frozen():

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from distilbert_jax.benchmark.serving import RUNTIMES
 from distilbert_jax.config import Config, Word, Words, check, option
 from distilbert_jax.embed_config import EmbedConfig
-from distilbert_jax.errors import UserError, choose
+from distilbert_jax.errors import UserError
 from distilbert_jax.task_config import TaskData
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HeadBenchmark:
+class HeadBenchmark(Config):
     """The vocabulary head on its own."""
 
     shape: str = option(
-        "small", "models", "small (4 layers of 256) or bert-base (12 of 768), both with 30,522 "
-        "words")
+        "small", "models", "small has 4 layers of 256, bert-base 12 of 768, both with 30,522 "
+        "words", choices=("small", "bert-base"))
     batch_size: int = option(32, "training", "rows of an update")
     sequence_length: int = option(128, "data", "tokens in a row")
     rounds: int = option(
@@ -25,7 +25,7 @@ class HeadBenchmark:
     LEAST_ROUNDS = 0  # compiles only
 
     def __post_init__(self) -> None:
-        choose(self.shape, ("small", "bert-base"), "--shape")
+        super().__post_init__()
         for name, least in (("batch_size", 1), ("sequence_length", 8),
                             ("rounds", self.LEAST_ROUNDS)):
             check(self, name, getattr(self, name) >= least, f"must be at least {least}")
@@ -36,28 +36,26 @@ class HeadBenchmark:
 class TrainBenchmark(HeadBenchmark):
     """Our update beside PyTorch's."""
 
-    corpus: tuple[str, ...] = option(
+    corpus: Words = option(
         (), "data", "documents as for distil: ours packed, PyTorch's padded in groups of about "
         "one length; default: full rows, the same on both sides", nargs="+")
-    tokenizer: str = option("", "models", "Hugging Face folder, for --corpus")
-    updates: int = option(4, "training", "of ours in a round")
+    tokenizer: str = option("", "models", "Hugging Face folder, for --corpus", metavar="DIR")
+    updates: int = option(4, "training", "updates of ours in a round")
     dtype: str = option(
-        "auto", "devices", "float32 or bfloat16; auto: as for distil")
+        "auto", "devices", "dtype of matrix products; auto as for distil",
+        choices=("auto", "float32", "bfloat16"))
     sides: tuple[str, ...] = option(
-        ("ours", "torch"), "devices", "of ours, torch (eager) and torch.compile; ours first "
-        "(default: ours torch)", nargs="+")
+        ("ours", "torch"), "devices", "what is measured, ours first; torch is eager (default: "
+        "ours torch)", choices=("ours", "torch", "torch.compile"), nargs="+")
     sweep: bool = option(
         False, "output", "plot tokens per second over batch, row length, layers and devices")
-    output: str = option("benchmark", "output", "folder for figures and plots")
+    output: str = option("benchmark", "output", "folder for figures and plots", metavar="DIR")
 
     LEAST_ROUNDS = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self, "updates", self.updates >= 1, "must be at least 1")
-        choose(self.dtype, ("auto", "float32", "bfloat16"), "--dtype")
-        for name in self.sides:
-            choose(name, ("ours", "torch", "torch.compile"), "--sides")
         if self.sides[0] != "ours":
             raise UserError(f"--sides {' '.join(self.sides)} must begin with ours, which masks "
                             "for the others")
@@ -69,16 +67,18 @@ class TrainBenchmark(HeadBenchmark):
 class TaskBenchmark(TaskData):
     """Our training for a task beside the Hugging Face Trainer's."""
 
-    model: str = option("", "models", "Hugging Face folder to start from")
+    model: str = option("", "models", "Hugging Face folder to start from", metavar="DIR")
     train: Words = option((), "data", "labelled files, as for finetune", nargs="+")
     batch_size: int = option(32, "training", "examples of an update")
-    updates: int = option(20, "training", "in a round")
+    updates: int = option(20, "training", "updates in a round")
     rounds: int = option(5, "output", "how often each side is timed, in turn; the median counts")
-    dtype: str = option("auto", "devices", "float32 or bfloat16; auto: as for finetune")
+    dtype: str = option(
+        "auto", "devices", "dtype of matrix products; auto as for finetune",
+        choices=("auto", "float32", "bfloat16"))
     sides: tuple[str, ...] = option(
-        ("ours", "trainer", "trainer-padded"), "devices", "of ours, trainer (each batch padded to "
-        "its longest) and trainer-padded (to the task's length); ours first (default: all)",
-        nargs="+")
+        ("ours", "trainer", "trainer-padded"), "devices", "what is measured, ours first; "
+        "trainer pads each batch to its longest example, trainer-padded to the task's length "
+        "(default: all)", choices=("ours", "trainer", "trainer-padded"), nargs="+")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,9 +86,6 @@ class TaskBenchmark(TaskData):
             raise UserError("--model is missing: give the Hugging Face folder to start from")
         for name, least in (("batch_size", 1), ("updates", 2), ("rounds", 1)):
             check(self, name, getattr(self, name) >= least, f"must be at least {least}")
-        choose(self.dtype, ("auto", "float32", "bfloat16"), "--dtype")
-        for name in self.sides:
-            choose(name, ("ours", "trainer", "trainer-padded"), "--sides")
         if self.sides[0] != "ours":
             raise UserError(f"--sides {' '.join(self.sides)} must begin with ours, which the "
                             "others are compared with")
@@ -98,7 +95,7 @@ class TaskBenchmark(TaskData):
 class SentenceBenchmark(EmbedConfig):
     """Our training of a sentence encoder beside that of sentence-transformers."""
 
-    updates: int = option(20, "training", "in a round")
+    updates: int = option(20, "training", "updates in a round")
     minutes: float = option(
         10.0, "training", "that each side trains, compilation included, before both are judged")
     rounds: int = option(5, "output", "how often each side is timed, in turn; the median counts")
@@ -127,11 +124,13 @@ class ServingBenchmark(Config):
         nargs="+")
     text: Words = option(
         (), "data", "the column of the text, or the two columns of a pair; default: text, or "
-        "sentence1 and sentence2", nargs="+")
+        "sentence1 and sentence2", metavar="COLUMN", nargs="+")
     threads: int | Sequence[int] = option(
-        (1, 2), "devices", "of a product; all are measured (default: 1 2)", nargs="+", type=int)
+        (1, 2), "devices", "of a product; each number is measured (default: 1 2)",
+        nargs="+", type=int)
     runtimes: Words = option(
-        RUNTIMES, "devices", f"of {', '.join(RUNTIMES)} (default: all)", nargs="+")
+        RUNTIMES, "devices", "which runtimes are measured (default: all)", choices=RUNTIMES,
+        nargs="+")
     rounds: int = option(25, "output", "how often each side is timed, in turn")
 
     def __post_init__(self) -> None:
@@ -141,5 +140,4 @@ class ServingBenchmark(Config):
         check(self, "rounds", self.rounds >= 1, "must be at least 1")
         if min(self.threads) < 1:
             raise UserError(f"--threads {min(self.threads)} must be at least 1")
-        for name in self.runtimes:
-            choose(name, RUNTIMES, "--runtimes")
+
