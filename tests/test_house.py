@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1] / "distilbert_jax"
 WALK = (
     {"errors"}, {"config"}, {"task_config", "ship_config", "embed_config"}, {"machine"},
     {"data", "kernels"}, {"models"}, {"training"}, {"evaluation", "export"},
-    {"benchmark", "convert", "predict"}, {"jobs"}, {"cli", "recipes"}, {"commands"})
+    {"benchmark", "convert", "predict"}, {"jobs"}, {"cli", "recipes"}, {"commands"}, {"api"},
+    {"__init__"})
 RANK = {name: rank for rank, names in enumerate(WALK) for name in names}
 FILES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
          for path in sorted(ROOT.rglob("*.py"))}

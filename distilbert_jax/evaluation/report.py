@@ -61,13 +61,11 @@ def table(rows: list[tuple[str, ...]], columns: tuple[str, ...] = COLUMNS) -> st
 
 def plot(metrics: list[dict[str, int | float]], path: Path, title: str) -> None:
     """Draw training losses, and held-out retention (without a teacher: top-1), over tokens seen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, which belongs to the notebook
 
     names = {"train_loss": "total"} | {f"train_{name}": name for name in LOSSES}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for key, label in names.items():
         points = [(m["tokens_seen"], m[key]) for m in metrics if key in m]
         if points:
@@ -85,7 +83,6 @@ def plot(metrics: list[dict[str, int | float]], path: Path, title: str) -> None:
         axes.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def held_out_line(figures: dict[str, float]) -> str:

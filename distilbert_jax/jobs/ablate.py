@@ -146,12 +146,10 @@ def _page(
 
 def _plot(done: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """A point for each run, a line for each row."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 0.5 * len(done) + 1.5), layout="constrained")
+    figure = Figure(figsize=(8, 0.5 * len(done) + 1.5), layout="constrained")
+    axes = figure.subplots()
     for place, found in enumerate(done.values()):
         values = [100 * run["top1"] / run["teacher"] for run in found]
         axes.plot(values, [place] * len(values), "o", alpha=0.6)
@@ -161,4 +159,3 @@ def _plot(done: dict[str, list[dict[str, Any]]], path: Path) -> None:
     axes.set_xlabel("held-out top-1, student / teacher [%]")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -40,7 +40,7 @@ def compare(folders: Sequence[str], output: str = ".") -> str:
     """The table of the runs in these folders; the plot is written to `output`.
 
     Args:
-        folders: outputs of run.py, finetune.py or embed.py.
+        folders: outputs of distil, finetune or embed.
         output: folder of compare.png.
 
     Raises:
@@ -119,14 +119,12 @@ def _percent(value: float | None) -> str:
 
 def _plot(lines: list[Line], path: Path) -> bool:
     """Draw what is kept over how much faster the student is; False if there is nothing to draw."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     if not lines:
         return False
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     for line in lines:
         kept = 100 * line.kept
         low, high = (100 * x for x in line.interval or (line.kept, line.kept))
@@ -139,5 +137,4 @@ def _plot(lines: list[Line], path: Path) -> bool:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return True

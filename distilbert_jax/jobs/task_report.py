@@ -240,22 +240,20 @@ def _classes(task: "TaskInput", found: np.ndarray) -> str:
 def plot_confusion(task: "TaskInput", found: np.ndarray, path: Path) -> None:
     """Draw how often each label gets each answer."""
     import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
     few = len(task.labels) <= 40  # of more, the counts could not be read
     size = 2.5 + 0.6 * min(len(task.labels), 40)
     with matplotlib.rc_context({"text.parse_math": False}):  # a $ in a name is a $
-        figure, axes = plt.subplots(figsize=(size + 1, size), layout="constrained")
+        figure = Figure(figsize=(size + 1, size), layout="constrained")
+        axes = figure.subplots()
         ConfusionMatrixDisplay.from_predictions(
             task.parts["dev"].truth, given(task, "dev", found), labels=range(len(task.labels)),
             display_labels=task.labels if few else None, include_values=few, ax=axes, cmap="Blues",
             xticks_rotation=45 if few else 90)
         axes.set(xlabel="answer", ylabel="label")
         figure.savefig(path, dpi=120)
-        plt.close(figure)
 
 
 def plot_calibration(task: "TaskInput", found: dict[str, np.ndarray], path: Path) -> None:
@@ -265,13 +263,11 @@ def plot_calibration(task: "TaskInput", found: dict[str, np.ndarray], path: Path
         found: role → logits of the dev part; the first seed's.
         path: of the picture.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     from sklearn.calibration import calibration_curve
 
-    figure, axes = plt.subplots(figsize=(5.5, 4.5), layout="constrained")
+    figure = Figure(figsize=(5.5, 4.5), layout="constrained")
+    axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
     for role, logits in found.items():
         sure = np.minimum(answers.probabilities(logits).max(-1), 1)  # rounding
@@ -284,4 +280,3 @@ def plot_calibration(task: "TaskInput", found: dict[str, np.ndarray], path: Path
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
