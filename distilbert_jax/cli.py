@@ -61,7 +61,8 @@ def read(config_class: type, program: str, text: str, argv: Sequence[str],
     for name, group, help_text, kind in _flags(config_class):
         if name == "recipe":
             help_text += f" (known: {', '.join(sorted(recipes))})"
-        groups[group].add_argument(flag(name), help=help_text.replace("%", "%%"), **kind)
+        word = name if kind.pop("positional", False) else flag(name)
+        groups[group].add_argument(word, help=help_text.replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
     return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 
@@ -134,7 +135,8 @@ def _kind(field: dataclasses.Field) -> dict[str, Any]:
     metavar = meta.get("metavar") or "|".join(meta.get("choices", ())) or {
         int: "INT", float: "FLOAT"}.get(kind) or {Word: "DIR", Words: "FILE"}[field.type]
     several = {"nargs": meta["nargs"], "action": "extend"} if "nargs" in meta else {}
-    return {"type": str if kind is tuple else kind, "metavar": metavar} | several
+    return {"type": str if kind is tuple else kind, "metavar": metavar,
+            "positional": meta.get("positional", False)} | several
 
 
 class _Parser(argparse.ArgumentParser):

@@ -33,7 +33,8 @@ def option(default: Any, group: str, text: str, **extra: Any) -> Any:
         group: of --help.
         text: of --help; the default is added, unless it says "default:" itself.
         extra: "choices", the words that it may be; or "metavar", how --help writes a value that is
-            neither a number, a folder (Word) nor files (Words). A field belongs to the meaning of a
+            neither a number, a folder (Word) nor files (Words); or "positional", for words without
+            a flag before them. A field belongs to the meaning of a
             run, unless FREE or BY_CONTENT is among them.
     """
     if isinstance(default, dict):
@@ -341,6 +342,16 @@ class AblationConfig(DistilConfig):
         check(self, "seeds", self.seeds >= 1, "must be at least 1")
         if self.compile_only:
             raise UserError("--compile-only belongs to distil: leave it out")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareConfig(Config):
+    """A comparison of finished runs."""
+
+    runs: Words = option(
+        (), "models", "folders that distil, finetune or embed have left", nargs="+", metavar="DIR",
+        positional=True)
+    output: Word = option(".", "output", "folder for compare.png")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

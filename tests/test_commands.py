@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[1]
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg", encoding="utf-8")
 # Where the name of a package is not that of its module.
-MODULES = {"orbax-checkpoint": "orbax", "scikit-learn": "sklearn"}
+MODULES = {"orbax-checkpoint": "orbax", "scikit-learn": "sklearn", "pyyaml": "yaml",
+           "markdown-it-py": "markdown_it"}
 
 
 def program(*words):
@@ -97,8 +98,7 @@ def test_what_a_user_installs_is_what_the_package_imports():
     assert not user & (extras["dev"] | extras["tfds"])
     # What transformers, orbax and gcsfs bring, and what is compared with where it is installed.
     assert asked - user - set().union(*extras.values()) == {
-        "tokenizers", "huggingface_hub", "fsspec", "etils", "google_crc32c", "model2vec",
-        "sentence_transformers"}
+        "tokenizers", "fsspec", "etils", "google_crc32c", "model2vec", "sentence_transformers"}
     assert user <= asked
 
 
@@ -109,3 +109,11 @@ def test_the_version_has_one_place():
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("the package is not installed")
     assert installed == distilbert_jax.__version__
+
+
+def test_compare_takes_folders_without_a_flag(tmp_path):
+    done = program("compare", str(tmp_path / "one"), str(tmp_path / "two"), "--output",
+                   str(tmp_path / "out"))
+    assert done.returncode == 2 and f"error: {tmp_path / 'one'}" in done.stderr
+    assert program("compare").stderr == (
+        "error: the following arguments are required: DIR (see --help)\n")

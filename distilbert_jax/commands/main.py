@@ -152,6 +152,20 @@ def ablate(argv: Sequence[str]) -> None:
     job(config, known[config.recipe].ABLATION)
 
 
+def compare(argv: Sequence[str]) -> None:
+    """Put finished runs into one table and one plot.
+
+    Examples:
+        distilbert-jax compare small smaller
+        distilbert-jax compare output/* --output compared
+    """
+    from distilbert_jax.config import CompareConfig
+    from distilbert_jax.jobs.compare import compare as job
+
+    config = parse(CompareConfig, *_about(compare), argv)
+    print(job(config.runs, config.output))
+
+
 def benchmark(argv: Sequence[str]) -> None:
     """Measure speed beside PyTorch, the Hugging Face Trainer and other runtimes.
 
@@ -166,7 +180,8 @@ def benchmark(argv: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Command] = {
     command.__name__: command for command in (
-        distil, finetune, embed, ship, evaluate, prepare, pretrain, ablate, benchmark)}
+        distil, finetune, embed, ship, evaluate, prepare, pretrain, ablate, compare,
+        benchmark)}
 
 
 def main() -> None:
