@@ -157,7 +157,8 @@ class LoopConfig(Config):
     seed: int = option(56, "training", "seed of initialisation, data order, masks and dropout")
     dtype: str = option(
         "auto", "devices", "float32, bfloat16 or float64 matrix products (float64: everything); "
-        "auto is bfloat16 on TPU, GPU and CPUs with AMX, float32 on others")
+        "auto is bfloat16 on TPU, GPU and CPUs that multiply it (AMX, AVX512-BF16), float32 on "
+        "others")
     mesh: str = option(
         "", "devices", "DATAxMODEL, e.g. 8x1 or 4x2; default: all devices on data", **FREE)
     output: Word = option(
@@ -278,8 +279,9 @@ class DistilConfig(TrainConfig):
     restrict_ce_to_mask: bool = option(
         False, "losses", "KL and squared error on masked positions only, not on all real tokens")
     compile_only: str = option(
-        "", "devices", "a TPU topology, e.g. v5e:2x4: compile the update for it, on this machine, "
-        "and end: does it fit, and what would the run take", **FREE)
+        "", "devices", "TPUs or GPUs that need not be here, e.g. v5e:2x4 or h100:8: compile the "
+        "update for them, on this machine, and end: does it fit, and what would the run take",
+        **FREE)
     recipe: str = option(
         "", "output", "a file of experiments/recipes that sets other defaults", **FREE)
 
@@ -408,7 +410,8 @@ def compute_dtype(name: str, platform: str) -> str:
     """The dtype of matrix products that --dtype means on "cpu", "gpu" or "tpu"."""
     if name != "auto":
         return name
-    return "float32" if platform == "cpu" and "amx_bf16" not in cpu_flags() else "bfloat16"
+    fast = platform != "cpu" or {"amx_bf16", "avx512_bf16"} & set(cpu_flags())
+    return "bfloat16" if fast else "float32"
 
 
 def cpu_flags() -> list[str]:
