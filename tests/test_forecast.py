@@ -196,28 +196,34 @@ ENTRY %main (table: f32[1000,16], ids: s32[8,1]) -> f32[1000,16] {
     assert [each.bytes for each in program.kernels] == [few + 32 + few, 2 * table, 3 * few + 32]
 
 
+def traced_step(problem, vocabulary, accumulate, mesh):
+    """The update of a tiny problem, laid out on the mesh if there is one."""
+    state, layouts = problem.state(), {}
+    if mesh:
+        layout, whole = shardings(state, mesh), replicated(mesh)
+        layouts = {"out_shardings": (layout, whole), "in_shardings": (
+            layout, shardings(problem.teachers, mesh), whole, by_rows(mesh))}
+    return jax.jit(problem.step(accumulate, mesh), **layouts).trace(
+        state, problem.teachers, vocabulary, problem.batches[0])
+
+
 @pytest.mark.parametrize("shape, accumulate", [("8x1", 1), ("4x2", 2), ("2x4", 4)])
 def test_gradients_are_added_up_once_an_update(
         shape, accumulate, problem, vocabulary, x64):
     mesh = make_mesh(shape)
-    state = problem.state()
-    layout, whole = shardings(state, mesh), replicated(mesh)
-    step = jax.jit(problem.step(accumulate, mesh), out_shardings=(layout, whole), in_shardings=(
-        layout, shardings(problem.teachers, mesh), whole, by_rows(mesh)))
-    text = step.lower(state, problem.teachers, vocabulary, problem.batches[0])
-    program = hlo.read(text.compile().as_text())
+    traced = traced_step(problem, vocabulary, accumulate, mesh)
+    program = hlo.read(traced.lower().compile().as_text())
     moved = sum(c.bytes for c in program.collectives
                 if c.kind == "all-reduce" and c.devices == mesh.shape["data"])
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(problem.params))
     assert whole / mesh.shape["model"] <= moved < 1.1 * whole
 
 
-@pytest.mark.parametrize("accumulate, mesh", [(1, None), (2, None), (2, "4x2")])
+@pytest.mark.parametrize("accumulate, mesh", [(1, None), (2, None), (1, "8x1")])
 def test_products_are_counted(accumulate, mesh, problem, vocabulary, x64):
     mesh = mesh and make_mesh(mesh)
     rows, batch = 8, problem.batches[0]
-    traced = jax.jit(problem.step(accumulate, mesh)).trace(
-        problem.state(), problem.teachers, vocabulary, batch)
+    traced = traced_step(problem, vocabulary, accumulate, mesh)
     full = dict(batch, segment_ids=np.ones((rows, 16), np.int32))  # a product knows no segments
     one = sides.Problem(
         problem.teacher, problem.student, DistilConfig(), np.ones(72), [], 4, [], [])
@@ -241,10 +247,9 @@ def test_kernels_and_branches_are_counted():
 
 def test_kernels_are_named_by_their_scope(dropping, vocabulary, x64):
     """Forward and backward: the products of the head and of attention in a compiled step."""
-    text = jax.jit(dropping.step()).lower(
-        dropping.state(), dropping.teachers, vocabulary, dropping.batches[0]).compile().as_text()
+    program = traced_step(dropping, vocabulary, 1, None).lower().compile()
     flops = collections.Counter()
-    for each in hlo.read(text).kernels:
+    for each in hlo.read(program.as_text()).kernels:
         flops[each.group] += each.count * each.flops
     shape, positions = dropping.teacher, 8 * 16
     layers, models = 2 + 3 * 1, 1 + 3  # the student goes forward and backward
@@ -296,7 +301,8 @@ def test_an_absent_card_is_one_that_cudnn_attends_on():
     platform, capability = attention._device(
         jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device))
     query = jax.ShapeDtypeStruct((1, 128, 2, 64), "bfloat16")
-    assert platform == "gpu" and not attention._cudnn_lacks(query, None, capability, drops=False)
+    mask = attention.AttentionMask(jnp.ones((1, 128), jnp.int32))
+    assert platform == "gpu" and not attention._cudnn_lacks(query, mask, capability, drops=False)
 
 
 def test_float32_has_no_known_peak_on_gpus(monkeypatch):
@@ -364,7 +370,8 @@ class TestTPU:
                     if c["kind"] == "all-reduce" and c["devices"] == data)
         assert sum(found["sizes"]) / model <= moved < 1.01 * sum(found["sizes"])
         assert found["fixed"] == pytest.approx(found["arguments"], rel=0.02)
-        assert found["flops"] == pytest.approx(found["traced"], rel=0.02)
+        # What the model axis does not divide, each of its devices computes.
+        assert 0.98 < found["flops"] / found["traced"] < (1.02 if model == 1 else 1.2)
 
     @pytest.fixture
     def command(self, tmp_path):
