@@ -174,7 +174,7 @@ class LoopConfig(Config):
     seed: int = option(56, "training", "seed of initialisation, data order, masks and dropout")
     dtype: str = option(
         "auto", "devices", "dtype of matrix products (float64: of everything); auto is bfloat16 "
-        "on TPU, GPU and CPUs with AMX, float32 on others",
+        "on TPU, GPU and CPUs that multiply it (AMX, AVX512-BF16), float32 on others",
         choices=("auto", "float32", "bfloat16", "float64"))
     mesh: str = option(
         "", "devices", "over how many devices the rows are divided, and over how many the "
@@ -299,8 +299,9 @@ class DistilConfig(TrainConfig):
         False, "losses", "KL and squared error of logits on masked positions only, instead of "
         "all real tokens")
     compile_only: str = option(
-        "", "devices", "a TPU topology, e.g. v5e:2x4: only compile the update for it, on this "
-        "machine, and say whether it fits and how long the run would take", metavar="TOPOLOGY",
+        "", "devices", "TPUs or GPUs that need not be here, e.g. v5e:2x4 or h100:8: only compile "
+        "the update for them, on this machine, and say whether it fits and how long the run would "
+        "take", metavar="TOPOLOGY",
         **FREE)
     recipe: str = option(
         "", "output", "a set of other defaults that belong together", metavar="NAME", **FREE)
@@ -439,7 +440,8 @@ def compute_dtype(name: str, platform: str) -> str:
     """The dtype of matrix products that --dtype means on "cpu", "gpu" or "tpu"."""
     if name != "auto":
         return name
-    return "float32" if platform == "cpu" and "amx_bf16" not in cpu_flags() else "bfloat16"
+    fast = platform != "cpu" or {"amx_bf16", "avx512_bf16"} & set(cpu_flags())
+    return "bfloat16" if fast else "float32"
 
 
 def cpu_flags() -> list[str]:

@@ -234,9 +234,11 @@ def test_choose_lists_what_is_known():
 
 @pytest.mark.parametrize("name, platform, flags, dtype", [
     ("auto", "tpu", "", "bfloat16"), ("auto", "gpu", "", "bfloat16"),
-    ("auto", "cpu", "avx512f avx512_bf16", "float32"), ("auto", "cpu", "", "float32"),
+    ("auto", "cpu", "avx2 avx512f avx512_vnni", "float32"), ("auto", "cpu", "", "float32"),
+    ("auto", "cpu", "avx512f avx512_bf16", "bfloat16"),
     ("auto", "cpu", "avx512f amx_bf16 amx_tile", "bfloat16"),
-    ("float32", "gpu", "", "float32"), ("bfloat16", "cpu", "", "bfloat16")])
+    ("float32", "gpu", "", "float32"), ("bfloat16", "cpu", "", "bfloat16"),
+    ("float32", "cpu", "avx512_bf16", "float32")])
 def test_the_dtype_of_products(name, platform, flags, dtype, monkeypatch):
     monkeypatch.setattr(config, "cpu_flags", flags.split)
     assert compute_dtype(name, platform) == dtype

@@ -1,5 +1,6 @@
-"""What a compiled update costs is read rightly; for every TPU it fits and is divided as meant."""
+"""What a compiled update costs is read rightly; for every chip it fits and is divided as meant."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -15,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from distilbert_jax.benchmark import hlo
+from distilbert_jax.benchmark import chips, hlo
 from distilbert_jax.benchmark import problem as sides
+from distilbert_jax.benchmark.chips import CHIPS, topology
 from distilbert_jax.config import DistilConfig
 from distilbert_jax.errors import UserError
-from distilbert_jax.jobs import forecast as tpu
+from distilbert_jax.jobs import forecast
+from distilbert_jax.kernels import attention
 from distilbert_jax.machine.sharding import by_rows, make_mesh, replicated, shardings
 from distilbert_jax.models import bert
 
@@ -44,7 +47,7 @@ def test_collectives_count_as_often_as_their_loop_turns():
     gather, reduce = program.collectives
     assert reduce.seconds(1e9) == pytest.approx(3 * each * 2 * 3 / 4 / 1e9)
     assert gather.seconds(1e9) == pytest.approx(2 * each / 2 / 1e9)
-    assert (2, 6, 5) in program.shapes and program.traffic >= 3 * 2 * each
+    assert (2, 6, 5) in program.shapes and program.traffic >= 3 * each
 
 
 def test_what_is_fetched_ahead_is_not_written_anew():
@@ -61,32 +64,173 @@ ENTRY %main (x: f32[1024]) -> f32[256] {
     assert program.traffic == 2 * 4096 and program.shapes == {(1024,)}
 
 
+def test_what_is_fetched_ahead_is_read_by_whom_it_is_for():
+    program = hlo.read("""
+ENTRY %main (x: f32[1024]) -> f32[512] {
+  %x = f32[1024]{0:T(1024)} parameter(0)
+  %slice-start = ((f32[1024]{0:T(1024)}), f32[256]{0:T(1024)S(1)}, s32[]{:S(2)}) slice-start(%x)
+  %first = f32[256]{0:T(1024)S(1)} slice-done(%slice-start)
+  %slice-start.1 = ((f32[1024]{0:T(1024)}), f32[256]{0:T(1024)S(1)}, s32[]{:S(2)}) slice-start(%x)
+  %second = f32[256]{0:T(1024)S(1)} slice-done(%slice-start.1)
+  %both = f32[512]{0:T(1024)S(1)} custom-call(%first, %second), custom_call_target="ConcatBitcast"
+  %near = f32[512]{0:T(1024)S(1)} negate(%both)
+  ROOT %made = f32[512]{0:T(1024)} negate(%near)
+}""")
+    assert [each.bytes for each in program.kernels] == [2048, 2048]
+
+
+# A product that reads two arrays and writes one; a sum that reads that one, and one that reads
+# both; in a loop of three, a row that is cut out of an array, and put into another in place.
+BY_HAND = """
+HloModule step, is_scheduled=true
+
+%fused (p0: bf16[64,128], p1: bf16[128,256]) -> bf16[64,256] {
+  %p0 = bf16[64,128]{1,0} parameter(0)
+  %p1 = bf16[128,256]{1,0} parameter(1)
+  %inside = f32[64,256]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %narrow = bf16[64,256]{1,0} convert(%inside)
+}
+
+%fused.row (p2: bf16[64,256], p3: bf16[64,256], p4: s32[]) -> bf16[64,256] {
+  %p2 = bf16[64,256]{1,0} parameter(0)
+  %p3 = bf16[64,256]{1,0} parameter(1)
+  %p4 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %flat = bf16[64,1,256]{2,1,0} bitcast(%p2)
+  %row = bf16[1,1,256]{2,1,0} dynamic-slice(%flat, %p4, %zero, %zero), dynamic_slice_sizes={1,1,256}
+  %same = bf16[1,256]{1,0} bitcast(%row)
+  ROOT %put = bf16[64,256]{1,0} dynamic-update-slice(%p3, %same, %p4, %zero)
+}
+
+%body (carry: (s32[], bf16[64,256], bf16[64,256])) -> (s32[], bf16[64,256], bf16[64,256]) {
+  %carry = (s32[], bf16[64,256]{1,0}, bf16[64,256]{1,0}) parameter(0)
+  %turn = s32[] get-tuple-element(%carry), index=0
+  %from = bf16[64,256]{1,0} get-tuple-element(%carry), index=1
+  %to = bf16[64,256]{1,0} get-tuple-element(%carry), index=2
+  %moved = bf16[64,256]{1,0} fusion(%from, %to, %turn), kind=kLoop, calls=%fused.row
+  ROOT %next = (s32[], bf16[64,256]{1,0}, bf16[64,256]{1,0}) tuple(%turn, %from, %moved)
+}
+
+%condition (carried: (s32[], bf16[64,256], bf16[64,256])) -> pred[] {
+  %carried = (s32[], bf16[64,256]{1,0}, bf16[64,256]{1,0}) parameter(0)
+  ROOT %true = pred[] constant(true)
+}
+
+ENTRY %main (x: bf16[64,128], w: bf16[128,256], turns: s32[]) -> bf16[64,256] {
+  %x = bf16[64,128]{1,0} parameter(0)
+  %w = bf16[128,256]{1,0} parameter(1)
+  %turns = s32[] parameter(2)
+  %made = bf16[64,256]{1,0} fusion(%x, %w), kind=kOutput, calls=%fused, \
+metadata={op_name="jit(step)/transpose(jvp(attention))/dot_general"}
+  %sum = bf16[64,256]{1,0} add(%made, %made), metadata={op_name="jit(step)/optimizer/add"}
+  %again = bf16[64,256]{1,0} add(%made, %sum), metadata={op_name="jit(step)/jvp()/add"}
+  %start = (s32[], bf16[64,256]{1,0}, bf16[64,256]{1,0}) tuple(%turns, %again, %sum)
+  %loop = (s32[], bf16[64,256]{1,0}, bf16[64,256]{1,0}) while(%start), condition=%condition, \
+body=%body, metadata={op_name="jit(step)/jvp(head)/while"}, \
+backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %end = bf16[64,256]{1,0} get-tuple-element(%loop), index=2
+}"""
+
+
+def test_kernels_are_counted_by_hand():
+    x, w, made, row = 2 * 64 * 128, 2 * 128 * 256, 2 * 64 * 256, 2 * 256  # bytes
+    program, product = hlo.read(BY_HAND), 2 * 64 * 128 * 256
+    # So that the product takes 1 s, and what it reads and writes half of that.
+    flops, traffic = float(product), 2.0 * (x + w + made)
+    expected = {"attention": (1, 1.0), "optimizer": (1, 2 * made / traffic),
+                "everything else": (1, 3 * made / traffic),
+                "vocabulary head": (3, 3 * (2 * row + 4) / traffic)}
+    groups = {name: (count, seconds) for name, count, seconds in program.groups(flops, traffic)}
+    assert groups == {name: (n, pytest.approx(time)) for name, (n, time) in expected.items()}
+    assert next(iter(groups)) == "attention" and list(groups)[-1] == "vocabulary head"
+    assert program.flops == product
+    assert program.traffic == (x + w + made) + 2 * made + 3 * made + 3 * (2 * row + 4)
+    # The larger of the two sums would let each kernel run beside the others.
+    together = sum(time for _, time in expected.values())
+    assert program.seconds(flops, traffic) == pytest.approx(together)
+    assert together > 1.1 * max(program.flops / flops, program.traffic / traffic)
+
+
+@pytest.mark.parametrize("line, flops", [
+    # Queries [2, 128, 4, 64]; two products with [2, 4, 128, 128] forward, five backward.
+    ('(bf16[2,4,128,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target='
+     '"__cudnn$fmhaScaleBiasSoftmax", backend_config={"cudnn_fmha_backend_config": '
+     '{"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "4", "128", '
+     '"128"]}}}', 2 * 2 * (2 * 4 * 128 * 128 * 64)),
+    ('(bf16[2,128,4,64]{3,2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target='
+     '"__cudnn$fmhaScaleBiasSoftmaxBackward", backend_config={"cudnn_fmha_backend_config": '
+     '{"intermediate_tensor_shape": {"dimensions": ["2", "4", "128", "128"]}}}',
+     5 * 2 * (2 * 4 * 128 * 128 * 64)),
+    ('(f32[64,256]{1,0}, s8[4096]{0}) custom-call(%x, %w), custom_call_target="__cublas$gemm", '
+     'backend_config={"gemm_backend_config":{"dot_dimension_numbers":'
+     '{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}',
+     2 * 64 * 128 * 256),
+    ('f32[64,256]{1,0} convolution(%x, %w), dim_labels=bf_io->bf', 2 * 64 * 128 * 256),
+    # Eight products [4, 16] x [16, 32], as a TPU's compiler writes them.
+    ('f32[8,4,32]{2,1,0} convolution(%left, %right), window={size=8 stride=7 lhs_dilate=8}, '
+     'dim_labels=0bf_0io->0bf', 8 * 2 * 4 * 16 * 32),
+    ('f32[6,10]{1,0} custom-call(%x), custom_call_target="tpu_custom_call"', 12345)])
+def test_products_of_every_kind_are_counted(line, flops):
+    program = hlo.read(f"""
+ENTRY %main (q: bf16[2,128,4,64]) -> f32[64,256] {{
+  %q = bf16[2,128,4,64]{{3,2,1,0}} parameter(0)
+  %x = f32[64,128]{{1,0}} parameter(1)
+  %w = f32[128,256]{{1,0}} parameter(2)
+  %left = f32[8,4,16]{{2,1,0}} parameter(3)
+  %right = f32[8,16,32]{{2,1,0}} parameter(4)
+  ROOT %made = {line}
+}}""", {((6, 10),): 12345})
+    assert program.flops == flops
+
+
+def test_what_is_gathered_and_scattered_is_read_in_part():
+    table, few = 4 * 1000 * 16, 4 * 8 * 16
+    program = hlo.read("""
+ENTRY %main (table: f32[1000,16], ids: s32[8,1]) -> f32[1000,16] {
+  %table = f32[1000,16]{1,0} parameter(0)
+  %ids = s32[8,1]{1,0} parameter(1)
+  %found = f32[8,16]{1,0} gather(%table, %ids), offset_dims={1}
+  %all = f32[1000,16]{1,0} negate(%table)
+  ROOT %added = f32[1000,16]{1,0} scatter(%all, %ids, %found), update_window_dims={1}, to_apply=%add
+}""")
+    assert [each.bytes for each in program.kernels] == [few + 32 + few, 2 * table, 3 * few + 32]
+
+
+def traced_step(problem, vocabulary, accumulate, mesh):
+    """The update of a tiny problem, laid out on the mesh if there is one."""
+    state, layouts = problem.state(), {}
+    if mesh:
+        layout, whole = shardings(state, mesh), replicated(mesh)
+        layouts = {"out_shardings": (layout, whole), "in_shardings": (
+            layout, shardings(problem.teachers, mesh), whole, by_rows(mesh))}
+    return jax.jit(problem.step(accumulate, mesh), **layouts).trace(
+        state, problem.teachers, vocabulary, problem.batches[0])
+
+
 @pytest.mark.parametrize("shape, accumulate", [("8x1", 1), ("4x2", 2), ("2x4", 4)])
 def test_gradients_are_added_up_once_an_update(
         shape, accumulate, problem, vocabulary, x64):
     mesh = make_mesh(shape)
-    state = problem.state()
-    layout, whole = shardings(state, mesh), replicated(mesh)
-    step = jax.jit(problem.step(accumulate, mesh), out_shardings=(layout, whole), in_shardings=(
-        layout, shardings(problem.teachers, mesh), whole, by_rows(mesh)))
-    text = step.lower(state, problem.teachers, vocabulary, problem.batches[0])
-    program = hlo.read(text.compile().as_text())
+    traced = traced_step(problem, vocabulary, accumulate, mesh)
+    program = hlo.read(traced.lower().compile().as_text())
     moved = sum(c.bytes for c in program.collectives
                 if c.kind == "all-reduce" and c.devices == mesh.shape["data"])
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(problem.params))
     assert whole / mesh.shape["model"] <= moved < 1.1 * whole
 
 
-@pytest.mark.parametrize("accumulate, mesh", [(1, None), (2, None), (2, "4x2")])
+@pytest.mark.parametrize("accumulate, mesh", [(1, None), (2, None), (1, "8x1")])
 def test_products_are_counted(accumulate, mesh, problem, vocabulary, x64):
     mesh = mesh and make_mesh(mesh)
     rows, batch = 8, problem.batches[0]
-    traced = jax.jit(problem.step(accumulate, mesh)).trace(
-        problem.state(), problem.teachers, vocabulary, batch)
+    traced = traced_step(problem, vocabulary, accumulate, mesh)
     full = dict(batch, segment_ids=np.ones((rows, 16), np.int32))  # a product knows no segments
     one = sides.Problem(
         problem.teacher, problem.student, DistilConfig(), np.ones(72), [], 4, [], [])
-    assert hlo.product_flops(traced.jaxpr) == pytest.approx(sides.flops(one, [full]), rel=0.02)
+    expected = pytest.approx(sides.flops(one, [full]), rel=0.02)
+    program = hlo.read(traced.lower().compile().as_text())
+    assert hlo.product_flops(traced.jaxpr) == expected
+    assert program.flops * (mesh.size if mesh else 1) == expected
 
 
 def test_kernels_and_branches_are_counted():
@@ -96,46 +240,98 @@ def test_kernels_and_branches_are_counted():
         y[...] = jax.lax.cond(x[0, 0] > 0, lambda: x[...] @ x[...], lambda: x[...])
 
     call = pl.pallas_call(kernel, grid=(3,), out_shape=jax.ShapeDtypeStruct((8, 8), "float32"))
-    assert hlo.product_flops(jax.make_jaxpr(call)(jnp.ones((8, 8))).jaxpr) == 3 * 2 * 8**3
+    jaxpr = jax.make_jaxpr(jax.jit(call))(jnp.ones((8, 8))).jaxpr
+    assert hlo.product_flops(jaxpr) == 3 * 2 * 8**3
+    assert hlo.kernel_flops(jaxpr) == {((8, 8),): 3 * 2 * 8**3}
 
+
+def test_kernels_are_named_by_their_scope(dropping, vocabulary, x64):
+    """Forward and backward: the products of the head and of attention in a compiled step."""
+    program = traced_step(dropping, vocabulary, 1, None).lower().compile()
+    flops = collections.Counter()
+    for each in hlo.read(program.as_text()).kernels:
+        flops[each.group] += each.count * each.flops
+    shape, positions = dropping.teacher, 8 * 16
+    layers, models = 2 + 3 * 1, 1 + 3  # the student goes forward and backward
+    scores = 2 * 2 * positions * 16 * shape.hidden_size
+    words = 2 * positions * shape.hidden_size * shape.vocab_size
+    assert set(flops) == {"attention", "vocabulary head", "optimizer", "products of the layers",
+                          "everything else"}
+    assert flops["attention"] == layers * scores
+    assert flops["vocabulary head"] == pytest.approx(models * words, rel=0.05)  # sums of columns
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CHIPS if CHIPS[kind].card])
+def test_cards_are_described(kind):
+    """What a core multiplies in a cycle, at its clock, is about the peak of the datasheet."""
+    chip = CHIPS[kind]
+    text = chip.card.description()
+    fields = dict(re.findall(r"(\w+): ([\d.]+)", text))
+    assert text.count("{") == text.count("}") and f'"{chip.card.name}"' in text
+    assert 0.75 * int(fields["device_memory_size"]) == chip.memory
+    assert int(fields["memory_bandwidth"]) == chip.traffic
+    operations = {8: 2048, 9: 4096, 10: 8192}[chip.card.capability]
+    rate = operations * int(fields["core_count"]) * float(fields["clock_rate_ghz"]) * 1e9
+    assert 0.9 < chip.flops / rate < 1.01
 
 @pytest.mark.parametrize("settings, line", [
-    ({"compile_only": "v5e"}, "must look like v5e:2x4"),
+    ({"compile_only": "v5e"}, "must look like v5e:2x4 or h100:8"),
+    ({"compile_only": "h100:0"}, "h100:0 must say how many GPUs of one host, 1 to 8: h100:1"),
+    ({"compile_only": "h100:2x4"}, "must say how many GPUs of one host, 1 to 8: h100:1"),
     ({"compile_only": "v5:2x4"}, "unknown chip of --compile-only 'v5'; did you mean v5p?"),
     ({"sequence_length": 1024}, "--sequence-length 1024 is beyond the model's 512 positions"),
-    ({"dtype": "float64"}, "--dtype float64 is nothing that a TPU computes in"),
+    ({"dtype": "float64"}, "--dtype float64 is not forecast: the peaks that are known"),
 ])
 def test_what_cannot_be_compiled(settings, line):
     with pytest.raises(UserError, match=line.replace("?", r"\?")):
-        tpu.compile_only(DistilConfig(**{"compile_only": "v5e:2x4"} | settings), bert.FAMILY,
+        forecast.compile_only(DistilConfig(**{"compile_only": "v5e:2x4"} | settings), bert.FAMILY,
                          bert.BASE)
 
 
-@pytest.mark.skipif(bool(find_spec("libtpu")), reason="the TPU compiler is here")
-def test_without_the_compiler():
-    with pytest.raises(UserError, match=r'pip install "jax\[tpu\]"'):
-        tpu.compile_only(DistilConfig(compile_only="v5e:2x4"), bert.FAMILY,
-                         bert.BASE)
+@pytest.mark.parametrize("name, extra", [("v5e:2x4", "tpu"), ("h100:1", "cuda12")])
+def test_without_the_compiler(name, extra, monkeypatch):
+    monkeypatch.setattr(chips, "find_spec", lambda package: None)
+    with pytest.raises(UserError, match=rf'pip install "jax\[{extra}\]"'):
+        topology(name)
+
+
+def test_an_absent_card_is_one_that_cudnn_attends_on():
+    """The devices of this machine say nothing of it."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=1, platform="gpu")
+    platform, capability = attention._device(
+        jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device))
+    query = jax.ShapeDtypeStruct((1, 128, 2, 64), "bfloat16")
+    mask = attention.AttentionMask(jnp.ones((1, 128), jnp.int32))
+    assert platform == "gpu" and not attention._cudnn_lacks(query, mask, capability, drops=False)
+
+
+def test_float32_has_no_known_peak_on_gpus(monkeypatch):
+    monkeypatch.setattr(forecast, "topology", lambda name: (CHIPS["h100"], None))
+    with pytest.raises(UserError, match="--dtype float32 is not forecast for GPUs"):
+        forecast.compile_only(
+            DistilConfig(compile_only="h100:1", dtype="float32"), bert.FAMILY, bert.BASE)
 
 
 # Runs without the flags and devices that the tests' own JAX is given.
 COMPILE = """
 import dataclasses, json, sys
 from distilbert_jax.benchmark import hlo
-from distilbert_jax.jobs import forecast as tpu
+from distilbert_jax.benchmark.chips import topology
+from distilbert_jax.jobs import forecast
 from distilbert_jax.config import DistilConfig
 from distilbert_jax.models import bert
 from distilbert_jax.machine.sharding import make_mesh
 import jax
-topology, mesh, batch_size = sys.argv[1:]
-config = DistilConfig(compile_only=topology, mesh=mesh, batch_size=int(batch_size), accumulate=2)
-step = tpu._Step(config, bert.FAMILY, dataclasses.replace(bert.BASE, num_hidden_layers=2),
-                 *tpu._topology(topology))
+name, mesh, batch_size = sys.argv[1:]
+config = DistilConfig(compile_only=name, mesh=mesh, batch_size=int(batch_size), accumulate=2)
+step = forecast._Step(config, bert.FAMILY, dataclasses.replace(bert.BASE, num_hidden_layers=2),
+                      *topology(name))
 done = step.compile(step.rows)
-program = hlo.read(done.program.as_text())
+program = hlo.read(done.program.as_text(), done.known)
+traced = hlo.product_flops(step.trace(step.rows).jaxpr) / step.mesh.size
 need = done.program.memory_analysis()
 print(json.dumps({
-    "rows": step.rows, "shapes": sorted(program.shapes), "flops": done.flops,
+    "rows": step.rows, "shapes": sorted(program.shapes), "flops": program.flops, "traced": traced,
     "sizes": [4 * leaf.size for leaf in jax.tree.leaves(step.state.params)],
     "arguments": need.argument_size_in_bytes, "fixed": step.fixed,
     "collectives": [dataclasses.asdict(c) for c in program.collectives]}))
@@ -174,6 +370,8 @@ class TestTPU:
                     if c["kind"] == "all-reduce" and c["devices"] == data)
         assert sum(found["sizes"]) / model <= moved < 1.01 * sum(found["sizes"])
         assert found["fixed"] == pytest.approx(found["arguments"], rel=0.02)
+        # What the model axis does not divide, each of its devices computes.
+        assert 0.98 < found["flops"] / found["traced"] < (1.02 if model == 1 else 1.2)
 
     @pytest.fixture
     def command(self, tmp_path):
@@ -187,7 +385,8 @@ class TestTPU:
         done = compiled(*command, "--steps", 300)
         assert not done.returncode, done.stderr
         for text in ("| matrix products |", "It fits. The largest micro-batch that was found to ",
-                     "| all-reduce over 8 chips, ", "The run, 300 updates of 16,384 tokens: "):
+                     "| all-reduce over 8 chips, ", "The run, 300 updates of 16,384 tokens: ",
+                     "| **kernels, one after another", "| of these: vocabulary head | "):
             assert text in done.stdout
 
     def test_too_large_a_batch(self, command):
@@ -198,3 +397,60 @@ class TestTPU:
             r"error: v5e:2x4 has 15.75 GiB a chip, and an update with 8192 rows at a time on "
             r"each needs (.*) GiB: --accumulate (\d+) fits; --remat needs less", line).groups()
         assert float(needs) > 15.75 and int(accumulate) > 1
+
+
+# Attention on one card, as the kernel of the platform does it.
+ATTEND = """
+import sys
+import jax
+from distilbert_jax.benchmark import hlo
+from distilbert_jax.benchmark.chips import topology
+from distilbert_jax.kernels.attention import AttentionMask, attention
+from distilbert_jax.machine.sharding import make_mesh, on_mesh, replicated
+mesh = make_mesh("1x1", topology(sys.argv[1])[1])
+query = jax.ShapeDtypeStruct((2, 128, 4, 64), "bfloat16")
+segments = jax.ShapeDtypeStruct((2, 128), "int32")
+attend = on_mesh(lambda x, segments: attention(x, x, x, AttentionMask(segments)), mesh)
+text = jax.jit(attend, in_shardings=replicated(mesh)).lower(query, segments).compile().as_text()
+print(mesh.devices.flat[0].device_kind, "__cudnn$fmha" in text, hlo.read(text).flops, sep="; ")
+"""
+
+
+class TestGPU:
+    pytestmark = [pytest.mark.gpu_compile, pytest.mark.skipif(
+        not find_spec("jax_cuda12_plugin"),
+        reason='no CUDA compiler: pip install "jax[cuda12]"')]
+
+    @pytest.mark.parametrize("kind", [kind for kind in CHIPS if CHIPS[kind].card])
+    def test_cudnn_attends_on_every_card(self, kind):
+        done = compiled("-c", ATTEND, f"{kind}:1")
+        assert not done.returncode, done.stderr
+        assert done.stdout.splitlines()[-1] == (
+            f"{CHIPS[kind].card.name}; True; {2 * 2 * 2 * 4 * 128 * 128 * 64}")
+
+    @pytest.fixture
+    def command(self, tmp_path):
+        """Of a BERT of two layers; nothing but its config.json is there."""
+        shape = bert.FAMILY.to_hf(dataclasses.replace(
+            bert.BASE, num_hidden_layers=2, hidden_size=128, num_attention_heads=2,
+            intermediate_size=256, vocab_size=1000))
+        (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "bert"}))
+        return "experiments/run.py", "--compile-only", "h100:2", "--teacher", tmp_path
+
+    def test_the_command(self, command):
+        done = compiled(*command, "--steps", 300)
+        assert not done.returncode, done.stderr
+        for text in ("h100:2, mesh 2x1: 2 layers → 1, bfloat16", "| together, of 59.33 | ",
+                     "| **kernels, one after another", "| of these: attention | ",
+                     "| all-reduce over 2 chips, ", "The run, 300 updates of ",
+                     "no kernel was tuned to it"):
+            assert text in done.stdout
+
+    def test_too_large_a_batch(self, command):
+        done = compiled(*command, "--batch-size", 2**17, "--sequence-length", 512)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        line, = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        needs, accumulate = re.fullmatch(
+            r"error: h100:2 has 59.33 GiB a chip, and an update with 65536 rows at a time on "
+            r"each needs (.*) GiB: --accumulate (\d+) fits; --remat needs less", line).groups()
+        assert float(needs) > 59.33 and int(accumulate) > 1

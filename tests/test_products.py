@@ -82,7 +82,7 @@ def test_a_result_may_be_transposed_afterwards(transposed):
     assert (jax.jit(transposed)(a, b) == 8).all()
 
 
-@pytest.mark.skipif(compute_dtype("auto", "cpu") != "bfloat16", reason="a CPU without AMX")
+@pytest.mark.skipif(compute_dtype("auto", "cpu") != "bfloat16", reason="no bfloat16 products")
 def test_bfloat16_is_not_widened():
     """No matrix that is multiplied in a layer or its gradient is made float32 before."""
     x, kernel = normal("bfloat16", 256, 128), normal("float32", 128, 512)

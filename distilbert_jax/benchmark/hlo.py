@@ -1,4 +1,4 @@
-"""A step → what it costs: products by its jaxpr, memory traffic and collectives by its HLO.
+"""A compiled step → what it costs: its kernels, and its exchanges between chips.
 
 XLA's own cost analysis counts a loop's body once, and no kernel of Pallas. Here loops count as
 often as they turn.
@@ -11,15 +11,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from distilbert_jax.benchmark import hlo_text, kernel_costs
+from distilbert_jax.benchmark.hlo_text import Line
+from distilbert_jax.benchmark.kernel_costs import Kernel, KernelFlops
+
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
-         "f32": 4, "s64": 8, "u64": 8, "f64": 8}
-ARRAY = re.compile(rf"\b({'|'.join(BYTES)})\[([\d,]*)\](?:\{{[^}}]*?(S\(\d+\))?\}})?")
-INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(?.*?\)?) ([a-z][\w-]*)\((.*)$")
-CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
-# What writes no array of its own.
-SILENT = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
-          "after-all", "call", "async-start", "copy-start", "slice-start")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,106 +40,68 @@ class Program:
     """A compiled program of one chip."""
 
     collectives: list[Collective]  # those of one kind and number of devices together
-    traffic: int  # bytes to and from memory in an update, every result written and read once
+    kernels: list[Kernel]
     shapes: set[tuple[int, ...]]  # of all arrays that are in memory
 
+    @property
+    def flops(self) -> int:
+        """Operations of the matrix products of an update."""
+        return sum(each.count * each.flops for each in self.kernels)
 
-@dataclasses.dataclass(frozen=True)
-class _Line:
-    name: str
-    result: str
-    opcode: str
-    rest: str  # operands and attributes
+    @property
+    def traffic(self) -> int:
+        """Bytes to and from memory in an update, as often as a kernel reads or writes them."""
+        return sum(each.count * each.bytes for each in self.kernels)
+
+    def seconds(self, flops: float, traffic: float) -> float:
+        """All kernels, one after another, each at the peaks of a chip."""
+        return sum(each.seconds(flops, traffic) for each in self.kernels)
+
+    def groups(self, flops: float, traffic: float) -> list[tuple[str, int, float]]:
+        """(Name, kernels in an update, seconds) of each group, the dearest first."""
+        sums: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
+        for each in self.kernels:
+            sums[each.group][0] += each.count
+            sums[each.group][1] += each.seconds(flops, traffic)
+        return sorted(((name, *both) for name, both in sums.items()), key=lambda row: -row[2])
 
 
-def read(text: str) -> Program:
-    """Read what `compiled.as_text()` gives."""
-    computations, entry = _computations(text)
-    times = _times(computations, entry)
-    found: dict[Any, list[Any]] = collections.defaultdict(list)
-    traffic, shapes, seen = 0, set(), set()
-    fused = {name for lines in computations.values() for line in lines if line.opcode == "fusion"
-             for name in CALLED.findall(line.rest)}
-    for name, lines in computations.items():
-        for line in lines:
+def read(text: str, known: KernelFlops | None = None) -> Program:
+    """Read what `compiled.as_text()` gives; `known` comes from `kernel_flops`."""
+    found, entry = hlo_text.computations(text)
+    times, parts, loops = (
+        hlo_text.times(found, entry), hlo_text.parts(found), hlo_text.loops(found))
+    exchanges: dict[Any, list[Any]] = collections.defaultdict(list)
+    kernels, shapes, seen = [], set(), set()
+    for name, computation in found.items():
+        for line in computation.values():
             kind = line.opcode.removesuffix("-start")
-            # Of one that runs beside other work, every piece of that work repeats the line.
-            chain = re.search(r'chain_id="(\d+)"', line.rest)
-            key = chain[1] if chain else (name, line.name)
-            if kind in KINDS and key not in seen:
-                seen.add(key)
-                arrays = list(_arrays(line.result))
-                if line.opcode != kind and len(arrays) > 1:  # operands and results
-                    arrays = arrays[len(arrays) // 2:] if kind != "all-reduce" else arrays
-                found[kind, _devices(line.rest)].append((times[name], arrays))
-            if name not in fused and line.opcode not in SILENT and times[name]:
-                in_memory = [(size, shape) for size, shape, fast in _arrays(line.result)
-                             if not fast]
-                traffic += 2 * times[name] * sum(size for size, _ in in_memory)
-                shapes |= {shape for _, shape in in_memory}
-    merged = [Collective(
-        kind, devices, sum(n for n, _ in each),
-        sum(n * size for n, arrays in each for size, _, _ in arrays))
-        for (kind, devices), each in sorted(found.items())]
-    return Program([c for c in merged if c.count], traffic, shapes)
-
-
-def _computations(text: str) -> tuple[dict[str, list[_Line]], str]:
-    """Name → lines, and the name of the one where the program begins."""
-    computations: dict[str, list[_Line]] = {}
-    lines, entry = [], ""
-    for text_line in text.splitlines():
-        if text_line.endswith("{") and not text_line.startswith((" ", "HloModule")):
-            head = text_line.removeprefix("ENTRY ").lstrip("%").split(" ")[0]
-            lines = computations.setdefault(head, [])
-            entry = head if text_line.startswith("ENTRY") else entry
-        elif match := INSTRUCTION.match(re.sub(r"/\*.*?\*/", "", text_line)):
-            lines.append(_Line(*match.groups()))
-    return computations, entry
-
-
-def _times(computations: dict[str, list[_Line]], entry: str) -> collections.Counter[str]:
-    """How often each computation runs in one run of the program."""
-    callers: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
-    for name, lines in computations.items():
-        for line in lines:
-            if line.opcode in ("async-update", "async-done"):
+            if kind in KINDS:
+                # Of one that runs beside other work, every piece of that work repeats the line.
+                chain = re.search(r'chain_id="(\d+)"', line.rest)
+                key = chain[1] if chain else (name, line.name)
+                if key not in seen:
+                    seen.add(key)
+                    exchanges[kind, _devices(line.rest)].append((times[name], _moved(line, kind)))
+            if name in parts or not times[name] or line.opcode in kernel_costs.SILENT:
                 continue
-            turns = _turns(computations, line) if line.opcode == "while" else 1
-            branches = re.search(r"branch_computations=\{(.*?)\}", line.rest)
-            called = CALLED.findall(line.rest) + (
-                [n.strip(" %") for n in branches[1].split(",")] if branches else [])
-            for other in called:
-                callers[other].append((name, turns))
-    times = collections.Counter({entry: 1})
-
-    def count(name: str) -> int:
-        if name not in times:
-            times[name] = sum(count(caller) * turns for caller, turns in callers[name])
-        return times[name]
-
-    for name in computations:
-        count(name)
-    return times
+            shapes |= {array.shape for array in line.arrays if not array.fast}
+            if kind not in KINDS and line.opcode.removesuffix("-done") not in KINDS:
+                kernels.append(kernel_costs.kernel(
+                    line, computation, found, times[name], known or {}, loops.get(name)))
+    merged = [Collective(
+        kind, devices, sum(n for n, _ in each), sum(n * moved for n, moved in each))
+        for (kind, devices), each in sorted(exchanges.items())]
+    return Program([c for c in merged if c.count], [k for k in kernels if k.bytes or k.flops],
+                   shapes)
 
 
-def _turns(computations: dict[str, list[_Line]], line: _Line) -> int:
-    """How often a loop turns that counts up from 0; 1 where that cannot be read."""
-    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line.rest):
-        return int(known[1])
-    condition = computations[re.search(r"condition=%?([\w.-]+)", line.rest)[1]]
-    constants = {one.name: int(one.rest.split(")")[0]) for one in condition
-                 if one.opcode == "constant" and one.rest.split(")")[0].isdecimal()}
-    limits = [constants[name] for one in condition if one.opcode == "compare"
-              for name in re.findall(r"%?([\w.-]+)", one.rest.split(")")[0]) if name in constants]
-    return limits[0] if len(limits) == 1 else 1
-
-
-def _arrays(result: str) -> Iterator[tuple[int, tuple[int, ...], bool]]:
-    """Bytes, shape, and whether it lies in a chip's fast memory, of each array of a result."""
-    for kind, sizes, fast in ARRAY.findall(result):
-        shape = tuple(int(size) for size in sizes.split(",") if size)
-        yield BYTES[kind] * math.prod(shape), shape, bool(fast)
+def _moved(line: Line, kind: str) -> int:
+    """Bytes of the results of an exchange; the start of one names its operands beside them."""
+    arrays = line.arrays
+    if line.opcode != kind and len(arrays) > 1 and kind != "all-reduce":
+        arrays = arrays[len(arrays) // 2:]
+    return sum(array.bytes for array in arrays)
 
 
 def _devices(rest: str) -> int:
@@ -182,6 +140,20 @@ def product_flops(jaxpr: Any) -> int:
         else:
             total += max(inner, default=0) if name == "cond" else sum(inner)
     return total
+
+
+def kernel_flops(jaxpr: Any) -> KernelFlops:
+    """Operations of one call of each Pallas kernel of a traced function, on one device."""
+    found = {}
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            inner = sum(product_flops(sub) for sub in _inner(equation.params))
+            shapes = tuple(result.aval.shape for result in equation.outvars)
+            found[shapes] = math.prod(equation.params["grid_mapping"].grid) * inner
+        else:
+            for sub in _inner(equation.params):
+                found |= kernel_flops(sub)
+    return found
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:

@@ -60,6 +60,7 @@ class Targets(NamedTuple):
     soft_weights: Float[Array, "B T"]  # of all losses that compare logits
 
 
+@jax.named_scope("head")
 def fused_losses(
     student: Head, teacher: Head | None, targets: Targets, terms: Terms, temperature: float
 ) -> tuple[Float[Array, ""], Figures]:

@@ -1,6 +1,6 @@
 """Settings, shapes and a mesh → the update and its evaluation, put together in this one place.
 
-The run, the forecast for absent TPUs and the benchmark all take their step from here, so that what
+The run, the forecast for absent chips and the benchmark all take their step from here, so that what
 is compiled, timed and trained is one program.
 """
 

@@ -101,19 +101,31 @@ def make_train_step(
         (total, means), grads = gradients(
             (state.params, teachers, counts, whole_answers(batch, objective)),
             (batch, dropout_keys))
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(total) & jnp.isfinite(norm)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state),
-            (state.params, state.opt_state))
+        params, opt_state, norm, finite = _updated(tx, state, total, grads)
         metrics = means | {
             "loss": total, "grad_norm": norm, "skipped": 1.0 - finite,
             "tokens": (batch["segment_ids"] > 0).sum().astype(jnp.float32)}
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return on_mesh(train_step, mesh)
+
+
+@jax.named_scope("optimizer")
+def _updated(
+    tx: optax.GradientTransformation, state: TrainState, total: Array, grads: dict[str, Any]
+) -> tuple[dict[str, Any], Any, Array, Array]:
+    """Parameters and moments after an update, the gradient's norm, and whether all is finite.
+
+    Where loss or gradient is not finite, parameters and moments stay as they are.
+    """
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(total) & jnp.isfinite(norm)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state),
+        (state.params, state.opt_state))
+    return params, opt_state, norm, finite
 
 
 def _stopped(params: dict[str, Any], frozen: tuple[str, ...]) -> dict[str, Any]:
