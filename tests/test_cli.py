@@ -166,7 +166,8 @@ FOLDERS = [  # (what is made or broken, further words, parts of the message)
     (without("teacher/model.safetensors"), "", ["neither model.safetensors nor pytorch_model"]),
     (with_tensors(wrong_shapes), "", ["tensors do not fit", "bert.embeddings.LayerNorm.weight is "
                                       "[3], config.json says [16]", "bert.pooler.dense.weight"]),
-    (with_tensors(headless), "", ["no masked-language-model head", "pretrain.py --model teacher"]),
+    (with_tensors(headless), "", ["no masked-language-model head",
+                                  "distilbert-jax pretrain --model teacher"]),
     # its tokenizer
     (without("teacher/tokenizer.json", "teacher/tokenizer_config.json"), "",
      ["tokenizer in teacher"]),

@@ -66,7 +66,7 @@ def test_nothing_to_plot(runs):
 
 
 def test_no_run(runs):
-    with pytest.raises(UserError, match="plots holds no finished run of run.py, finetune.py or"):
+    with pytest.raises(UserError, match="plots holds no finished run of distil, finetune or"):
         compare(["mlm", "plots"])
     with pytest.raises(UserError, match="--output mlm/report.json cannot be used: File exists"):
         compare(["mlm"], "mlm/report.json")

@@ -67,7 +67,7 @@ def _lines(folder: str) -> Iterator[Line]:
     elif "sentences_per_second" in found:
         yield from _sentences(folder, found)
     else:
-        raise UserError(f"{folder} holds no finished run of run.py, finetune.py or embed.py: name "
+        raise UserError(f"{folder} holds no finished run of distil, finetune or embed: name "
                         "the --output of one")
 
 
