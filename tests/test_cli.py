@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -539,14 +540,19 @@ def test_an_output_without_the_right_to_write(place, capfd):
 
 @pytest.mark.parametrize("ending, code, said", [
     (Interrupted("stopped at update 3"), 75, "stopped at update 3\n"),
+    (signal.SIGTERM, 75, "terminated; the same command goes on from what is complete\n"),
     (KeyboardInterrupt(), "interrupted", "")])
 def test_other_endings(ending, code, said, capfd):
     def main(_):
+        if ending is signal.SIGTERM:
+            os.kill(os.getpid(), ending)
         raise ending
 
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
         launch.launch(main, [])
     assert end.value.code == code and capfd.readouterr().err == said
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def command(script, *words, **environment):

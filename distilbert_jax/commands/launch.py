@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import shlex
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -49,7 +50,16 @@ def launch(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> Non
         _launch(command, argv)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, outside the training loop, which saves and ends by itself."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
 def _launch(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         keep_memory()
         connect()
@@ -57,6 +67,9 @@ def _launch(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> No
         command(argv)
     except Interrupted as stopped:
         say(str(stopped))
+        sys.exit(GO_ON)
+    except _Terminated:
+        say("terminated; the same command goes on from what is complete")
         sys.exit(GO_ON)
     except KeyboardInterrupt:  # outside the training loop, where there is nothing to save
         sys.exit("interrupted")
@@ -68,6 +81,8 @@ def _launch(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> No
             raise
         print("error:", *line.split("\n"), file=sys.stderr)
         sys.exit(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Lasting:

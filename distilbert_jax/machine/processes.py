@@ -163,3 +163,5 @@ class StopSignal:
     def _note(self, number: int, _: object) -> None:
         self._signal = number
         signal.signal(number, self._before[number])  # a second one acts at once
+        # Not by print, which this may have interrupted.
+        os.write(2, b"\nstopping after this update, to save; a second signal stops at once\n")
