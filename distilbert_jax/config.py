@@ -301,8 +301,7 @@ class DistilConfig(TrainConfig):
     compile_only: str = option(
         "", "devices", "TPUs or GPUs that need not be here, e.g. v5e:2x4 or h100:8: only compile "
         "the update for them, on this machine, and say whether it fits and how long the run would "
-        "take", metavar="TOPOLOGY",
-        **FREE)
+        "take", metavar="TOPOLOGY", **FREE)
     recipe: str = option(
         "", "output", "a set of other defaults that belong together", metavar="NAME", **FREE)
 

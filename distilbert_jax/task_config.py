@@ -170,7 +170,7 @@ class EvaluateConfig(DataConfig, TaskData):
         nargs="+")
     dtype: str = option(
         "auto", "devices", "dtype of matrix products (float64: of everything); auto is bfloat16 "
-        "on TPU, GPU and CPUs with AMX, float32 on others",
+        "on TPU, GPU and CPUs that multiply it (AMX, AVX512-BF16), float32 on others",
         choices=("auto", "float32", "bfloat16", "float64"))
     mesh: str = option(
         "", "devices", "over how many devices the rows are divided, and over how many the "
