@@ -277,6 +277,16 @@ class DistilConfig(TrainConfig):
         "any number that divides both widths; default: as many as the teacher's attention has")
     restrict_ce_to_mask: bool = option(
         False, "losses", "KL and squared error on masked positions only, not on all real tokens")
+    kept_maskings: int = option(
+        0, "training", "maskings of each row for which the teacher's last states are computed "
+        "once, kept on disk, and used in turn by updates that run without the teacher; default: a "
+        "new masking in every pass, and the teacher in every update")
+    state_dtype: str = option(
+        "bfloat16", "training", "the states are kept in bfloat16, or exact: in the dtype that the "
+        "teacher gives")
+    states: Word = option(
+        "", "training", "folder that keeps the states, for several runs of one seed; default: "
+        "OUTPUT/states", **FREE)
     compile_only: str = option(
         "", "devices", "a TPU topology, e.g. v5e:2x4: compile the update for it, on this machine, "
         "and end: does it fit, and what would the run take", **FREE)
@@ -296,6 +306,13 @@ class DistilConfig(TrainConfig):
                             "leave out one of them")
         check_temperature(self)
         check_weights(self.alphas)
+        check(self, "kept_maskings", self.kept_maskings >= 0, "must be 0 or more")
+        choose(self.state_dtype, ("bfloat16", "exact"), "--state-dtype")
+        if self.states and not self.kept_maskings:
+            raise UserError(f"--states {self.states} is read by --kept-maskings alone: give 1, or "
+                            "leave it out")
+        if "://" in self.states:
+            raise UserError(f"--states {self.states} must be a folder of this machine")
 
     @property
     def greedy(self) -> bool:
@@ -320,6 +337,9 @@ class AblationConfig(DistilConfig):
         check(self, "seeds", self.seeds >= 1, "must be at least 1")
         if self.compile_only:
             raise UserError("--compile-only belongs to run.py: leave it out")
+        if self.states:
+            raise UserError(f"--states {self.states} holds the states of one seed: leave it out, "
+                            "so that each run keeps its own")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
