@@ -298,6 +298,16 @@ class DistilConfig(TrainConfig):
     restrict_ce_to_mask: bool = option(
         False, "losses", "KL and squared error of logits on masked positions only, instead of "
         "all real tokens")
+    kept_maskings: int = option(
+        0, "training", "maskings of each row for which the teacher's last states are computed "
+        "once, kept on disk, and used in turn by updates that run without the teacher; default: a "
+        "new masking in every pass, and the teacher in every update")
+    state_dtype: str = option(
+        "bfloat16", "training", "the states are kept in bfloat16, or exact: in the dtype that the "
+        "teacher gives", choices=("bfloat16", "exact"))
+    states: Word = option(
+        "", "training", "folder that keeps the states, for several runs of one seed; default: "
+        "OUTPUT/states", metavar="DIR", **FREE)
     compile_only: str = option(
         "", "devices", "TPUs or GPUs that need not be here, e.g. v5e:2x4 or h100:8: only compile "
         "the update for them, on this machine, and say whether it fits and how long the run would "
@@ -317,6 +327,12 @@ class DistilConfig(TrainConfig):
                             "leave out one of them")
         check_temperature(self)
         check_weights(self.alphas)
+        check(self, "kept_maskings", self.kept_maskings >= 0, "must be 0 or more")
+        if self.states and not self.kept_maskings:
+            raise UserError(f"--states {self.states} is read by --kept-maskings alone: give 1, or "
+                            "leave it out")
+        if "://" in self.states:
+            raise UserError(f"--states {self.states} must be a folder of this machine")
 
     @property
     def greedy(self) -> bool:
@@ -342,6 +358,9 @@ class AblationConfig(DistilConfig):
         check(self, "seeds", self.seeds >= 1, "must be at least 1")
         if self.compile_only:
             raise UserError("--compile-only belongs to distil: leave it out")
+        if self.states:
+            raise UserError(f"--states {self.states} holds the states of one seed: leave it out, "
+                            "so that each run keeps its own")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -55,6 +55,7 @@ def test_every_field_is_a_flag_of_its_type():
                     field.default or (3 if field.name == "steps" else
                                       type(field.default)(0)))
                 argv = [flag(field.name), *(value if isinstance(value, tuple) else [str(value)])]
+                argv += ["--kept-maskings", "1"] if field.name == "states" else []
             if value != "":
                 got = getattr(parse(config_class, "", "", argv, {str(value): {}}), field.name)
                 assert got == value and type(got) is type(value)
@@ -149,7 +150,8 @@ def test_what_a_continuation_may_change():
     free = {f.name for f in dataclasses.fields(DistilConfig) if "continued" in f.metadata}
     assert free == {
         "steps", "mesh", "remat", "output", "save_every", "eval_every", "keep", "on_save_error",
-        "max_skipped", "recipe", "workers", "compile_only", "corpus", "valid", "teacher",
+        "max_skipped", "recipe", "workers", "compile_only", "corpus", "states", "valid",
+        "teacher",
         "student", "ship"}
     meaning = DistilConfig().meaning()
     assert not {flag(name) for name in free} & set(meaning)

@@ -26,6 +26,7 @@ from distilbert_jax.jobs import teacher_vectors
 from distilbert_jax.jobs.embed import embed
 from distilbert_jax.jobs.evaluate import evaluate
 from distilbert_jax.jobs.finetune import finetune
+from distilbert_jax.jobs.kept_parts import KeptParts
 from distilbert_jax.jobs.sentence_data import read_pairs, read_titles
 from distilbert_jax.jobs.sentence_model import Named, on_devices
 from distilbert_jax.models import bert
@@ -316,16 +317,16 @@ def test_stopped_and_continued_gives_the_same_bytes(teacher, data, tmp_path, mon
 
     calls = []
 
-    def killed(part, request):
-        def write(path, vectors, said):
-            calls.append(path)
-            if len(calls) == 3:
-                raise KeyboardInterrupt
-            part(path, vectors, said)
-        return write
+    write = KeptParts._write
+
+    def killed(parts, path, vectors):
+        calls.append(path)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        write(parts, path, vectors)
 
     with monkeypatch.context() as patch:  # while the teacher is asked
-        patch.setattr(teacher_vectors, "_write", killed(teacher_vectors._write, None))
+        patch.setattr(KeptParts, "_write", killed)
         with pytest.raises(KeyboardInterrupt):
             embed(config)
     assert len(list((tmp_path / "b" / "vectors").glob("*.npy"))) == 2

@@ -117,6 +117,22 @@ def together(toy, tmp_path_factory):
     return output, distil(toy, output, 2)
 
 
+def test_two_processes_keep_the_same_states(toy, tmp_path):
+    """The rows of a batch are computed, and read again, by the processes that lay them."""
+    kept = ("--kept-maskings", "1", "--state-dtype", "exact", "--states", tmp_path / "states")
+    outputs = [tmp_path / name for name in ("alone", "together", "shared")]
+    distil(toy, outputs[0], 1, *kept)
+    distil(toy, outputs[2], 2, *kept)  # what one process kept
+    shutil.move(tmp_path / "states", tmp_path / "before")
+    said = distil(toy, outputs[1], 2, *kept)
+    assert "gradient" in said[0][1] and "bytes a token" not in said[1][1]
+    for output in outputs[1:]:
+        assert_same(output, outputs[0])
+    one, other = (np.load(tmp_path / name / "00000.npy").view(np.float64)
+                  for name in ("before", "states"))
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
+
+
 def test_two_processes_train_the_same(alone, together):
     assert_same(together[0], alone)
     assert {path.name for path in together[0].iterdir()} == {path.name for path in alone.iterdir()}

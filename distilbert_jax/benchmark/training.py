@@ -37,7 +37,8 @@ from distilbert_jax.models.student import (
     student_params,
 )
 from distilbert_jax.training.assemble import assemble
-from distilbert_jax.training.labels import Vocabulary, mask_tokens, row_keys, vocabulary
+from distilbert_jax.training.labels import Vocabulary, mask_tokens, vocabulary
+from distilbert_jax.training.train_step import label_keys
 
 PRODUCT = 2048  # rows and columns of the matrices whose product is timed
 
@@ -107,8 +108,7 @@ class Ours:
     def masked(self, theirs: list[Batch]) -> list[Batch]:
         """Mask the batches of the other sides as ours are masked in the step."""
         def mask(batch: dict[str, jax.Array], words: Vocabulary) -> dict[str, jax.Array]:
-            keys = jax.vmap(jax.random.split)(row_keys(self._key, batch))[:, 0]
-            return mask_tokens(keys, batch, words, Masking())
+            return mask_tokens(label_keys(self._key, batch), batch, words, Masking())
 
         return [jax.device_get(jax.jit(mask)(batch, self._words)) for batch in theirs]
 

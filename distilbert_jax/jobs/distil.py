@@ -34,6 +34,7 @@ from distilbert_jax.jobs.setup import (
     student_shape,
 )
 from distilbert_jax.jobs.ship import check_ship, ship_held_out
+from distilbert_jax.jobs.teacher_states import TeacherStates
 from distilbert_jax.machine import seal, store
 from distilbert_jax.machine.lock import hold
 from distilbert_jax.machine.progress import say
@@ -97,7 +98,11 @@ def _distil(config: DistilConfig, teacher: hub.Pretrained, own: dict[str, Any], 
     if config.init == "random":
         start = init_params(shape, config.seed, assembly.param_dtype)
     start = assembly.cast(start)
-    trained = setup.train(assembly, start, teachers, "distil")
+    states, batches = None, None
+    if config.kept_maskings:
+        states = TeacherStates(setup, assembly, teachers)
+        batches = None if states.finished() else states.batches(start)
+    trained = setup.train(assembly, start, teachers, "distil", batches)
 
     folder = store.local(config.output) / "student"
     alone = jitted_eval_step(assembly.graph, None, mesh)
@@ -109,7 +114,8 @@ def _distil(config: DistilConfig, teacher: hub.Pretrained, own: dict[str, Any], 
             export(folder, trained, shape, family, setup.tokenizer,
                    _card(config, _origin(config, layers), figures["student"], trained,
                          setup.tokenizer.mask_token))
-            _write_report(setup, assembly, (trained, start, teacher.params), figures, removals)
+            _write_report(setup, assembly, (trained, start, teacher.params), figures, removals,
+                          states)
             store.upload(config.output, "student", *REPORTS, "report.json", "losses.png")
             if config.ship:
                 ship_held_out(folder, setup)
@@ -209,7 +215,7 @@ def _card(config: DistilConfig, origin: str, figures: dict[str, float],
 def _write_report(
     setup: Setup, assembly: Assembly,
     params: tuple[dict[str, Any], ...], figures: dict[str, dict[str, float]],
-    removals: dict[str, Any],
+    removals: dict[str, Any], states: TeacherStates | None,
 ) -> None:
     """Print the result, and write the report, report.json and losses.png."""
     config, output = setup.config, store.local(setup.config.output)
@@ -236,6 +242,8 @@ def _write_report(
     where = (f"Held-out: {last['masked']:,.0f} masked tokens of {len(setup.data.valid):,} rows, "
              f"the same for every model. Latency: {config.sequence_length} tokens, "
              f"batch 1, {assembly.dtype}, median of 30.{trained}")
+    if states:
+        where += f"\n\n{states.describe()}"
     sizes = {name: {"layers": len(part["layers"]), "parameters": report.count_parameters(part),
                     "latency": speed[name]} for name, (_, part) in models.items()}
     seal.write_json(output / "report.json", {
@@ -244,7 +252,8 @@ def _write_report(
         "updates": setup.steps, "rows_of_update": config.batch_size,
         "tokens": metrics[-1]["tokens_seen"] if metrics else 0,
         "seconds": metrics[-1]["seconds"] if metrics else 0.0,
-        "removals": removals, "settings": setup.settings, "versions": report.versions()})
+        "removals": removals, "states": states.figures() if states else {},
+        "settings": setup.settings, "versions": report.versions()})
     chosen = f"## Layers\n\n{_describe_removals(removals)}\n\n" if removals else ""
     write_report(
         output, f"# Distillation of {Path(config.teacher).name}\n\n{text}\n\n{against}\n\n"

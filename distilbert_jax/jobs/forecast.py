@@ -90,7 +90,8 @@ class _Step:
         assembly = self._assemble(config)
         self.dtype = assembly.dtype
         self.state = jax.eval_shape(assembly.init, abstract_params(self.student))
-        self.teachers = jax.eval_shape(assembly.teachers, abstract_params(teacher))
+        whole = jax.eval_shape(assembly.teachers, abstract_params(teacher))
+        self.whole, self.teachers = whole, assembly.taught(whole)
         self.fixed = self.bytes_each(self.state) + self.bytes_each(self.teachers)
 
     def _assemble(self, config: DistilConfig) -> Assembly:
@@ -106,10 +107,13 @@ class _Step:
         words = vocabulary(np.ones(self.teacher.vocab_size), [0, 1, 2, 3, 4], 4)
         ids = jax.ShapeDtypeStruct((batch_size, config.sequence_length), jnp.int32)
         numbers = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+        batch = {name: ids for name in ("input_ids", "segment_ids", "position_ids")} | {
+            name: numbers for name in ("row", "epoch")}
+        if config.kept_maskings:
+            states = step.states_like(self.whole, words, batch)
+            batch |= {"masking": numbers, "teacher_states": states}
         return step.jitted(self.state, self.teachers).trace(
-            self.state, self.teachers, words,
-            {name: ids for name in ("input_ids", "segment_ids", "position_ids")}
-            | {name: numbers for name in ("row", "epoch")})
+            self.state, self.teachers, words, batch)
 
     def compile(self, rows: int) -> Compiled:
         """Compile the update with micro-batches of `rows` on each device."""

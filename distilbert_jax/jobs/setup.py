@@ -57,7 +57,7 @@ class Setup:
     settings: dict[str, Any]  # what a continuation must share
 
     def train(self, assembly: Assembly, start: dict[str, Any], teachers: dict[str, Any],
-              label: str) -> dict[str, Any]:
+              label: str, batches: PackedBatches | None = None) -> dict[str, Any]:
         """Train from the parameters `start` to the last update.
 
         Args:
@@ -65,6 +65,7 @@ class Setup:
             start: parameters on the host.
             teachers: name → parameters, on the mesh; {} without a teacher.
             label: of the progress bar.
+            batches: that bring the teacher's states; default: rows alone.
 
         Returns:
             The trained model's parameters, on the mesh.
@@ -73,10 +74,11 @@ class Setup:
         run = Run(
             config=self.config, steps=self.steps, settings=self.settings,
             output=self.config.output, vocabulary=self.vocabulary,
-            batches=PackedBatches(self.data.train, self.config.seed, self.config.batch_size),
+            batches=batches or PackedBatches(
+                self.data.train, self.config.seed, self.config.batch_size),
             label=label, assembly=assembly, describe=report.held_out_line,
             evaluate=self.evaluator(assembly.eval_step, teachers, EVALUATION_ROWS))
-        return train(run, assembly.init(start), teachers).params["student"]
+        return train(run, assembly.init(start), assembly.taught(teachers)).params["student"]
 
     def _plan(self, assembly: Assembly, start: dict[str, Any], teachers: dict[str, Any],
               label: str) -> str:

@@ -22,13 +22,15 @@ from distilbert_jax.machine.sharding import by_rows, replicated, shardings
 from distilbert_jax.models.encoder import EncoderConfig, graphdef
 from distilbert_jax.models.family import Family
 from distilbert_jax.task_config import EvaluateConfig, FinetuneConfig
-from distilbert_jax.training.labels import LABELS
+from distilbert_jax.training.labels import LABELS, Vocabulary
 from distilbert_jax.training.objective import Objective, Projections
 from distilbert_jax.training.optimizer import make_optimizer
 from distilbert_jax.training.train_step import (
     TrainState,
     init_state,
     make_eval_step,
+    make_gradients,
+    make_states_step,
     make_train_step,
 )
 
@@ -47,6 +49,8 @@ class Assembly:
     tx: optax.GradientTransformation
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[..., dict[str, jax.Array]]  # jitted
+    gradients: Callable[..., Any]  # of the train step
+    states_step: Callable[..., jax.Array] | None = None  # where the teacher's states are kept
 
     def init(self, params: dict[str, Any]) -> TrainState:
         """The state before the first update, from the parameters of the trained model."""
@@ -57,6 +61,20 @@ class Assembly:
         """The teacher as the step takes it: matrices in the compute dtype, vectors as they are."""
         return {"teacher": jax.tree.map(
             lambda x: x.astype(self.dtype) if x.ndim > 1 else x, params)}
+
+    def taught(self, teachers: dict[str, Any]) -> dict[str, Any]:
+        """What the train step takes of `teachers`: where states are kept, embeddings and head."""
+        if not self.states_step:
+            return teachers
+        return {"teacher": {name: teachers["teacher"][name] for name in ("embeddings", "mlm_head")}}
+
+    def states_like(
+        self, teachers: dict[str, Any], vocabulary: Vocabulary, batch: dict[str, Any]
+    ) -> jax.ShapeDtypeStruct:
+        """The states of a batch as they are kept; nothing is computed."""
+        found = jax.eval_shape(self.states_step, teachers, vocabulary, jax.random.key(0), batch)
+        kept = jnp.bfloat16 if self.config.state_dtype == "bfloat16" else found.dtype
+        return jax.ShapeDtypeStruct(found.shape, kept)
 
     def jitted(self, state: TrainState, teachers: dict[str, Any]) -> jax.stages.Wrapped:
         """The train step for arguments of these shapes: shardings pinned, the old state donated."""
@@ -102,7 +120,11 @@ def assemble(
     graph = graphdef(student, dtype, param_dtype, config.remat)
     answers = isinstance(config, FinetuneConfig | EmbedConfig)
     live = teacher and (objective.mapped or not answers)
-    teacher_graph = graphdef(teacher, dtype, param_dtype) if live else None
+    teacher_graph = head = graphdef(teacher, dtype, param_dtype) if live else None
+    kept = getattr(config, "kept_maskings", 0)
+    if kept:
+        head = graphdef(dataclasses.replace(teacher, num_hidden_layers=0, pooler=False), dtype,
+                        param_dtype)
     tx = make_optimizer(config, steps, frozen)
     predicts = "given" if student.task or student.sentence else family.predicts
     labels = functools.partial(LABELS[predicts], masking=getattr(config, "masking", None))
@@ -110,7 +132,9 @@ def assemble(
         config=config, mesh=mesh, dtype=dtype, param_dtype=param_dtype, graph=graph,
         teacher_graph=teacher_graph, projections=projections, tx=tx,
         train_step=make_train_step(
-            graph, teacher_graph, tx, objective, labels, config.accumulate, mesh, frozen),
+            graph, head, tx, objective, labels, config.accumulate, mesh, frozen),
+        gradients=make_gradients(graph, head, objective, labels, config.accumulate, mesh, frozen),
+        states_step=make_states_step(teacher_graph, objective, labels, mesh) if kept else None,
         eval_step=jitted_eval_step(graph, teacher_graph, mesh))
 
 

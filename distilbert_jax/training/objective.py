@@ -80,7 +80,19 @@ class Objective:
             if LOSSES[name].needs == "last" and widths[0] != widths[1]:
                 raise UserError(f"--alpha-{name} compares states of equal width, and the student "
                                 f"has {widths[0]}, the teacher {widths[1]}: give 0")
+        if maskings := getattr(config, "kept_maskings", 0):
+            objective._check_kept(f"--kept-maskings {maskings}")
         return objective
+
+    def _check_kept(self, flag: str) -> None:
+        """Raise a UserError unless a teacher's last states are all that the losses need of it."""
+        needs = {name: LOSSES[name].needs for name in self.weights}
+        if inner := [name for name, need in needs.items() if need in ("hidden", "qkv")]:
+            raise UserError(f"--alpha-{inner[0]} compares states of inner layers, and {flag} keeps "
+                            "the last ones alone: give 0, or leave it out")
+        if not {"last", "logits"} & set(needs.values()):
+            raise UserError(f"{flag} keeps states that no loss reads: give --alpha-ce above 0, or "
+                            "leave it out")
 
     @property
     def mapped(self) -> tuple[str, ...]:
@@ -213,8 +225,9 @@ def total_loss(
     masked positions are gathered first.
 
     Args:
-        student: trained model, teacher: frozen one or None.
-        batch: labelled, from a row of LABELS.
+        student: trained model, teacher: frozen one or None; where its states are kept, its
+            embeddings and head alone.
+        batch: labelled, from a row of LABELS; with `teacher_states` where those are kept.
         objective: weights of the losses; a teacher's losses need a teacher.
         counts: from loss_counts, of the whole batch if this is a part of it.
         projections: of the student's states, where the widths differ; {} where they do not.
@@ -228,8 +241,14 @@ def total_loss(
     read = None if objective.reads is None else batch[objective.reads]
     own, theirs = ((layer,) if objective.relational else () for layer in objective.last_layers)
     seen = observe(student, batch, objective.student_layers, dropout_keys, read, own)
-    target = jax.lax.stop_gradient(observe(
-        teacher, batch, objective.teacher_layers, at=read, want_qkv=theirs)) if teacher else None
+    target = None
+    if "teacher_states" in batch:
+        target = Seen(batch["teacher_states"].astype(seen.last.dtype), {}, {})
+    elif teacher:
+        if not teacher.layers:
+            raise ValueError("the teacher has no layers, and the batch no teacher_states")
+        target = jax.lax.stop_gradient(observe(
+            teacher, batch, objective.teacher_layers, at=read, want_qkv=theirs))
     total, means = jnp.zeros(()), {}
     for name, weight in objective.weights.items():
         row = LOSSES[name]

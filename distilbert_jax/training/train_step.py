@@ -51,12 +51,21 @@ def init_state(params: dict[str, Any], tx: optax.GradientTransformation, seed: i
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), jax.random.key(seed))
 
 
-def make_train_step(
-    student_graph: nnx.GraphDef, teacher_graph: nnx.GraphDef | None,
-    tx: optax.GradientTransformation, objective: Objective, labels: Labels, accumulate: int = 1,
-    mesh: Mesh | None = None, frozen: tuple[str, ...] = (),
-) -> Callable[[TrainState, dict[str, Any], Vocabulary, Batch], tuple[TrainState, Metrics]]:
-    """Build the pure update function.
+def label_keys(key: Key[Array, ""], batch: Batch) -> Key[Array, " B"]:
+    """The keys by which the rows of a batch are labelled: of the run, the row and its epoch.
+
+    Where the teacher's states are kept, a few maskings are used in turn: `masking` [B] says which,
+    and stands for the epoch.
+    """
+    epoch = batch.get("masking", batch["epoch"])
+    return jax.vmap(jax.random.split)(row_keys(key, batch | {"epoch": epoch}))[:, 0]
+
+
+def make_gradients(
+    student_graph: nnx.GraphDef, teacher_graph: nnx.GraphDef | None, objective: Objective,
+    labels: Labels, accumulate: int = 1, mesh: Mesh | None = None, frozen: tuple[str, ...] = (),
+) -> Callable[..., tuple[tuple[Array, Metrics], dict[str, Any]]]:
+    """Build the pure function of the loss of an update, and of its gradients.
 
     Labels and dropout of a row are drawn from a key of its own, and every loss is divided by its
     weight over the whole batch, so that micro-batches, devices and the rows beside it change
@@ -64,22 +73,19 @@ def make_train_step(
 
     Args:
         student_graph, teacher_graph: structures; None for no teacher.
-        tx: the optimizer.
         objective: weights of the losses.
         labels: (keys of the rows, batch, vocabulary) → labelled batch: a row of LABELS.
         accumulate: micro-batches per update; divides the rows of the batch.
-        mesh: that the arguments of the step are laid out on, if not on one device.
+        mesh: that the arguments are laid out on, if not on one device.
         frozen: beginnings of paths in the parameters, e.g. "student/embeddings/position", that
             get no gradient.
 
     Returns:
-        train_step(state, teachers, vocabulary, batch) → (state, metrics); teachers are {"teacher":
-        parameters}, or {} without one; metrics are the means of the losses by name, the total
-        `loss`, `grad_norm`, the `tokens` of the batch, and `skipped`: 1 where loss or gradient was
-        not finite, so that only the step went on.
+        gradients(params, key, teachers, vocabulary, batch) → ((total, means of the losses by name),
+        gradients); `params` are all that is trained, `key` is the run's.
     """
 
-    def gradients(whole, rows):
+    def of_rows(whole, rows):
         params, teachers, counts, others = whole
         teacher = nnx.merge(teacher_graph, teachers["teacher"]) if teachers else None
 
@@ -92,15 +98,39 @@ def make_train_step(
         grad = jax.value_and_grad(loss, has_aux=True)
         return _accumulated(functools.partial(grad, params), rows, accumulate)
 
-    gradients = sum_over_rows(gradients, mesh)
+    of_rows = sum_over_rows(of_rows, mesh)
+
+    def gradients(params, key, teachers, vocabulary, batch):
+        dropout_keys = jax.vmap(jax.random.split)(row_keys(key, batch))[:, 1]
+        batch = labels(label_keys(key, batch), batch, vocabulary)
+        counts = loss_counts(batch, objective)
+        return of_rows(
+            (params, teachers, counts, whole_answers(batch, objective)), (batch, dropout_keys))
+
+    return on_mesh(gradients, mesh)
+
+
+def make_train_step(
+    student_graph: nnx.GraphDef, teacher_graph: nnx.GraphDef | None,
+    tx: optax.GradientTransformation, objective: Objective, labels: Labels, accumulate: int = 1,
+    mesh: Mesh | None = None, frozen: tuple[str, ...] = (),
+) -> Callable[[TrainState, dict[str, Any], Vocabulary, Batch], tuple[TrainState, Metrics]]:
+    """Build the pure update function.
+
+    Args:
+        tx: the optimizer; the others as for make_gradients.
+
+    Returns:
+        train_step(state, teachers, vocabulary, batch) → (state, metrics); teachers are {"teacher":
+        parameters}, or {} without one; metrics are the means of the losses by name, the total
+        `loss`, `grad_norm`, the `tokens` of the batch, and `skipped`: 1 where loss or gradient was
+        not finite, so that only the step went on.
+    """
+    gradients = make_gradients(
+        student_graph, teacher_graph, objective, labels, accumulate, mesh, frozen)
 
     def train_step(state, teachers, vocabulary, batch):
-        label_keys, dropout_keys = jax.vmap(jax.random.split)(row_keys(state.key, batch)).T
-        batch = labels(label_keys, batch, vocabulary)
-        counts = loss_counts(batch, objective)
-        (total, means), grads = gradients(
-            (state.params, teachers, counts, whole_answers(batch, objective)),
-            (batch, dropout_keys))
+        (total, means), grads = gradients(state.params, state.key, teachers, vocabulary, batch)
         params, opt_state, norm, finite = _updated(tx, state, total, grads)
         metrics = means | {
             "loss": total, "grad_norm": norm, "skipped": 1.0 - finite,
@@ -126,6 +156,25 @@ def _updated(
         lambda new, old: jnp.where(finite, new, old), (params, opt_state),
         (state.params, state.opt_state))
     return params, opt_state, norm, finite
+
+
+def make_states_step(
+    teacher_graph: nnx.GraphDef, objective: Objective, labels: Labels, mesh: Mesh | None = None
+) -> Callable[[dict[str, Any], Vocabulary, Key[Array, ""], Batch], Array]:
+    """Build the pure function of what an update takes of a teacher whose states are kept.
+
+    Returns:
+        states_step(teachers, vocabulary, key, batch) → last states [B, T, D] of the rows, labelled
+        as the update of the run with this key labels them; where losses read masked positions
+        alone, theirs [B, K, D].
+    """
+
+    def states_step(teachers, vocabulary, key, batch):
+        batch = labels(label_keys(key, batch), batch, vocabulary)
+        read = None if objective.reads is None else batch[objective.reads]
+        return observe(nnx.merge(teacher_graph, teachers["teacher"]), batch, at=read).last
+
+    return on_mesh(states_step, mesh)
 
 
 def _stopped(params: dict[str, Any], frozen: tuple[str, ...]) -> dict[str, Any]:
