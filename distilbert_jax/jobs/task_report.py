@@ -152,7 +152,8 @@ def _judge(task: "TaskInput", part: str, runs: dict[str, list["Trained"]]) -> di
             whole = found["teacher"]["score"]
             if whole and found[role]["score"] is not None:
                 found[role]["retention"] = found[role]["score"] / whole
-            found[role]["retention_interval"] = intervals.interval(drawn[role] / teacher)
+            with np.errstate(divide="ignore", invalid="ignore"):  # of a teacher that scores 0
+                found[role]["retention_interval"] = intervals.interval(drawn[role] / teacher)
     if "plain" in drawn and "distilled" in drawn:
         gain = drawn["distilled"] - drawn["plain"]
         if pair := intervals.interval(gain):
