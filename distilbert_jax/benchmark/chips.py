@@ -1,4 +1,4 @@
-"""Chips that are not here: their peaks, and what a compiler has to be told to compile for them.
+"""Chips that are not here: their peaks, and what a compiler needs to compile for them.
 
 The compiler for TPUs is in jax[tpu], that for NVIDIA's GPUs in jax[cuda12]; neither needs its chip.
 """

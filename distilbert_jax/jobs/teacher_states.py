@@ -130,7 +130,7 @@ class TeacherStates:
                 f"{errors}.")
 
     def figures(self) -> dict[str, Any]:
-        """The same, for report.json."""
+        """What was measured of the states, for report.json."""
         found = self.measured()
         return {"maskings": self.maskings, "precision": str(self.dtype), "bytes": self.bytes,
                 "bytes_per_token": self.bytes_per_token, "seconds": found.get("seconds", 0.0),
