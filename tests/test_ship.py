@@ -319,7 +319,8 @@ def test_classes_of_texts_and_pairs_without_pytorch_or_jax(place, lenient):
 
 
 def test_files_that_cannot_be_answered_from(place):
-    for runtime, message in (("onnx", "onnx/model.onnx does not exist: write it by distilbert-jax ship"),
+    missing = "onnx/model.onnx does not exist: write it by distilbert-jax ship"
+    for runtime, message in (("onnx", missing),
                              ("onxn", "unknown runtime 'onxn'; did you mean onnx?")):
         with pytest.raises(UserError, match=message):
             predict.load("teacher", runtime)
