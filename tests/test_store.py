@@ -15,6 +15,7 @@ from test_cli import TEACHER, refused
 from test_cli import place as working_folder  # noqa: F401
 from test_two_processes import alone, assert_same, distil, ended, start  # noqa: F401
 
+from distilbert_jax.commands import main
 from distilbert_jax.config import DataConfig, PrepareConfig
 from distilbert_jax.data import sources
 from distilbert_jax.data.prepare import prepare
@@ -124,25 +125,20 @@ def test_a_place_is_made_what_is_in_the_bucket_and_back(bucket, run):
      "no credentials that are accepted (Anonymous caller does not have access, 401); run gcloud "
      "auth application-default login"),
 ])
-def test_a_bucket_that_refuses(answer, message, bucket, run, working_folder, capfd,  # noqa: F811
-                               monkeypatch):
-    import run as program
-
+def test_a_bucket_that_refuses(answer, message, bucket, run, working_folder, capfd):  # noqa: F811
     bucket.answer = answer
-    error = refused(program, f"{TEACHER} --output {run}".split(), capfd, monkeypatch)
+    error = refused(main.distil, f"{TEACHER} --output {run}".split(), capfd)
     assert error.startswith(f"error: {run}: ") and message in error.replace(
         bucket.address + "/upload/storage/v1/", "")
 
 
 def test_no_bucket_and_no_gcsfs(bucket, working_folder, capfd, monkeypatch):  # noqa: F811
-    import run as program
-
     words = f"{TEACHER} --output gs://nowhere/run".split()
-    error = refused(program, words, capfd, monkeypatch)
+    error = refused(main.distil, words, capfd)
     assert "gs://nowhere/run: not found" in error and "buckets create gs://nowhere" in error
     store._bucket.cache_clear()
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    error = refused(program, words, capfd, monkeypatch)
+    error = refused(main.distil, words, capfd)
     assert "gs:// needs gcsfs" in error and "pip install gcsfs" in error
 
 
