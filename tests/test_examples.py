@@ -1,9 +1,11 @@
 """Examples laid into rows: which positions are answered; batches of exactly so many examples."""
 
 import dataclasses
+import logging
 
 import numpy as np
 import pytest
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -89,6 +91,16 @@ def test_a_pair_has_token_types_and_the_longer_text_is_cut(toy):
     assert found.ids[1].tolist()[-4:] == tokenizer("x", "da de")["input_ids"][-4:]
     assert tokenizer("ba " * 30)["input_ids"][20:]  # it does not truncate from now on
     assert [labels.tolist() for labels in found.labels] == [[1], [0]]
+
+
+def test_a_text_that_is_cut_is_not_warned_of_by_transformers(toy, caplog, monkeypatch):
+    tokenizer = load_tokenizer(str(toy / "teacher"), None)
+    tokenizer.model_max_length = 16
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    encode(labelled([("ba " * 30,)]), None, tokenizer, 16)
+    assert not caplog.records
+    tokenizer("ba " * 30)
+    assert "longer than the specified maximum" in caplog.text  # so this is where it would stand
 
 
 def test_a_tag_stands_at_the_first_piece_of_its_word(toy):

@@ -78,7 +78,8 @@ def encode(
         some = None if labels is None else labels[start:start + CHUNK]
         given = [[list(t) for t in chunk]] if texts.tagged else [
             list(column) for column in zip(*chunk, strict=True)]
-        options = dict(is_split_into_words=texts.tagged, return_token_type_ids=True)
+        options = dict(is_split_into_words=texts.tagged, return_token_type_ids=True,
+                       verbose=False)  # what is cut is counted and said by us
         whole = tokenizer(*given, **options)
         long = [i for i, ids in enumerate(whole["input_ids"]) if len(ids) > max_length]
         cut += len(long)
