@@ -273,7 +273,7 @@ class DistilConfig(TrainConfig):
     choose: str = option(
         "even", "models", "how the layers that are kept are chosen: even, as the original does, "
         "or greedy, which removes one layer after the other, each time the one without which the "
-        "teacher's predictions change least", choices=("even", "greedy"))
+        "teacher's predictions change least, and exchanges some", choices=("even", "greedy"))
     init: str = option(
         "teacher", "models", "what the student starts from: the teacher's parameters, or random "
         "ones", choices=("teacher", "random"))

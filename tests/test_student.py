@@ -104,4 +104,11 @@ def test_layers_are_removed_one_by_one_where_it_costs_least():
 
     assert remove_layers(4, 2, change) == [
         ([0, 1, 2, 3], 0.0), ([0, 1, 2], 0.5), ([0, 2], 1.5)]
-    assert len(asked) == 4 + 3 and remove_layers(2, 2, change) == [([0, 1], 0.0)]
+    assert len(asked) == 4 + 3 + 2 * 2 and remove_layers(2, 2, change) == [([0, 1], 0.0)]
+
+
+def test_layers_are_exchanged_where_removal_went_astray():
+    costs = {(0, 1, 2): 0.2, (0, 1, 3): 0.3, (0, 2, 3): 0.3, (1, 2, 3): 0.1,  # so that 0 goes,
+             (2, 3): 1.0, (1, 3): 0.9, (1, 2): 0.8, (0, 1): 0.7, (0, 2): 0.6, (0, 3): 0.5}
+    assert remove_layers(4, 2, lambda layers: costs[tuple(layers)]) == [
+        ([0, 1, 2, 3], 0.0), ([1, 2, 3], 0.1), ([1, 2], 0.8), ([0, 2], 0.6), ([0, 3], 0.5)]

@@ -168,8 +168,9 @@ def _describe_removals(found: dict[str, Any]) -> str:
     rows, before = [], found["removals"][0]["left"]
     for row in found["removals"][1:]:
         removed, = set(before) - set(row["left"])
+        back = "".join(f" ({n} is back)" for n in set(row["left"]) - set(before))
         before = row["left"]
-        rows.append((str(removed), ", ".join(map(str, before)), f"{row['kl']:.3f}"))
+        rows.append((f"{removed}{back}", ", ".join(map(str, before)), f"{row['kl']:.3f}"))
     return (report.table(rows, ("removed", "layers left", "KL [nats]")) + "\n\nEach time the "
             "layer without which the teacher's predictions change least, at "
             f"{found['masked']:,} hidden tokens of the training data and without any training; "

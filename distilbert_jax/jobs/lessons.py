@@ -137,9 +137,9 @@ def _removals(job: Job, teacher: hub.Pretrained, count: int) -> dict[str, Any]:
     tokens = np.cumsum(train.lengths[drawn])
     some = train.some(drawn[:max(1, int((tokens <= SAMPLE_TOKENS).sum()))])
     total = teacher.config.num_hidden_layers
-    say(f"choosing layers: {sum(range(count + 1, total + 1))} selections of the teacher's "
-        f"{total} layers read {len(some):,} training examples of {int(some.lengths.sum()):,} "
-        "tokens")
+    choices = sum(range(count + 1, total + 1)) + count * (total - count)
+    say(f"choosing layers: at least {choices} selections of the teacher's {total} layers read "
+        f"{len(some):,} training examples of {int(some.lengths.sum()):,} tokens")
     graph, params = on_devices(job.config, job.mesh, teacher)
     whole = answers.logits(graph, params, some, job.mesh, "layers")
 

@@ -47,9 +47,11 @@ def choose_layers(wish: str, teacher_layers: int) -> list[int]:
 def remove_layers(
     total: int, count: int, change: Callable[[list[int]], float]
 ) -> list[tuple[list[int], float]]:
-    """Remove one layer after the other: each time the one whose absence costs least.
+    """Remove one layer after the other, then exchange some: each time what costs least.
 
-    Greedy removal makes total + (total - 1) + … calls, where all subsets would make many more.
+    Greedy removal makes total + (total - 1) + … calls, where all subsets would make many more. It
+    can end where no good choice is near, so afterwards one layer that is left is exchanged for one
+    that was removed, as long as that costs less.
 
     Args:
         total: layers of the teacher.
@@ -57,15 +59,23 @@ def remove_layers(
         change: ascending layer numbers → what is lost with these alone.
 
     Returns:
-        (the layers left, what is lost) after each removal; of none, all layers and 0.
+        (the layers left, what is lost) after each removal and each exchange; of none, all layers
+        and 0.
     """
-    steps = [(list(range(total)), 0.0)]
-    while len(steps[-1][0]) > count:
-        left = steps[-1][0]
-        tried = [[n for n in left if n != out] for out in left]
-        costs = [change(layers) for layers in tried]
+    def cheapest(choices: list[list[int]]) -> tuple[list[int], float]:
+        costs = [change(layers) for layers in choices]
         best = int(np.argmin(costs))
-        steps.append((tried[best], costs[best]))
+        return choices[best], costs[best]
+
+    steps = [(list(range(total)), 0.0)]
+    while len(left := steps[-1][0]) > count:
+        steps.append(cheapest([[n for n in left if n != out] for out in left]))
+    while removed := sorted(set(range(total)) - set(steps[-1][0])):
+        left, cost = steps[-1]
+        better = cheapest([sorted({*left, back} - {out}) for out in left for back in removed])
+        if better[1] >= cost:
+            break
+        steps.append(better)
     return steps
 
 
