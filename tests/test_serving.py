@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_stablehlo import batch
 
-from distilbert_jax.benchmark import serving, serving_table
+from distilbert_jax.benchmark import serving, serving_table, sides
 from distilbert_jax.benchmark.serving import RUNTIMES, Contender, Server
 from distilbert_jax.benchmark.settings import ServingBenchmark
 from distilbert_jax.errors import UserError
@@ -67,7 +67,7 @@ def test_a_round_is_its_own_batches(folder, monkeypatch):
 def test_processes_are_pinned_and_settings_put_back(monkeypatch):
     before, name = os.sched_getaffinity(0), "MALLOC_TRIM_THRESHOLD_"
     monkeypatch.delenv(name, raising=False)
-    with serving._pinned(1), serving._environment({name: "1"}):
+    with serving._pinned(1), sides._environment({name: "1"}):
         assert os.sched_getaffinity(0) == {max(before)} and os.environ[name] == "1"
     assert os.sched_getaffinity(0) == before and name not in os.environ
 

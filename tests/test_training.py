@@ -4,10 +4,12 @@ import dataclasses
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import pytest
 from distilbert_jax.benchmark import problem as given
 from distilbert_jax.benchmark import training, training_report
 from distilbert_jax.benchmark.settings import TrainBenchmark
+from distilbert_jax.benchmark.sides import Side
 from distilbert_jax.data import tokenize
 from distilbert_jax.errors import UserError
 from distilbert_jax.models import bert, convert, distilbert
@@ -99,6 +102,31 @@ def test_documents_are_the_same_on_both_sides(tiny, toy):
     per_update = np.mean([np.sum(batch["segment_ids"] > 0) for batch in ours])
     assert np.sum(lengths) / len(theirs) == pytest.approx(per_update, rel=0.15)
     assert counts.sum() > 0 and not counts[tokenizer.mask_token_id]
+
+
+class Environment:
+    """A side that gives a variable of its process."""
+
+    def __init__(self, began):
+        pass
+
+    def ready(self):
+        return os.environ.get("MALLOC_MMAP_MAX_")
+
+
+def test_sides_that_keep_their_memory(tiny, monkeypatch):
+    monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
+    assert [Side(Environment, keep).ready for keep in (True, False)] == ["0", None]
+    names, asked = ("ours", "torch", "torch-memory", "torch.compile"), []
+
+    def side(build, keep_memory):
+        asked.append((build.args[0], keep_memory))
+        return mock.Mock(ready=("cpu", []))
+
+    monkeypatch.setattr(training, "Side", side)
+    with pytest.raises(statistics.StatisticsError):  # of no rounds
+        training.measure(given.problem_of(tiny), names, rounds=0)
+    assert asked == list(zip(names, (False, False, True, True), strict=True))
 
 
 def test_measured_figures(tiny, tmp_path):

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from distilbert_jax.benchmark.sides import Side
-from distilbert_jax.benchmark.task import KEEP_MEMORY
 from distilbert_jax.export.exportable import Exportable, Run, reference
 from distilbert_jax.export.formats import FORMATS
 from distilbert_jax.models import hub
@@ -134,8 +133,8 @@ def measure(
     sides = []
     with _pinned(threads):
         for contender, given in zip(contenders, requests, strict=True):
-            with _environment(KEEP_MEMORY if contender.runtime == "torch" else {}):
-                sides.append(Side(functools.partial(Server, contender, threads, given)))
+            sides.append(Side(functools.partial(Server, contender, threads, given),
+                              contender.runtime == "torch"))
     found: list[list[Times]] = [[] for _ in sides]
     for _ in range(rounds):
         for times, side in zip(found, sides, strict=True):
@@ -157,18 +156,3 @@ def _pinned(threads: int) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set variables for the processes that are started meanwhile."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -45,8 +45,10 @@ class TrainBenchmark(HeadBenchmark):
         "auto", "devices", "dtype of matrix products; auto as for distil",
         choices=("auto", "float32", "bfloat16"))
     sides: tuple[str, ...] = option(
-        ("ours", "torch"), "devices", "what is measured, ours first; torch is eager (default: "
-        "ours torch)", choices=("ours", "torch", "torch.compile"), nargs="+")
+        ("ours", "torch", "torch-memory"), "devices", "what is measured, ours first; torch is "
+        "eager, as one types it; torch-memory and torch.compile keep freed memory, as ours does, "
+        "by glibc's variables (default: ours torch torch-memory)",
+        choices=("ours", "torch", "torch-memory", "torch.compile"), nargs="+")
     sweep: bool = option(
         False, "output", "plot tokens per second over batch, row length, layers and devices")
     output: str = option("benchmark", "output", "folder for figures and plots", metavar="DIR")

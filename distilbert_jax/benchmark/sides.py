@@ -5,14 +5,19 @@ So its peak of memory is its own, and the moods of the machine are shared by all
 
 import contextlib
 import multiprocessing
+import os
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any, Protocol, runtime_checkable
 
 from distilbert_jax.errors import UserError
+
+# What `keep_memory` does for a process that uses JAX, for one that uses PyTorch.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2000000000000",
+               "MALLOC_ARENA_MAX": "1"}
 
 
 @runtime_checkable
@@ -52,14 +57,30 @@ def peak_bytes() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Set variables for the processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 class Side:
     """The driver's end of one side."""
 
-    def __init__(self, build: Callable[[float], Worker]):
+    def __init__(self, build: Callable[[float], Worker], keep_memory: bool = False):
         """Start its process, and wait until it is ready.
 
         Args:
             build: makes the worker, given when its process was started; it has to be picklable.
+            keep_memory: whether its C library keeps freed memory from the start.
 
         Raises:
             UserError: of the side, or its process ended by itself.
@@ -70,7 +91,8 @@ class Side:
             target=serve, args=(time.time(), other), daemon=True)
         # Ctrl-C reaches all processes of a terminal: the driver ends, and its sides with it.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self._process.start()
+        with _environment(KEEP_MEMORY if keep_memory else {}):
+            self._process.start()
         signal.signal(signal.SIGINT, before)
         other.close()
         self.ready = self._ask(build)  # not by args, which start() would wait for, deaf to Ctrl-C

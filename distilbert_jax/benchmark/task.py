@@ -5,7 +5,6 @@ Both take tokenised examples; what each makes of them, padding included, is time
 
 import dataclasses
 import functools
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -23,10 +22,6 @@ from distilbert_jax.models.encoder import EncoderConfig
 from distilbert_jax.models.families import FAMILIES
 from distilbert_jax.task_config import FinetuneConfig
 from distilbert_jax.training.assemble import assemble
-
-# What `keep_memory` does for ours, for PyTorch.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2000000000000",
-               "MALLOC_ARENA_MAX": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,9 +116,7 @@ def measure(
     """
     sides = {}
     for name in names:
-        if name != "ours":
-            os.environ.update(KEEP_MEMORY)
-        sides[name] = Side(functools.partial(worker, name, problem))
+        sides[name] = Side(functools.partial(worker, name, problem), name != "ours")
     timed: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(problem.rounds):
         for name, side in sides.items():

@@ -197,7 +197,9 @@ def measure(problem: Problem, sides: Sequence[str], rounds: int) -> Measured:
 
     Args:
         problem: the same for all.
-        sides: "ours", which has to be the first, and any of "torch", "torch.compile".
+        sides: "ours", which has to be the first, and any of "torch" (as one types it),
+            "torch-memory" (the same, and its C library keeps freed memory, as that of ours does),
+            "torch.compile" (that too).
         rounds: how often each of them goes through its batches.
 
     Raises:
@@ -210,7 +212,8 @@ def measure(problem: Problem, sides: Sequence[str], rounds: int) -> Measured:
     for name in sides:
         given = problem if name == "ours" else dataclasses.replace(
             problem, ours=[], theirs=running["ours"].ready[1])
-        running[name] = Side(functools.partial(_Timed, name, given))
+        running[name] = Side(functools.partial(_Timed, name, given),
+                             name in ("torch-memory", "torch.compile"))
         if (own := running[name].ready[0]) != (first := running["ours"].ready[0]):
             raise UserError(f"ours runs on {first}, {name} on {own}: install both for the same "
                             "device")
