@@ -243,6 +243,10 @@ class TrainConfig(LoopConfig, DataConfig):
     mask_rate: float = option(
         Masking.rate, "training", "share of each row's tokens that is chosen for prediction in "
         "training; held-out figures always use 0.15")
+    finish: str = option(
+        "", "output", "train nothing, and write model and report from the last checkpoint that "
+        "there is, or the best by held-out loss; the run can go on afterwards, by the same command "
+        "without it", choices=("last", "best"), **FREE)
 
     MASKING = Masking()
 
@@ -358,6 +362,8 @@ class AblationConfig(DistilConfig):
         check(self, "seeds", self.seeds >= 1, "must be at least 1")
         if self.compile_only:
             raise UserError("--compile-only belongs to distil: leave it out")
+        if self.finish:
+            raise UserError("--finish belongs to distil: give it with the --output of one run")
         if self.states:
             raise UserError(f"--states {self.states} holds the states of one seed: leave it out, "
                             "so that each run keeps its own")

@@ -18,7 +18,12 @@ from test_sharding import mesh_of
 from distilbert_jax.errors import UserError
 from distilbert_jax.machine import seal
 from distilbert_jax.machine.sharding import shardings
-from distilbert_jax.training.checkpoint import Checkpoints, abstract, refuse_other_run
+from distilbert_jax.training.checkpoint import (
+    Checkpoints,
+    abstract,
+    refuse_other_run,
+    refuse_to_finish,
+)
 from distilbert_jax.training.train_step import init_state
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
@@ -192,6 +197,31 @@ def test_the_last_and_the_best_are_kept(state, tmp_path):
     assert run == {"settings": SETTINGS, "figures": {"mlm_loss": 1.0}}
     save(tmp_path, at(state, 7), keep=1)
     assert checkpoints.steps == [2, 7]
+
+
+def restore_best(output, wanted):
+    with Checkpoints(output, SETTINGS) as checkpoints:
+        return checkpoints.restore(wanted, best=True)
+
+
+def test_the_best_is_read_where_it_is_asked_for(state, tmp_path):
+    with pytest.raises(UserError, match="--finish last: there is no checkpoint in .*checkpoints; "):
+        refuse_to_finish(tmp_path, "last")
+    save(tmp_path, at(state, 1))
+    refuse_to_finish(tmp_path, "last")
+    for refuse in (lambda: refuse_to_finish(tmp_path, "best"),
+                   lambda: restore_best(tmp_path, like(state))):
+        with pytest.raises(UserError, match="--finish best: no checkpoint in .* has held-out fig"):
+            refuse()
+    with Checkpoints(tmp_path, SETTINGS, keep=9) as checkpoints:
+        for step, loss in {2: 2.0, 3: 1.0, 4: float("nan"), 5: 3.0, 6: 1.0}.items():
+            checkpoints.save(at(state, step), {"mlm_loss": loss})
+    refuse_to_finish(tmp_path, "best")
+    assert restore_best(tmp_path, like(state)).step == 3
+    assert restore(tmp_path, like(state)).step == 6
+    for damaged, best in ((3, 6), (6, 2)):
+        flip(largest(folder_of(tmp_path, damaged)))
+        assert restore_best(tmp_path, like(state)).step == best
 
 
 def no_space(*_, **__):

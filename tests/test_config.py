@@ -10,6 +10,7 @@ from distilbert_jax import config
 from distilbert_jax.cli import parse
 from distilbert_jax.commands.main import COMMANDS
 from distilbert_jax.config import (
+    AblationConfig,
     DistilConfig,
     PrepareConfig,
     PretrainConfig,
@@ -50,6 +51,9 @@ def test_every_field_is_a_flag_of_its_type():
                 argv, value = [flag(field.name)], True
             elif field.name == "mix":
                 argv, value = ["--corpus", "a", "b", "--mix", "0.7", "2"], (0.7, 2.0)
+            elif not field.default and "choices" in field.metadata:
+                value = field.metadata["choices"][0]
+                argv = [flag(field.name), value]
             else:
                 value = field.default or ("x",) if isinstance(field.default, tuple) else (
                     field.default or (3 if field.name == "steps" else
@@ -152,11 +156,17 @@ def test_what_a_continuation_may_change():
         "steps", "mesh", "remat", "output", "save_every", "eval_every", "keep", "on_save_error",
         "max_skipped", "recipe", "workers", "compile_only", "corpus", "states", "valid",
         "teacher",
-        "student", "ship"}
+        "student", "ship", "finish"}
     meaning = DistilConfig().meaning()
     assert not {flag(name) for name in free} & set(meaning)
     assert meaning["--choose"] == "even" and meaning["--mask-rate"] == 0.15
     assert meaning["--temperature"] == 2.0 and meaning["--alpha-ce"] == 5.0
+
+
+def test_an_ablation_is_no_run_of_its_own():
+    for name in ("compile_only", "finish"):
+        with pytest.raises(UserError, match=f"{flag(name)} belongs to distil: "):
+            AblationConfig(**{name: "best"})
 
 
 def test_a_student_of_its_own_is_no_part_of_the_teacher():

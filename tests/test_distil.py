@@ -1,6 +1,7 @@
 """The two jobs from end to end on a toy language: what they leave behind, and that they learn."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -19,13 +20,14 @@ from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import held_out, report
 from distilbert_jax.export.huggingface import export
-from distilbert_jax.jobs import distil
+from distilbert_jax.jobs import distil, setup
 from distilbert_jax.jobs.pretrain import pretrain
 from distilbert_jax.jobs.setup import check_job, read_data
 from distilbert_jax.models import hub
 from distilbert_jax.models.encoder import graphdef
 from distilbert_jax.models.families import FAMILIES
 from distilbert_jax.training import assemble
+from distilbert_jax.training import train as loop
 from distilbert_jax.training.losses import LOSSES
 from distilbert_jax.training.metrics_log import read_metrics
 
@@ -132,6 +134,77 @@ def test_the_same_command_again_finishes_without_training(distilled, monkeypatch
     assert "report: " in capsys.readouterr().out
 
 
+def kept(output):
+    """All that a continuation reads."""
+    return {path: path.read_bytes() for path in [*(output / "checkpoints").rglob("*"),
+                                                 output / "metrics.jsonl"] if path.is_file()}
+
+
+def test_a_stopped_run_is_exported_where_it_stands(toy, tmp_path, monkeypatch):
+    """From the last checkpoint or the best, with nothing trained; then it goes on to its end."""
+    config = DistilConfig(**common(toy, tmp_path / "out"), teacher=str(toy / "teacher"), steps=8,
+                          save_every=2, keep=1, learning_rate=1e-2)
+    output, tensors = tmp_path / "out", tmp_path / "out" / "student" / "model.safetensors"
+    with pytest.raises(UserError, match="--finish last: there is no checkpoint in .*; leave"):
+        distil.distil(dataclasses.replace(config, finish="last"))
+    assert not output.exists()
+    rising, held = itertools.count(), setup.held_out  # so that the first checkpoint is the best
+
+    def judged(*args, **more):
+        return held(*args, **more) | {"mlm_loss": float(next(rising))}
+
+    def go_on(until):
+        asked = iter(range(until))
+        with monkeypatch.context() as patch:
+            patch.setattr(setup, "held_out", judged)
+            patch.setattr(loop.StopSignal, "asked", lambda self: next(asked, None) is None)
+            with pytest.raises(loop.Interrupted):
+                distil.distil(config)
+
+    def finish(which, update, **more):
+        before, plot, drawn = kept(output), report.plot, []
+
+        def noted(metrics, *args):
+            drawn.extend(metrics)
+            plot(metrics, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Assembly, "jitted", None)  # nothing is trained
+            patch.setattr(report, "plot", noted)
+            distil.distil(dataclasses.replace(config, finish=which, **more))
+        assert kept(output) == before
+        assert drawn == [line for line in read_metrics(output) if line["step"] <= update]
+        found = json.loads((output / "report.json").read_text())
+        steps = more.get("steps", config.steps)
+        assert (found["updates"], found["updates_of_run"]) == (update, steps)
+        words = {"last": "last checkpoint", "best": "checkpoint with the lowest held-out loss"}
+        for name in ("report.md", "student/README.md"):
+            assert (f"this is update {update} of {steps}, its {words[which]}."
+                    in (output / name).read_text())
+        assert (f"Trained {update} updates on {found['tokens']:,} tokens"
+                in (output / "report.md").read_text())
+        return tensors.read_bytes(), found["tokens"]
+
+    go_on(1)
+    first = finish("last", 2)
+    assert first[1] == read_metrics(output)[-1]["tokens_seen"]
+    go_on(2)
+    assert {path.name for path in (output / "checkpoints").iterdir()} == {"2", "5"}
+    second = finish("last", 5)
+    assert finish("best", 2) == first and first[0] != second[0] and first[1] < second[1]
+
+    distil.distil(config)
+    assert "not at its end" not in (output / "report.md").read_text()
+    straight = dataclasses.replace(config, output=str(tmp_path / "straight"))
+    monkeypatch.setattr(distil, "_write_report", lambda *_: None)
+    whole = distil.distil(straight)
+    assert tensors.read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert [line["step"] for line in read_metrics(output)] == [
+        line["step"] for line in read_metrics(straight.output)]
+    monkeypatch.undo()
+    assert finish("last", 8, steps=20)[0] == tensors.read_bytes()  # --steps makes no other run
+
+
 def test_a_corpus_prepared_before_gives_the_same_student(distilled, toy, tmp_path, monkeypatch):
     monkeypatch.setattr(distil, "_write_report", lambda *_: None)
     config, folder = distilled
@@ -225,8 +298,9 @@ def test_adapting_a_model(headless, toy, tmp_path, monkeypatch):
         model = tmp_path / "headless"
         write_without(toy / "teacher", model, "cls.")
         assert not hub.load(str(model)).config.mlm_head
-    folder = pretrain(PretrainConfig(
-        **common(toy, tmp_path / "out"), model=str(model), steps=1, learning_rate=1e-4))
+    config = PretrainConfig(
+        **common(toy, tmp_path / "out"), model=str(model), steps=1, learning_rate=1e-4)
+    folder = pretrain(config)
     before, after = hub.load(str(toy / "teacher")), hub.load(str(folder))
     assert after.config.num_hidden_layers == before.config.num_hidden_layers == 2
     assert "tokenizer" not in files(folder.parent)
@@ -237,6 +311,15 @@ def test_adapting_a_model(headless, toy, tmp_path, monkeypatch):
 
     assert 0 < moved("layers") < 1e-3
     assert (moved("mlm_head") < 1e-3) != headless
+
+    before = kept(folder.parent)
+    assert "not at its end" not in (folder / "README.md").read_text()
+    pretrain(dataclasses.replace(config, steps=5, finish="best"))
+    assert "this is update 1 of 5, its checkpoint with" in (folder / "README.md").read_text()
+    assert kept(folder.parent) == before
+    for one, other in zip(*(jax.tree.leaves(m.params) for m in (
+            after, hub.load(str(folder)))), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def byte_level(texts):

@@ -71,7 +71,8 @@ def plot(metrics: list[dict[str, int | float]], path: Path, title: str) -> None:
         if points:
             left.plot(*zip(*points, strict=True), label=label, linewidth=1)
     left.set(xlabel="tokens seen", ylabel="training loss [nats; weighted total]", yscale="log")
-    left.legend()
+    if left.lines:  # a run that was stopped early has logged no update
+        left.legend()
     held = [m for m in metrics if "top1" in m]
     what = "retention" if all("retention" in m for m in held) else "top1"
     right.plot([m["tokens_seen"] for m in held], [100 * m[what] for m in held],

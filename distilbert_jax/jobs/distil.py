@@ -101,8 +101,8 @@ def _distil(config: DistilConfig, teacher: hub.Pretrained, own: dict[str, Any], 
     states, batches = None, None
     if config.kept_maskings:
         states = TeacherStates(setup, assembly, teachers)
-        batches = None if states.finished() else states.batches(start)
-    trained = setup.train(assembly, start, teachers, "distil", batches)
+        batches = None if config.finish or states.finished() else states.batches(start)
+    trained, updates = setup.train(assembly, start, teachers, "distil", batches)
 
     folder = store.local(config.output) / "student"
     alone = jitted_eval_step(assembly.graph, None, mesh)
@@ -112,10 +112,9 @@ def _distil(config: DistilConfig, teacher: hub.Pretrained, own: dict[str, Any], 
     with first_process_first():
         if jax.process_index() == 0:
             export(folder, trained, shape, family, setup.tokenizer,
-                   _card(config, _origin(config, layers), figures["student"], trained,
-                         setup.tokenizer.mask_token))
-            _write_report(setup, assembly, (trained, start, teacher.params), figures, removals,
-                          states)
+                   _card(setup, _origin(config, layers), figures["student"], trained, updates))
+            _write_report(setup, assembly, (trained, start, teacher.params), updates, figures,
+                          removals, states)
             store.upload(config.output, "student", *REPORTS, "report.json", "losses.png")
             if config.ship:
                 ship_held_out(folder, setup)
@@ -197,25 +196,28 @@ def _origin(config: DistilConfig, layers: list[int]) -> str:
     return f"It started as the teacher's layers {', '.join(map(str, layers))}."
 
 
-def _card(config: DistilConfig, origin: str, figures: dict[str, float],
-          params: dict[str, Any], mask: str) -> str:
+def _card(setup: Setup, origin: str, figures: dict[str, float], params: dict[str, Any],
+          updates: int) -> str:
     """The model card of the student."""
+    config, standing = setup.config, setup.standing(updates)
     weights = ", ".join(f"{name} {weight}" for name, weight in config.alphas.items() if weight)
     text = (
-        f"Distilled by distilbert_jax from `{Path(config.teacher).name}`. {origin}\n\n"
+        f"Distilled by distilbert_jax from `{Path(config.teacher).name}`. "
+        f"{' '.join(filter(None, (origin, standing)))}\n\n"
         f"- parameters: {report.count_parameters(params):,}\n"
         f"- {report.held_out_line(figures)}\n"
         f"- corpus: {', '.join(map(sources.published, config.corpus))}\n"
         f"- losses: {weights}; temperature {config.temperature}\n"
         f"- {report.versions()}")
     return card("fill-mask", f"A student of {len(params['layers'])} layers", text,
-                folder="student", origin=config.teacher, mask=mask,
+                folder="student", origin=config.teacher,
+                mask=setup.tokenizer.mask_token,
                 results=held_out_results(figures))
 
 
 def _write_report(
     setup: Setup, assembly: Assembly,
-    params: tuple[dict[str, Any], ...], figures: dict[str, dict[str, float]],
+    params: tuple[dict[str, Any], ...], updates: int, figures: dict[str, dict[str, float]],
     removals: dict[str, Any], states: TeacherStates | None,
 ) -> None:
     """Print the result, and write the report, report.json and losses.png."""
@@ -235,14 +237,17 @@ def _write_report(
                f"{speed['teacher'] / speed['student']:.2f} times lower.")
     if whole is None:
         against += f" Retention is {report.retention(last)}."
-    metrics = read_metrics(config.output)
+    metrics = read_metrics(config.output, updates)
     report.plot(metrics, output / "losses.png", f"{Path(config.teacher).name} → student")
     example = _example(setup, models)
-    trained = (f" Trained {metrics[-1]['step']:,} updates on {metrics[-1]['tokens_seen']:,.0f} "
-               f"tokens in {metrics[-1]['seconds'] / 60:.1f} min.") if metrics else ""
+    seconds = metrics[-1]["seconds"] if metrics else 0.0
+    tokens = setup.batches.tokens_before(updates)
     where = (f"Held-out: {last['masked']:,.0f} masked tokens of {len(setup.data.valid):,} rows, "
              f"the same for every model. Latency: {config.sequence_length} tokens, "
-             f"batch 1, {assembly.dtype}, median of 30.{trained}")
+             f"batch 1, {assembly.dtype}, median of 30. Trained {updates:,} updates on "
+             f"{tokens:,} tokens in {seconds / 60:.1f} min.")
+    if standing := setup.standing(updates):
+        where = f"{standing} {where}"
     if states:
         where += f"\n\n{states.describe()}"
     sizes = {name: {"layers": len(part["layers"]), "parameters": report.count_parameters(part),
@@ -250,9 +255,8 @@ def _write_report(
     seal.write_json(output / "report.json", {
         "models": {name: sizes[name] | measured for name, measured in zip(
             models, (teacher_figures, last, first), strict=True)},
-        "updates": setup.steps, "rows_of_update": config.batch_size,
-        "tokens": metrics[-1]["tokens_seen"] if metrics else 0,
-        "seconds": metrics[-1]["seconds"] if metrics else 0.0,
+        "updates": updates, "updates_of_run": max(updates, setup.steps),
+        "rows_of_update": config.batch_size, "tokens": tokens, "seconds": seconds,
         "removals": removals, "states": states.figures() if states else {},
         "settings": setup.settings, "versions": report.versions()})
     chosen = f"## Layers\n\n{_describe_removals(removals)}\n\n" if removals else ""

@@ -79,28 +79,30 @@ def _pretrain(config: PretrainConfig, source: hub.Pretrained | None, family: Fam
     start = init(shape, config.seed, assembly.param_dtype)
     if source:  # else its head, if it has none
         start |= {name: part for name, part in source.params.items() if name in start}
-    trained = setup.train(assembly, assembly.cast(start), {}, "train teacher")
+    trained, updates = setup.train(assembly, assembly.cast(start), {}, "train teacher")
 
     output = store.local(config.output)
     figures = setup.evaluator(assembly.eval_step, {})(trained)
-    trained = to_host(trained)
-    about = card(
-        "fill-mask", f"{shape.num_hidden_layers}-layer {family.architecture}",
+    trained, standing = to_host(trained), setup.standing(updates)
+    about = "\n\n".join(filter(None, (
         f"Trained by distilbert_jax with the masked-language-model loss; held-out top-1 "
-        f"{figures['top1']:.2%}, perplexity {figures['perplexity']:.3f}.\n\n{report.versions()}",
+        f"{figures['top1']:.2%}, perplexity {figures['perplexity']:.3f}.", standing,
+        report.versions())))
+    about = card(
+        "fill-mask", f"{shape.num_hidden_layers}-layer {family.architecture}", about,
         folder="model", origin=config.model, mask=setup.tokenizer.mask_token,
         results=held_out_results(figures))
     with first_process_first():
         if jax.process_index() == 0:
             export(output / "model", trained, shape, family, setup.tokenizer, about)
-            report.plot(read_metrics(config.output), output / "losses.png",
+            report.plot(read_metrics(config.output, updates), output / "losses.png",
                         "masked-language-model training")
             store.upload(config.output, "model", "losses.png")
             if config.ship:
                 ship_held_out(output / "model", setup)
                 store.upload(config.output, "model")
     print(f"model: {store.join(config.output, 'model')} (held-out top-1 {figures['top1']:.2%}, "
-          f"perplexity {figures['perplexity']:.2f})")
+          f"perplexity {figures['perplexity']:.2f}) {standing}".rstrip())
     return output / "model"
 
 

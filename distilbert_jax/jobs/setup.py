@@ -33,10 +33,10 @@ from distilbert_jax.models import hub, student
 from distilbert_jax.models.encoder import EncoderConfig
 from distilbert_jax.models.family import Family
 from distilbert_jax.training.assemble import Assembly
-from distilbert_jax.training.checkpoint import refuse_other_run
+from distilbert_jax.training.checkpoint import refuse_other_run, refuse_to_finish
 from distilbert_jax.training.labels import Vocabulary, vocabulary
 from distilbert_jax.training.objective import Objective
-from distilbert_jax.training.train import Run, train
+from distilbert_jax.training.train import Run, saved, train
 
 if TYPE_CHECKING:
     import transformers
@@ -57,8 +57,8 @@ class Setup:
     settings: dict[str, Any]  # what a continuation must share
 
     def train(self, assembly: Assembly, start: dict[str, Any], teachers: dict[str, Any],
-              label: str, batches: PackedBatches | None = None) -> dict[str, Any]:
-        """Train from the parameters `start` to the last update.
+              label: str, batches: PackedBatches | None = None) -> tuple[dict[str, Any], int]:
+        """Train from the parameters `start` to the last update; with --finish, take a checkpoint.
 
         Args:
             assembly: the step.
@@ -68,17 +68,33 @@ class Setup:
             batches: that bring the teacher's states; default: rows alone.
 
         Returns:
-            The trained model's parameters, on the mesh.
+            The trained model's parameters, on the mesh, and after how many updates.
         """
-        say(self._plan(assembly, start, teachers, label))
+        config = self.config
         run = Run(
-            config=self.config, steps=self.steps, settings=self.settings,
-            output=self.config.output, vocabulary=self.vocabulary,
-            batches=batches or PackedBatches(
-                self.data.train, self.config.seed, self.config.batch_size),
+            config=config, steps=self.steps, settings=self.settings,
+            output=config.output, vocabulary=self.vocabulary, batches=batches or self.batches,
             label=label, assembly=assembly, describe=report.held_out_line,
             evaluate=self.evaluator(assembly.eval_step, teachers, EVALUATION_ROWS))
-        return train(run, assembly.init(start), assembly.taught(teachers)).params["student"]
+        if config.finish:
+            state = saved(run, assembly.init(start), config.finish)
+        else:
+            say(self._plan(assembly, start, teachers, label))
+            state = train(run, assembly.init(start), assembly.taught(teachers))
+        return state.params["student"], int(state.step)
+
+    @property
+    def batches(self) -> PackedBatches:
+        """The rows of each update."""
+        return PackedBatches(self.data.train, self.config.seed, self.config.batch_size)
+
+    def standing(self, updates: int) -> str:
+        """A sentence on a model after so many updates, if they are not all of them; else ""."""
+        if updates >= self.steps:
+            return ""
+        which = {"last": "its last checkpoint",
+                 "best": "its checkpoint with the lowest held-out loss"}[self.config.finish]
+        return f"The run is not at its end: this is update {updates:,} of {self.steps:,}, {which}."
 
     def _plan(self, assembly: Assembly, start: dict[str, Any], teachers: dict[str, Any],
               label: str) -> str:
@@ -131,6 +147,8 @@ def check_job(
     store.check_writable(config.output)
     with _errors_about_output(config.output):
         refuse_other_run(config.output, settings or config.meaning())
+        if config.finish:
+            refuse_to_finish(config.output, config.finish)
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     mesh = make_mesh(config.mesh)

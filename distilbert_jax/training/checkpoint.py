@@ -140,24 +140,30 @@ class Checkpoints:
         if self._saving is not None and not self._saving[1].is_alive():
             self.wait()
 
-    def restore(self, like: TrainState) -> TrainState | None:
-        """Read the newest sound checkpoint.
+    def restore(self, like: TrainState, best: bool = False) -> TrainState | None:
+        """Read the newest sound checkpoint, or the best.
 
         Every checkpoint is verified. A damaged one is reported and, if another is sound, removed.
 
         Args:
             like: ShapeDtypeStructs with shardings; see `abstract`.
+            best: read the one with the lowest held-out loss instead.
 
         Returns:
             The state, laid out as `like`; None where nothing was saved yet.
 
         Raises:
-            UserError: there are checkpoints, but none is sound; the newest sound one was made
-                with other settings, or its arrays are not those of `like`.
+            UserError: there are checkpoints, but none is sound, or none has the figures that say
+                which is best; the one that is read was made with other settings, or its arrays are
+                not those of `like`.
         """
         step = self._newest_sound()
         if step is None:
             return None
+        if best:
+            step = _best(_folders(self._folder))  # all of them are sound now
+            if step is None:
+                raise _none_judged(self._folder)
         folder = self._folder / str(step)
         _refuse(self._folder.parent, seal.read_json(folder, RUN).get("settings", {}),
                 self._settings)
@@ -218,13 +224,7 @@ class Checkpoints:
     def _prune(self) -> None:
         """Remove all but the newest and the best."""
         folders = _folders(self._folder)
-        found = {step: seal.read_json(path, RUN).get("figures", {})
-                 for step, path in folders.items()}
-        losses = {step: next((figures[name] for name in BEST if name in figures), None)
-                  for step, figures in found.items()}
-        ranked = sorted((loss, step) for step, loss in losses.items()
-                        if loss is not None and math.isfinite(loss))
-        kept = {*sorted(folders)[-self._keep:], *[step for _, step in ranked[:1]]}
+        kept = {*sorted(folders)[-self._keep:], _best(folders)}
         for step in folders.keys() - kept:
             seal.remove(folders[step])
 
@@ -265,6 +265,39 @@ def refuse_other_run(output: str | Path, settings: Mapping[str, Any]) -> None:
             return
     if folders:
         raise _none_sound(parent, f" ({folders[0]}: {seal.find_fault(folders[0])})")
+
+
+def refuse_to_finish(output: str | Path, which: str) -> None:
+    """Check that `output` holds a checkpoint that a run can be finished from.
+
+    Args:
+        output: the run's folder.
+        which: "last" or "best".
+
+    Raises:
+        UserError: there is no checkpoint, or none has the figures that say which is best.
+    """
+    parent = store.path(output) / "checkpoints"
+    folders = _folders(parent)
+    if not folders:
+        raise UserError(f"--finish {which}: there is no checkpoint in {parent}; leave it out to "
+                        "train")
+    if which == "best" and _best(folders) is None:
+        raise _none_judged(parent)
+
+
+def _best(folders: Mapping[int, AnyPath]) -> int | None:
+    """The update with the lowest held-out loss; None where none has a finite one."""
+    found = {step: seal.read_json(path, RUN).get("figures", {}) for step, path in folders.items()}
+    losses = {step: next((figures[name] for name in BEST if name in figures), math.nan)
+              for step, figures in found.items()}
+    return min((step for step, loss in losses.items() if math.isfinite(loss)),
+               key=lambda step: (losses[step], step), default=None)
+
+
+def _none_judged(folder: AnyPath) -> UserError:
+    return UserError(f"--finish best: no checkpoint in {folder} has held-out figures (one that a "
+                     "signal saved has none); give --finish last")
 
 
 def _none_sound(folder: AnyPath, fault: str) -> UserError:

@@ -33,7 +33,7 @@ class MetricsLog:
                 prints it and keeps the line for the next attempt.
         """
         first, self._output = jax.process_index() == 0, output
-        self._path = store.fetch(_path(output)) if first else Path(os.devnull)
+        self._path = fetch_metrics(output) if first else Path(os.devnull)
         kept = [line for line in _lines(self._path) if start and line["step"] <= start]
         self._seen, self._before = seen, kept[-1]["seconds"] if kept else 0.0
         self._began, self._recent = time.monotonic(), []
@@ -103,9 +103,20 @@ class MetricsLog:
             say(str(error))
 
 
-def read_metrics(output: str | Path) -> list[dict[str, int | float]]:
-    """All lines of the copy of a run's metrics.jsonl on this machine, oldest first."""
-    return _lines(store.local(_path(output)))
+def fetch_metrics(output: str | Path) -> Path:
+    """Bring a run's metrics.jsonl to this machine, where its folder is under gs://."""
+    return store.fetch(_path(output))
+
+
+def read_metrics(output: str | Path, last: int | None = None) -> list[dict[str, int | float]]:
+    """The lines of the copy of a run's metrics.jsonl on this machine, oldest first.
+
+    Args:
+        output: the run's folder.
+        last: the update after which lines are left out; None for none.
+    """
+    return [line for line in _lines(store.local(_path(output)))
+            if last is None or line["step"] <= last]
 
 
 def _path(output: str | Path) -> str:

@@ -27,7 +27,7 @@ from distilbert_jax.machine.sharding import (
 from distilbert_jax.training.assemble import Assembly
 from distilbert_jax.training.checkpoint import Checkpoints, abstract
 from distilbert_jax.training.labels import Vocabulary
-from distilbert_jax.training.metrics_log import MetricsLog
+from distilbert_jax.training.metrics_log import MetricsLog, fetch_metrics
 from distilbert_jax.training.train_step import TrainState
 
 LOG_EVERY = 10  # updates
@@ -116,6 +116,27 @@ def train(run: Run, state: TrainState, teachers: dict[str, Any]) -> TrainState:
                 checkpoints.poll()
                 watch.beat()
     return state
+
+
+def saved(run: Run, state: TrainState, which: str) -> TrainState:
+    """The state of a checkpoint, to end the run with; nothing is trained, logged or saved.
+
+    Args:
+        run: whose checkpoint it is; there is one, as refuse_to_finish has seen.
+        state: before the first update; only its shapes are read.
+        which: the "last" checkpoint or the "best".
+
+    Raises:
+        UserError: none is sound, or it is another run's.
+    """
+    layout = shardings(state, run.assembly.mesh)
+    with Checkpoints(run.output, run.settings) as checkpoints:
+        found = checkpoints.restore(abstract(state, layout), best=which == "best")
+    if jax.process_index() == 0:
+        fetch_metrics(run.output)
+    say(f"{run.label}: update {int(found.step)} of {run.steps}, from the {which} checkpoint; "
+        "nothing is trained")
+    return found
 
 
 def _evaluated(run: Run, state: TrainState) -> dict[str, float]:
