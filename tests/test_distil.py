@@ -95,6 +95,17 @@ def test_a_distillation_leaves_its_student_and_its_figures(distilled, learnt):
     report = (output / "report.md").read_text()
     for row in ("teacher", "student", "student at start"):
         assert f"\n| {row} " in report
+    models = json.loads((output / "report.json").read_text())["models"]
+    for name, model in models.items():
+        low, high = model["top1_interval"]
+        assert 0 <= low <= model["top1"] <= high <= 1
+        assert f" {100 * low:.2f} to {100 * high:.2f} |" in report
+        assert ("retention_interval" in model) == (name != "teacher")
+    low, high = models["student"]["retention_interval"]
+    assert low <= models["student"]["retention"] <= high
+    ends = f"{100 * low:.2f} to {100 * high:.2f})"
+    assert f" ({ends} |" in report and f"(95 % interval {ends}\n" in (
+        folder / "README.md").read_text()
     assert "![losses](losses.png)" in report and "hidden: " in report
     card = (folder / "README.md").read_text()
     assert "library_name: transformers" in card and "- corpus: corpus.txt\n" in card

@@ -14,7 +14,12 @@ from test_sharding import mesh_of
 from distilbert_jax.config import EVALUATION_MASKING
 from distilbert_jax.data.pack import PackedRows
 from distilbert_jax.evaluation import held_out as module
-from distilbert_jax.evaluation.held_out import _figures, held_out
+from distilbert_jax.evaluation.held_out import (
+    _figures,
+    held_out,
+    held_out_rows,
+    top1_intervals,
+)
 from distilbert_jax.models.encoder import graphdef
 from distilbert_jax.training.labels import mask_tokens, row_keys
 from distilbert_jax.training.objective import observe
@@ -138,6 +143,50 @@ def test_the_same_tokens_are_hidden_from_every_model(
     for name in ("mlm_loss", "perplexity", "top1"):
         assert alone[name] == pytest.approx(measured[0][f"teacher_{name}"], rel=1e-12)
     assert alone["masked"] == measured[0]["masked"]
+
+
+@pytest.mark.parametrize("shape", ["8x1", "3x2"])
+def test_the_counts_of_rows(shape, problem, vocabulary, packed, steps):
+    """They add up to the figures, in the same order for every model, without padding."""
+    placed = (place(p, shape) for p in (problem.params, problem.teachers))
+    found, rows = held_out_rows(steps["both"], *placed, vocabulary, packed, mesh_of(shape))
+    assert {name: part.shape for name, part in rows.items()} == dict.fromkeys(
+        ("masked", "correct", "teacher_correct"), (21,))
+    assert (rows["masked"] > 0).all() and rows["masked"].sum() == found["masked"]
+    for who in ("", "teacher_"):
+        assert rows[f"{who}correct"].sum() / found["masked"] == found[f"{who}top1"]
+    _, own = held_out_rows(steps["teacher"], place(problem.teacher_params, shape), {}, vocabulary,
+                           packed, mesh_of(shape))
+    np.testing.assert_array_equal(own["correct"], rows["teacher_correct"])
+    np.testing.assert_array_equal(own["masked"], rows["masked"])
+
+
+def test_intervals():
+    """Against draws by hand; and a retention is paired, so that what rows share drops out."""
+    random = np.random.default_rng(5)
+    masked = random.integers(5, 30, 400).astype(np.float32)
+    hard = random.uniform(0, 1, 400)
+    correct = {"teacher": np.round(masked * hard), "copy": np.round(masked * hard),
+               "student": np.round(masked * hard * 0.9), "other": random.permutation(
+                   np.round(masked * hard)), "none": 0 * masked}
+    found = top1_intervals(masked, correct)
+    drawn = np.random.default_rng(9).integers(0, 400, (4000, 400))
+    for name, own in correct.items():
+        shares = own[drawn].sum(1) / masked[drawn].sum(1)
+        assert found[name]["top1_interval"] == pytest.approx(
+            np.percentile(shares, [2.5, 97.5]), abs=4e-3)
+        if name == "teacher":
+            assert "retention_interval" not in found[name]
+            continue
+        kept = own[drawn].sum(1) / correct["teacher"][drawn].sum(1)
+        assert found[name]["retention_interval"] == pytest.approx(
+            np.percentile(kept, [2.5, 97.5]), abs=8e-3)
+    assert found["copy"]["retention_interval"] == (1.0, 1.0)
+    assert np.ptp(found["student"]["retention_interval"]) < 0.2 * np.ptp(
+        found["other"]["retention_interval"])
+    assert found == top1_intervals(masked, correct)  # seeded
+    hopeless = top1_intervals(masked, correct | {"teacher": 0 * masked})
+    assert hopeless["student"]["retention_interval"] is None
 
 
 @pytest.mark.parametrize("shape", ["1x1", "3x2"])  # batches of 8 rows, and of 8 and a blank one

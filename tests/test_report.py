@@ -17,18 +17,23 @@ def test_count_parameters():
 @pytest.fixture
 def rows():
     params = {"layers": {0: np.zeros((500, 1000)), 1: np.zeros((1000, 500))}}
-    return [report.model_row("teacher", params, {"top1": 0.8, "perplexity": 2.5}, 0.8, 12.345),
-            report.model_row("a much longer name than the others",
-                             {"layers": {0: np.zeros(7)}}, {"top1": 0.6, "perplexity": 1e7},
-                             0.8, 0.1)]
+    return [report.model_row("teacher", params, {
+                "top1": 0.8, "top1_interval": (0.7, 0.85), "perplexity": 2.5}, 0.8, 12.345),
+            report.model_row("a much longer name than the others", {"layers": {0: np.zeros(7)}}, {
+                "top1": 0.6, "top1_interval": None, "perplexity": 1e7,
+                "retention_interval": (0.7, 0.8)}, 0.8, 0.1)]
 
 
 def test_model_row(rows):
     assert rows[0] == (
-        "teacher", "2", "1,000,000", "4.0", "80.00", "2.500", "100.00", "12.35")
-    assert rows[1][4:7] == ("60.00", "10000000.000", "75.00")
-    hopeless = report.model_row("x", {"layers": {}}, {"top1": 0.3, "perplexity": 9.0}, None, 1.0)
-    assert hopeless[6] == "not defined"  # of a teacher that knows nothing
+        "teacher", "2", "1,000,000", "4.0", "80.00", "70.00 to 85.00", "2.500", "100.00",
+        "12.35")
+    assert rows[1][4:8] == (
+        "60.00", "not defined", "10000000.000", "75.00 (70.00 to 80.00)")
+    hopeless = report.model_row("x", {"layers": {}}, {
+        "top1": 0.3, "top1_interval": (0.2, 0.4), "perplexity": 9.0, "retention_interval": (2, 3)},
+        None, 1.0)
+    assert hopeless[7] == "not defined"  # of a teacher that knows nothing
 
 
 def test_the_table_is_aligned(rows):
@@ -57,6 +62,10 @@ def test_plot(held, tmp_path):
     ({}, "held-out top-1 30.00%, perplexity 2.000"),
     ({"kl": 0.1, "teacher_top1": 0.6, "retention": 0.5, "most_frequent": 0.1},
      "held-out top-1 30.00%, perplexity 2.000; teacher 60.00%, retention 50.00%"),
+    ({"kl": 0.1, "teacher_top1": 0.6, "retention": 0.5, "most_frequent": 0.1,
+      "top1_interval": (0.25, 0.35), "retention_interval": (0.4, 0.6)},
+     "held-out top-1 30.00% (95 % interval 25.00 to 35.00), perplexity 2.000; teacher 60.00%, "
+     "retention 50.00% (95 % interval 40.00 to 60.00)"),
     ({"kl": 0.1, "teacher_top1": 0.06, "most_frequent": 0.1},
      "held-out top-1 30.00%, perplexity 2.000; teacher 6.00%, retention not defined, since the "
      "teacher is no better than always the commonest token (10.00%)")])

@@ -376,11 +376,11 @@ def test_evaluation(x64, problem, vocabulary):
     cosine = (hidden * target).sum(-1) / np.linalg.norm(hidden, axis=-1) / np.linalg.norm(
         target, axis=-1)
     expected = {
-        "masked": weights.sum(), "tokens": real.sum(), "cosine": cosine.sum(),
+        "masked": weights.sum(1), "tokens": real.sum(), "cosine": cosine.sum(),
         "nll": -(student[at_label] * weights.ravel()).sum(),
         "teacher_nll": -(teacher[at_label] * weights.ravel()).sum(),
-        "correct": ((student.argmax(-1) == batch["labels"]) * weights).sum(),
-        "teacher_correct": ((teacher.argmax(-1) == batch["labels"]) * weights).sum(),
+        "correct": ((student.argmax(-1) == batch["labels"]) * weights).sum(1),
+        "teacher_correct": ((teacher.argmax(-1) == batch["labels"]) * weights).sum(1),
         "kl": ((np.exp(teacher) * (teacher - student)).sum(-1) * weights).sum(),
         "most_frequent": ((batch["labels"] == np.argmax(vocabulary.counts)) * weights).sum()}
     assert set(sums) == set(expected)

@@ -1,7 +1,11 @@
-"""Held-out masked-language modelling: packed rows and parameters in, figures of both models out."""
+"""Held-out masked-language modelling: packed rows and parameters in, figures of both models out.
 
+Beside them the counts of each row, from which the intervals of several models are drawn together.
+"""
+
+import collections
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,6 +14,7 @@ from jax.sharding import Mesh
 
 from distilbert_jax.data.batches import read
 from distilbert_jax.data.pack import PackedRows
+from distilbert_jax.evaluation import intervals
 from distilbert_jax.machine.progress import bar
 from distilbert_jax.machine.sharding import local_rows, place_rows
 from distilbert_jax.training.labels import Vocabulary
@@ -45,17 +50,63 @@ def held_out(
         and absent, where the teacher's is not above `most_frequent`) and, if both are equally
         wide, `cosine`. Sums are taken in float64 over all batches.
     """
+    return held_out_rows(eval_step, params, teachers, vocabulary, packed, mesh, rows)[0]
+
+
+def held_out_rows(
+    eval_step: Callable[..., dict[str, Any]],
+    params: dict[str, Any],
+    teachers: dict[str, Any],
+    vocabulary: Vocabulary,
+    packed: PackedRows,
+    mesh: Mesh,
+    rows: int | None = None,
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Evaluate as `held_out` does, and count in each row.
+
+    Returns:
+        The figures; and [R] each, in an order that is the same for every model: `masked` and
+        `correct`, with a teacher also `teacher_correct`.
+    """
     key = jax.random.key(SEED)
-    total: dict[str, float] = {}
+    total: dict[str, float] = collections.defaultdict(float)
+    counts: dict[str, list[np.ndarray]] = collections.defaultdict(list)
     progress = bar(total=min(rows or len(packed), len(packed)), desc="evaluate", unit=" rows",
                    leave=False, delay=1)
     for batch, count in some_rows(packed, mesh, rows):
         sums = eval_step(params, teachers, vocabulary, batch, key)
         for name, value in jax.device_get(sums).items():
-            total[name] = total.get(name, 0.0) + float(value)
+            total[name] += float(value.sum())
+            if value.ndim:
+                counts[name].append(value[:count])  # without the rows of padding
         progress.update(count)
     progress.close()
-    return _figures(total)
+    return _figures(total), {name: np.concatenate(parts) for name, parts in counts.items()}
+
+
+def top1_intervals(
+    masked: np.ndarray, correct: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, tuple[float, float] | None]]:
+    """95 % intervals of top-1, by bootstrap over rows, the same rows drawn for every model.
+
+    Args:
+        masked: hidden tokens of each row, [R].
+        correct: model → how many of them it guesses, [R]; "teacher" is whom others are compared
+            with.
+
+    Returns:
+        Model → `top1_interval` and, but for the teacher, `retention_interval`: of its share of the
+        teacher's top-1. None where too many draws are not defined.
+    """
+    drawn = intervals.drawn_means({"": masked, **correct})
+    found = {}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for name in correct:
+            found[name] = {"top1_interval": intervals.interval(drawn[name] / drawn[""])}
+            if name != "teacher":
+                found[name]["retention_interval"] = intervals.interval(
+                    drawn[name] / drawn["teacher"])
+    return found
 
 
 def some_rows(
@@ -84,7 +135,7 @@ def _filled(batch: dict[str, np.ndarray], size: int) -> dict[str, np.ndarray]:
             for name, x in batch.items()}
 
 
-def _figures(total: dict[str, float]) -> dict[str, float]:
+def _figures(total: Mapping[str, float]) -> dict[str, float]:
     masked, tokens = max(total["masked"], 1.0), max(total["tokens"], 1.0)
     figures = {"masked": total["masked"], "most_frequent": total["most_frequent"] / masked}
     for who in ("", "teacher_"):

@@ -5,7 +5,7 @@ import contextvars
 import datetime
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from distilbert_jax.training.losses import LOSSES
 
 _CALL: contextvars.ContextVar[str] = contextvars.ContextVar("call", default="")
 UNKNOWN = 0.03  # share of unknown tokens that is warned of
-COLUMNS = ("model", "layers", "parameters", "size [MB]", "top-1 [%]", "perplexity",
+COLUMNS = ("model", "layers", "parameters", "size [MB]", "top-1 [%]", "95 % interval", "perplexity",
            "retention [%]", "latency [ms]")
 
 
@@ -27,7 +27,7 @@ def count_parameters(params: dict[str, Any]) -> int:
 
 
 def model_row(
-    name: str, params: dict[str, Any], figures: dict[str, float], teacher_top1: float | None,
+    name: str, params: dict[str, Any], figures: Mapping[str, Any], teacher_top1: float | None,
     latency: float,
 ) -> tuple[str, ...]:
     """One line of the table.
@@ -35,15 +35,22 @@ def model_row(
     Args:
         name: of the model.
         params: its parameters, counted; the size is that of float32.
-        figures: `top1` and `perplexity` from held_out.
+        figures: `top1` and `perplexity` from held_out, with the intervals of top1_intervals.
         teacher_top1: what 100 % retention is; None where retention is not defined.
         latency: milliseconds.
     """
     count, top1 = count_parameters(params), figures["top1"]
     retention = f"{100 * top1 / teacher_top1:.2f}" if teacher_top1 else "not defined"
+    if teacher_top1 and "retention_interval" in figures:
+        retention += f" ({between(figures['retention_interval'])})"
     return (name, str(len(params["layers"])), f"{count:,}", f"{4 * count / 1e6:.1f}",
-            f"{100 * top1:.2f}", f"{figures['perplexity']:.3f}",
+            f"{100 * top1:.2f}", between(figures["top1_interval"]), f"{figures['perplexity']:.3f}",
             retention, f"{latency:.2f}")
+
+
+def between(pair: Sequence[float] | None) -> str:
+    """The ends of an interval of shares, in per cent."""
+    return "not defined" if pair is None else f"{100 * pair[0]:.2f} to {100 * pair[1]:.2f}"
 
 
 def table(rows: list[tuple[str, ...]], columns: tuple[str, ...] = COLUMNS) -> str:
@@ -86,18 +93,25 @@ def plot(metrics: list[dict[str, int | float]], path: Path, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def held_out_line(figures: dict[str, float]) -> str:
+def held_out_line(figures: Mapping[str, Any]) -> str:
     """Held-out figures in words, for the terminal while training and for the model card."""
-    line = f"held-out top-1 {figures['top1']:.2%}, perplexity {figures['perplexity']:.3f}"
+    line = (f"held-out top-1 {_with_ends(figures, 'top1')}, perplexity "
+            f"{figures['perplexity']:.3f}")
     if "kl" in figures:
         line += f"; teacher {figures['teacher_top1']:.2%}, retention {retention(figures)}"
     return line
 
 
-def retention(figures: dict[str, float]) -> str:
+def _with_ends(figures: Mapping[str, Any], name: str) -> str:
+    """A share in per cent, with its interval if there is one."""
+    pair = figures.get(f"{name}_interval")
+    return f"{figures[name]:.2%}" + (f" (95 % interval {between(pair)})" if pair else "")
+
+
+def retention(figures: Mapping[str, Any]) -> str:
     """How much of the teacher's top-1 is kept, or why that says nothing."""
     if "retention" in figures:
-        return f"{figures['retention']:.2%}"
+        return _with_ends(figures, "retention")
     return ("not defined, since the teacher is no better than always the commonest token "
             f"({figures['most_frequent']:.2%})")
 

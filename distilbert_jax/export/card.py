@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def card(
             f'\n\nload("{folder}").{answer}\n```\n')
 
 
-def held_out_results(figures: dict[str, float]) -> list[Result]:
+def held_out_results(figures: Mapping[str, Any]) -> list[Result]:
     """The figure of a masked language model, from held_out's."""
     return [Result("accuracy", "top-1 of hidden tokens", "held-out texts", figures["top1"])]
 

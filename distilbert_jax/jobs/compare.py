@@ -74,6 +74,7 @@ def _lines(folder: str) -> Iterator[Line]:
 def _masked(folder: str, models: dict[str, Any]) -> Iterator[Line]:
     teacher, student = models["teacher"], models["student"]
     yield Line(run=folder, figure="top-1", teacher=teacher["top1"], student=student["top1"],
+               interval=student.get("retention_interval"),
                layers=(teacher["layers"], student["layers"]), parameters=student["parameters"],
                faster=teacher["latency"] / student["latency"])
 

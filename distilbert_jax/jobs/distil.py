@@ -18,6 +18,7 @@ from distilbert_jax.data import sources
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import report
+from distilbert_jax.evaluation.held_out import top1_intervals
 from distilbert_jax.evaluation.page import FILES as REPORTS
 from distilbert_jax.evaluation.page import write_report
 from distilbert_jax.evaluation.removal import Shortened
@@ -44,6 +45,8 @@ from distilbert_jax.models import hub, student
 from distilbert_jax.models.start import init_params
 from distilbert_jax.training.assemble import Assembly, assemble, jitted_eval_step
 from distilbert_jax.training.metrics_log import read_metrics
+
+Judged = tuple[dict[str, float], dict[str, np.ndarray]]  # figures, and the counts of each row
 
 
 def distil(config: DistilConfig) -> Path:
@@ -106,8 +109,8 @@ def _distil(config: DistilConfig, teacher: hub.Pretrained, own: dict[str, Any], 
 
     folder = store.local(config.output) / "student"
     alone = jitted_eval_step(assembly.graph, None, mesh)
-    figures = {"student": setup.evaluator(assembly.eval_step, teachers)(trained),
-               "at start": setup.evaluator(alone, {})(assembly.place(start))}
+    figures = _figures(setup.judged(assembly.eval_step, teachers, trained),
+                       setup.judged(alone, {}, assembly.place(start)))
     trained = to_host(trained)
     with first_process_first():
         if jax.process_index() == 0:
@@ -120,6 +123,17 @@ def _distil(config: DistilConfig, teacher: hub.Pretrained, own: dict[str, Any], 
                 ship_held_out(folder, setup)
                 store.upload(config.output, "student")
     return folder
+
+
+def _figures(student: Judged, start: Judged) -> dict[str, dict[str, Any]]:
+    """Held-out figures of each model in the report, with their intervals."""
+    (found, rows), (before, own) = student, start
+    ends = top1_intervals(rows["masked"], {
+        "teacher": rows["teacher_correct"], "student": rows["correct"],
+        "student at start": own["correct"]})
+    teacher = {name: found[f"teacher_{name}"] for name in ("top1", "perplexity")}
+    return {name: figures | ends[name] for name, figures in {
+        "teacher": teacher, "student": found, "student at start": before}.items()}
 
 
 def _remove_layers(setup: Setup, assembly: Assembly, teacher: hub.Pretrained,
@@ -196,7 +210,7 @@ def _origin(config: DistilConfig, layers: list[int]) -> str:
     return f"It started as the teacher's layers {', '.join(map(str, layers))}."
 
 
-def _card(setup: Setup, origin: str, figures: dict[str, float], params: dict[str, Any],
+def _card(setup: Setup, origin: str, figures: dict[str, Any], params: dict[str, Any],
           updates: int) -> str:
     """The model card of the student."""
     config, standing = setup.config, setup.standing(updates)
@@ -217,7 +231,7 @@ def _card(setup: Setup, origin: str, figures: dict[str, float], params: dict[str
 
 def _write_report(
     setup: Setup, assembly: Assembly,
-    params: tuple[dict[str, Any], ...], updates: int, figures: dict[str, dict[str, float]],
+    params: tuple[dict[str, Any], ...], updates: int, figures: dict[str, dict[str, Any]],
     removals: dict[str, Any], states: TeacherStates | None,
 ) -> None:
     """Print the result, and write the report, report.json and losses.png."""
@@ -226,12 +240,10 @@ def _write_report(
     models = {"teacher": (assembly.teacher_graph, teacher), "student": (assembly.graph, trained),
               "student at start": (assembly.graph, start)}
     speed = latencies(models, config.sequence_length)
-    last, first = figures["student"], figures["at start"]
+    last = figures["student"]
     whole = last["teacher_top1"] if "retention" in last else None
-    teacher_figures = {"top1": last["teacher_top1"], "perplexity": last["teacher_perplexity"]}
-    text = report.table([
-        report.model_row(name, models[name][1], measured, whole, speed[name])
-        for name, measured in zip(models, (teacher_figures, last, first), strict=True)])
+    text = report.table([report.model_row(name, params, figures[name], whole, speed[name])
+                         for name, (_, params) in models.items()])
     cosine = f"cosine of the last hidden states {last['cosine']:.4f}, " if "cosine" in last else ""
     against = (f"Against the teacher: KL {last['kl']:.4f} nats per masked token, {cosine}latency "
                f"{speed['teacher'] / speed['student']:.2f} times lower.")
@@ -243,7 +255,8 @@ def _write_report(
     seconds = metrics[-1]["seconds"] if metrics else 0.0
     tokens = setup.batches.tokens_before(updates)
     where = (f"Held-out: {last['masked']:,.0f} masked tokens of {len(setup.data.valid):,} rows, "
-             f"the same for every model. Latency: {config.sequence_length} tokens, "
+             "the same for every model; intervals by bootstrap over these rows, retention by the "
+             f"same rows of both models. Latency: {config.sequence_length} tokens, "
              f"batch 1, {assembly.dtype}, median of 30. Trained {updates:,} updates on "
              f"{tokens:,} tokens in {seconds / 60:.1f} min.")
     if standing := setup.standing(updates):
@@ -253,8 +266,7 @@ def _write_report(
     sizes = {name: {"layers": len(part["layers"]), "parameters": report.count_parameters(part),
                     "latency": speed[name]} for name, (_, part) in models.items()}
     seal.write_json(output / "report.json", {
-        "models": {name: sizes[name] | measured for name, measured in zip(
-            models, (teacher_figures, last, first), strict=True)},
+        "models": {name: sizes[name] | figures[name] for name in models},
         "updates": updates, "updates_of_run": max(updates, setup.steps),
         "rows_of_update": config.batch_size, "tokens": tokens, "seconds": seconds,
         "removals": removals, "states": states.figures() if states else {},

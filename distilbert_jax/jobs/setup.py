@@ -24,7 +24,7 @@ from distilbert_jax.data.batches import PackedBatches
 from distilbert_jax.data.prepare import is_prepared, prepare
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import report
-from distilbert_jax.evaluation.held_out import held_out
+from distilbert_jax.evaluation.held_out import held_out, held_out_rows
 from distilbert_jax.machine import store
 from distilbert_jax.machine.progress import say
 from distilbert_jax.machine.seal import fingerprint
@@ -117,6 +117,14 @@ class Setup:
         return functools.partial(
             held_out, eval_step, teachers=teachers, vocabulary=self.vocabulary,
             packed=self.data.valid, mesh=self.mesh, rows=rows)
+
+    def judged(
+        self, eval_step: Callable[..., dict[str, jax.Array]], teachers: dict[str, Any],
+        params: dict[str, Any],
+    ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Held-out figures on all rows, and the counts of each row."""
+        return held_out_rows(eval_step, params, teachers, self.vocabulary, self.data.valid,
+                             self.mesh)
 
 
 def check_job(

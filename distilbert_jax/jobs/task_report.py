@@ -10,6 +10,7 @@ from distilbert_jax.evaluation import answers, intervals, report
 from distilbert_jax.evaluation.metrics import METRICS, compute
 from distilbert_jax.evaluation.page import FILES as REPORTS
 from distilbert_jax.evaluation.page import write_report
+from distilbert_jax.evaluation.report import between
 from distilbert_jax.export.card import Result, card
 from distilbert_jax.machine import seal
 from distilbert_jax.models.encoder import graphdef
@@ -58,7 +59,7 @@ def model_card(task: "TaskInput", role: str, config: "FinetuneConfig",
                         f"{100 * value:.2f}\n" for name, value in first.items())
         if kept := judged[role].get("retention"):
             text += (f"- kept of the teacher's score: {_percent(kept)} % (95 % interval "
-                     f"{_between(judged[role]['retention_interval'])}; {len(judged[role]['seeds'])}"
+                     f"{between(judged[role]['retention_interval'])}; {len(judged[role]['seeds'])}"
                      " seeds)\n")
         text += "\n" if first else ""
     return card(kind, task.name, text + report.versions(), folder="model",
@@ -170,19 +171,15 @@ def _table(task: "TaskInput", runs: dict[str, list["Trained"]], judged: dict[str
         kept = found.get("retention")
         rows.append((
             NAMES[role], str(len(params["layers"])), f"{report.count_parameters(params):,}",
-            _percent(found["score"]), _between(found["range"]), _between(found["interval"]),
+            _percent(found["score"]), between(found["range"]), between(found["interval"]),
             "" if role in ("teacher", "model") else
-            f"{_percent(kept)} ({_between(found['retention_interval'])})",
+            f"{_percent(kept)} ({between(found['retention_interval'])})",
             f"{speed[role]:.2f}"))
     return report.table(rows, COLUMNS)
 
 
 def _percent(value: float | None) -> str:
     return "not defined" if value is None else f"{100 * value:.2f}"
-
-
-def _between(pair: list[float] | tuple[float, float] | None) -> str:
-    return "not defined" if pair is None else f"{100 * pair[0]:.2f} to {100 * pair[1]:.2f}"
 
 
 def _differences(task: "TaskInput", judged: dict[str, Any], main: str) -> str:
@@ -193,7 +190,7 @@ def _differences(task: "TaskInput", judged: dict[str, Any], main: str) -> str:
         said.append(f"{found['collapsed']} of {len(found['seeds'])} seeds collapsed: the same "
                     "answer to everything.")
     if pair := found.get("over_plain_interval"):
-        gain = f"{100 * found['over_plain']:+.2f} points ({_between(pair)})"
+        gain = f"{100 * found['over_plain']:+.2f} points ({between(pair)})"
         said.append(f"Distilled over plain: {gain}; " + (
             "the interval holds 0: no difference is shown." if pair[0] <= 0 <= pair[1] else
             "the interval does not hold 0."))

@@ -148,5 +148,5 @@ def dtypes(config: LoopConfig | EvaluateConfig, mesh: Mesh) -> tuple[Any, Any]:
 def jitted_eval_step(
     graph: nnx.GraphDef, teacher_graph: nnx.GraphDef | None, mesh: Mesh
 ) -> Callable[..., dict[str, jax.Array]]:
-    """The evaluation, jitted: see make_eval_step."""
-    return jax.jit(make_eval_step(graph, teacher_graph, mesh))
+    """The evaluation, jitted, whole on every device: see make_eval_step."""
+    return jax.jit(make_eval_step(graph, teacher_graph, mesh), out_shardings=replicated(mesh))

@@ -210,11 +210,11 @@ def make_eval_step(
     row, so that teacher and student see the same, on any mesh and in batches of any size.
 
     Returns:
-        eval_step(params, teachers, vocabulary, batch, key) → sums over the batch; `params` are the
-        student's: `masked` and `tokens` (weights), `nll` [nats], `correct`, `most_frequent` (how
-        often the commonest token of the training rows is right); with a teacher also
-        `teacher_nll`, `teacher_correct`, `kl` (at temperature 1, over masked positions) and, if
-        it is as wide as the student, `cosine` (similarity over all real tokens).
+        eval_step(params, teachers, vocabulary, batch, key) → counts of each row [B] and sums over
+        the batch []; `params` are the student's: `masked` and `correct` [B], `tokens`, `nll`
+        [nats], `most_frequent` (how often the commonest token of the training rows is right); with
+        a teacher also `teacher_correct` [B], `teacher_nll`, `kl` (at temperature 1, over masked
+        positions) and, if it is as wide as the student, `cosine` (similarity over all real tokens).
     """
 
     def eval_step(params, teachers, vocabulary, batch, key):
@@ -226,11 +226,11 @@ def make_eval_step(
             hidden = observe(model, batch).last
             logits = model.mlm_logits(at_masked(hidden, batch))
             hits = (logits.argmax(-1) == batch["labels"]) * masked
-            return hidden, logits, losses.mlm_sum(logits, batch["labels"], masked), hits.sum()
+            return hidden, logits, losses.mlm_sum(logits, batch["labels"], masked), hits.sum(1)
 
         hidden, logits, nll, correct = predict(student_graph, params)
         frequent = (batch["labels"] == vocabulary.counts.argmax()) * masked
-        sums = {"masked": masked.sum(), "tokens": real.sum(), "nll": nll, "correct": correct,
+        sums = {"masked": masked.sum(1), "tokens": real.sum(), "nll": nll, "correct": correct,
                 "most_frequent": frequent.sum()}
         if teacher_graph is None:
             return sums
