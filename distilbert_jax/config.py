@@ -151,8 +151,7 @@ class LoopConfig(Config):
     """What every training has in common: its updates, its devices, its folder."""
 
     steps: int | None = option(
-        None, "training", "updates; default: as many as --epochs says or, without it, three "
-        "passes over the data", **FREE)
+        None, "training", "updates; default: as many as --epochs says", **FREE)
     batch_size: int = option(128, "training", "rows in an update, over all devices")
     accumulate: int = option(
         1, "training", "micro-batches that an update is cut into, to save memory; the result is "
@@ -181,8 +180,7 @@ class LoopConfig(Config):
         "matrices, e.g. 8x1 or 4x2; default: the rows over all devices", metavar="DATAxMODEL",
         **FREE)
     output: Word = option(
-        "output", "output", "folder for checkpoints, figures and the model; may be gs://BUCKET/NAME",
-        **FREE)
+        "output", "output", "folder for checkpoints, figures and the model", **FREE)
     save_every: int = option(500, "output", "updates between checkpoints", **FREE)
     eval_every: int = option(250, "output", "updates between held-out evaluations", **FREE)
     keep: int = option(
@@ -240,9 +238,14 @@ class LoopConfig(Config):
 class TrainConfig(LoopConfig, DataConfig):
     """What distillation and masked-language-model training have in common."""
 
+    steps: int | None = option(
+        None, "training", "updates; default: three passes over the data", **FREE)
     mask_rate: float = option(
         Masking.rate, "training", "share of each row's tokens that is chosen for prediction in "
         "training; held-out figures always use 0.15")
+    output: Word = option(
+        "output", "output", "folder for checkpoints, figures and the model; may be gs://BUCKET/NAME",
+        **FREE)
     finish: str = option(
         "", "output", "train nothing, and write model and report from the last checkpoint that "
         "there is, or the best by held-out loss; the run can go on afterwards, by the same command "
@@ -353,6 +356,8 @@ class DistilConfig(TrainConfig):
 class AblationConfig(DistilConfig):
     """One distillation several times, each time with something else changed."""
 
+    output: Word = option(
+        "output", "output", "folder for the runs, the report and the plot", **FREE)
     seeds: int = option(
         3, "training", "runs of each row, with seeds from --seed on; several give intervals",
         **FREE)

@@ -162,6 +162,9 @@ class EvaluateConfig(DataConfig, TaskData):
     teacher: Word = option(
         "", "models", "model to compare with: for a masked language model another one, for a "
         "sentence encoder its teacher")
+    kind: str = option(
+        "", "data", "what was learnt: a class, a number, or a tag for each word; default: what the "
+        "model was trained for", choices=("classify", "regress", "tag"))
     pooling: str = option(
         "", "models", "with --task sts, for folders without modules.json: how the states of a "
         "text become one vector", metavar="mean|cls|max|mean_sqrt_len_tokens")

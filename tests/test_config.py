@@ -196,6 +196,26 @@ def test_help_names_every_flag_once(config_class, capsys):
     assert "(default: 0.0005)" in text
 
 
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "benchmark"])
+def test_help_is_true_of_its_own_job(name, capsys):
+    """It names no flag that the job has not, no passes that it does not make, no bucket that it
+    refuses (test_cli.py)."""
+    with pytest.raises(SystemExit):
+        COMMANDS[name](["--help"])
+    text = capsys.readouterr().out.split("\noptions:\n")[1].split("\nexamples:\n")[0]
+    known = {word for line in re.findall(r"(?m)^  (?:-h, )?--.*", text)
+             for word in re.findall(r"--[a-z-]+", line.split("  ")[1])}
+    options = " ".join(text.split())
+    assert set(re.findall(r"--[a-z-]+", options)) <= known
+    passes = {"distil": "three passes", "pretrain": "three passes", "ablate": "three passes",
+              "finetune": "as many as --epochs says", "embed": "as many as --epochs says"}
+    if name in passes:
+        assert f"--steps INT updates; default: {passes[name]}" in options
+    if "--output" in known:
+        about = options.split(" --output DIR ")[1].split(" --")[0]
+        assert ("gs://" in about) == (name in ("distil", "pretrain", "prepare"))
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_says_what_each_flag_takes(name, capsys):
     """Numbers, files, folders or the words themselves; then examples, and the other commands."""
