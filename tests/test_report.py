@@ -5,6 +5,7 @@ import platform
 import jax
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from distilbert_jax.evaluation import report
 
@@ -49,13 +50,25 @@ def test_the_table_is_aligned(rows):
 
 @pytest.mark.parametrize("held", [
     {"retention": 0.5, "top1": 0.3}, {"top1": 0.3}])  # with a teacher, and without
-def test_plot(held, tmp_path):
+def test_plot(held, tmp_path, monkeypatch):
+    """The curve of a sample ends at the figure of all rows, which has its interval."""
     metrics = [{"step": 0, "tokens_seen": 0, **held},
                {"step": 1, "tokens_seen": 10, "train_loss": 3.0, "train_mlm": 2.0},
                {"step": 2, "tokens_seen": 20, "train_loss": 2.0, "train_mlm": 1.5},
                {"step": 2, "tokens_seen": 20, **held}]
-    report.plot(metrics, tmp_path / "losses.png", "title")
+    what = next(iter(held))
+    end = {"tokens_seen": 20, **held, what: 0.4, f"{what}_interval": (0.35, 0.46)}
+    seen, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: (
+        seen.append(self), save(self, *args, **more)))
+    report.plot(metrics, end, (128, 2447), tmp_path / "losses.png", "title")
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    axes = seen[0].axes[1]
+    curve, (_, _, (bar,)) = axes.lines[0], axes.containers[0]
+    np.testing.assert_allclose(curve.get_xydata(), [[0, 100 * held[what]], [20, 40]])
+    np.testing.assert_allclose(bar.get_segments()[0], [[20, 35], [20, 46]])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "in training: 128 of 2,447 rows", "at its end: all 2,447 rows, with the 95 % interval"]
 
 
 @pytest.mark.parametrize("figures, line", [

@@ -91,11 +91,11 @@ def top1_intervals(
 
     Args:
         masked: hidden tokens of each row, [R].
-        correct: model → how many of them it guesses, [R]; "teacher" is whom others are compared
-            with.
+        correct: model → how many of them it guesses, [R]; "teacher", if it is there, is whom others
+            are compared with.
 
     Returns:
-        Model → `top1_interval` and, but for the teacher, `retention_interval`: of its share of the
+        Model → `top1_interval` and, beside a teacher, `retention_interval`: of its share of the
         teacher's top-1. None where too many draws are not defined.
     """
     drawn = intervals.drawn_means({"": masked, **correct})
@@ -103,7 +103,7 @@ def top1_intervals(
     with np.errstate(divide="ignore", invalid="ignore"):
         for name in correct:
             found[name] = {"top1_interval": intervals.interval(drawn[name] / drawn[""])}
-            if name != "teacher":
+            if "teacher" in correct and name != "teacher":
                 found[name]["retention_interval"] = intervals.interval(
                     drawn[name] / drawn["teacher"])
     return found

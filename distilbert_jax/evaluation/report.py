@@ -66,8 +66,19 @@ def table(rows: list[tuple[str, ...]], columns: tuple[str, ...] = COLUMNS) -> st
     return "\n".join([line(columns), rule, *map(line, rows)])
 
 
-def plot(metrics: list[dict[str, int | float]], path: Path, title: str) -> None:
-    """Draw training losses, and held-out retention (without a teacher: top-1), over tokens seen."""
+def plot(
+    metrics: list[dict[str, int | float]], end: Mapping[str, Any], rows: tuple[int, int],
+    path: Path, title: str,
+) -> None:
+    """Draw training losses, and held-out retention (without a teacher: top-1), over tokens seen.
+
+    Args:
+        metrics: lines of the log; their held-out figures are of a sample of the rows.
+        end: `tokens_seen`, and figures of all rows with their intervals, at which the curve ends.
+        rows: how many held-out rows there are in the sample, and in all.
+        path: of the picture.
+        title: of it.
+    """
     from matplotlib.figure import Figure  # not pyplot, which belongs to the notebook
 
     names = {"train_loss": "total"} | {f"train_{name}": name for name in LOSSES}
@@ -80,10 +91,16 @@ def plot(metrics: list[dict[str, int | float]], path: Path, title: str) -> None:
     left.set(xlabel="tokens seen", ylabel="training loss [nats; weighted total]", yscale="log")
     if left.lines:  # a run that was stopped early has logged no update
         left.legend()
-    held = [m for m in metrics if "top1" in m]
+    held = [m for m in metrics if "top1" in m and m["tokens_seen"] < end["tokens_seen"]] + [end]
     what = "retention" if all("retention" in m for m in held) else "top1"
     right.plot([m["tokens_seen"] for m in held], [100 * m[what] for m in held],
-               marker="o", markersize=3)
+               marker="o", markersize=3, label=f"in training: {rows[0]:,} of {rows[1]:,} rows")
+    low, high = end[f"{what}_interval"] or (end[what], end[what])
+    # An interval by bootstrap need not hold the figure itself.
+    error = [[max(0.0, 100 * (end[what] - low))], [max(0.0, 100 * (high - end[what]))]]
+    right.errorbar(end["tokens_seen"], 100 * end[what], yerr=error, fmt="s", capsize=3,
+                   label=f"at its end: all {rows[1]:,} rows, with the 95 % interval")
+    right.legend()
     right.set(xlabel="tokens seen", ylabel={
         "retention": "held-out top-1, student / teacher [%]",
         "top1": "held-out masked tokens guessed right [%]"}[what])

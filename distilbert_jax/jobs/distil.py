@@ -131,6 +131,8 @@ def _figures(student: Judged, start: Judged) -> dict[str, dict[str, Any]]:
     ends = top1_intervals(rows["masked"], {
         "teacher": rows["teacher_correct"], "student": rows["correct"],
         "student at start": own["correct"]})
+    if "retention" not in found:  # nor, then, has it an interval
+        ends = {name: {"top1_interval": pair["top1_interval"]} for name, pair in ends.items()}
     teacher = {name: found[f"teacher_{name}"] for name in ("top1", "perplexity")}
     return {name: figures | ends[name] for name, figures in {
         "teacher": teacher, "student": found, "student at start": before}.items()}
@@ -250,7 +252,7 @@ def _write_report(
     if whole is None:
         against += f" Retention is {report.retention(last)}."
     metrics = read_metrics(config.output, updates)
-    report.plot(metrics, output / "losses.png", f"{Path(config.teacher).name} → student")
+    setup.plot(last, updates, f"{Path(config.teacher).name} → student")
     example = _example(setup, models)
     seconds = metrics[-1]["seconds"] if metrics else 0.0
     tokens = setup.batches.tokens_before(updates)

@@ -11,7 +11,7 @@ from distilbert_jax.data.prepare import prepare
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import intervals, report
-from distilbert_jax.evaluation.held_out import held_out
+from distilbert_jax.evaluation.held_out import held_out_rows, top1_intervals
 from distilbert_jax.jobs import task_report
 from distilbert_jax.jobs.judge_sentences import judge_sentences
 from distilbert_jax.jobs.task_data import read_task
@@ -119,11 +119,17 @@ def _on_texts(config: EvaluateConfig) -> dict[str, float | None]:
         graphs, params = zip(*(on_devices(config, mesh, model) for model in models),
                              strict=True)
         step = jitted_eval_step(graphs[0], graphs[1] if config.teacher else None, mesh)
-        figures = held_out(step, params[0], {"teacher": params[1]} if config.teacher else {},
-                           jax.device_put(words, replicated(mesh)), prepared.valid, mesh)
-    print(report.held_out_line(figures))
-    print(f"on {int(figures['masked']):,} hidden tokens")
-    _write(config, {"model": Path(config.model).name, "metrics": figures,
+        figures, rows = held_out_rows(
+            step, params[0], {"teacher": params[1]} if config.teacher else {},
+            jax.device_put(words, replicated(mesh)), prepared.valid, mesh)
+    correct = {"model": rows["correct"]}
+    if config.teacher:
+        correct["teacher"] = rows["teacher_correct"]
+    ends = top1_intervals(rows["masked"], correct)["model"]
+    print(report.held_out_line(figures | ends))
+    print(f"on {int(figures['masked']):,} hidden tokens; intervals by bootstrap over "
+          f"{len(rows['masked']):,} rows")
+    _write(config, {"model": Path(config.model).name, "metrics": figures, "intervals": ends,
                     "teacher": Path(config.teacher).name if config.teacher else None})
     return figures
 

@@ -14,6 +14,7 @@ from distilbert_jax.data.prepare import is_prepared
 from distilbert_jax.data.tokenize import load_tokenizer, train_wordpiece
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import report
+from distilbert_jax.evaluation.held_out import top1_intervals
 from distilbert_jax.export.card import card, held_out_results
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.jobs.setup import check_folder, check_job, read_data
@@ -27,7 +28,6 @@ from distilbert_jax.models.encoder import EncoderConfig
 from distilbert_jax.models.family import Family
 from distilbert_jax.models.start import init_params, init_to_pretrain
 from distilbert_jax.training.assemble import assemble
-from distilbert_jax.training.metrics_log import read_metrics
 
 if TYPE_CHECKING:
     import transformers
@@ -82,12 +82,12 @@ def _pretrain(config: PretrainConfig, source: hub.Pretrained | None, family: Fam
     trained, updates = setup.train(assembly, assembly.cast(start), {}, "train teacher")
 
     output = store.local(config.output)
-    figures = setup.evaluator(assembly.eval_step, {})(trained)
+    figures, rows = setup.judged(assembly.eval_step, {}, trained)
+    figures |= top1_intervals(rows["masked"], {"model": rows["correct"]})["model"]
     trained, standing = to_host(trained), setup.standing(updates)
     about = "\n\n".join(filter(None, (
-        f"Trained by distilbert_jax with the masked-language-model loss; held-out top-1 "
-        f"{figures['top1']:.2%}, perplexity {figures['perplexity']:.3f}.", standing,
-        report.versions())))
+        f"Trained by distilbert_jax with the masked-language-model loss; "
+        f"{report.held_out_line(figures)}.", standing, report.versions())))
     about = card(
         "fill-mask", f"{shape.num_hidden_layers}-layer {family.architecture}", about,
         folder="model", origin=config.model, mask=setup.tokenizer.mask_token,
@@ -95,8 +95,7 @@ def _pretrain(config: PretrainConfig, source: hub.Pretrained | None, family: Fam
     with first_process_first():
         if jax.process_index() == 0:
             export(output / "model", trained, shape, family, setup.tokenizer, about)
-            report.plot(read_metrics(config.output, updates), output / "losses.png",
-                        "masked-language-model training")
+            setup.plot(figures, updates, "masked-language-model training")
             store.upload(config.output, "model", "losses.png")
             if config.ship:
                 ship_held_out(output / "model", setup)

@@ -10,7 +10,7 @@ import errno
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ from distilbert_jax.models.family import Family
 from distilbert_jax.training.assemble import Assembly
 from distilbert_jax.training.checkpoint import refuse_other_run, refuse_to_finish
 from distilbert_jax.training.labels import Vocabulary, vocabulary
+from distilbert_jax.training.metrics_log import read_metrics
 from distilbert_jax.training.objective import Objective
 from distilbert_jax.training.train import Run, saved, train
 
@@ -87,6 +88,15 @@ class Setup:
     def batches(self) -> PackedBatches:
         """The rows of each update."""
         return PackedBatches(self.data.train, self.config.seed, self.config.batch_size)
+
+    def plot(self, end: Mapping[str, Any], updates: int, title: str) -> None:
+        """Draw OUTPUT/losses.png: the log of so many updates, and the figures `end` on all rows."""
+        rows = len(self.data.valid)
+        report.plot(
+            read_metrics(self.config.output, updates),
+            {"tokens_seen": self.batches.tokens_before(updates), **end},
+            (min(EVALUATION_ROWS, rows), rows), store.local(self.config.output) / "losses.png",
+            title)
 
     def standing(self, updates: int) -> str:
         """A sentence on a model after so many updates, if they are not all of them; else ""."""
