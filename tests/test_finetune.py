@@ -158,6 +158,8 @@ def test_a_masked_language_model_is_judged_as_at_the_end_of_its_run(toy, tmp_pat
     assert f" {100 * found['teacher_top1']:.2f} |" in report
     left = json.loads((tmp_path / "judged" / "metrics.json").read_text())
     assert left["metrics"] == found and left["teacher"] == "teacher"
+    own = json.loads((tmp_path / "run" / "report.json").read_text())["models"]["student"]
+    assert left["intervals"]["top1_interval"] == own["top1_interval"]
     prepared = evaluate(EvaluateConfig(
         model=student, corpus=str(tmp_path / "run" / "data"), sequence_length=16, mesh="8x1",
         dtype="float32"))

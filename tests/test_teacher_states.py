@@ -233,6 +233,10 @@ def test_a_run_is_that_with_the_teacher_until_maskings_are_used_again(
         patch.setattr(loop, "StopSignal", Stop)
         with pytest.raises(loop.Interrupted, match="stopped at update 1"):
             distil.distil(config)
+    folder.rename(tmp_path / "away")  # where nothing is trained, no state is needed
+    distil.distil(dataclasses.replace(config, finish="last"))
+    assert not folder.exists()
+    (tmp_path / "away").rename(folder)
     again = distil.distil(config)
     assert (again / "model.safetensors").read_bytes() == weights
     for path in folder.iterdir():
