@@ -1,6 +1,11 @@
 """A report as a page: all of it, in one file, and nothing in it is read as HTML."""
 
 import base64
+import shutil
+import subprocess
+
+import pytest
+from PIL import Image
 
 from distilbert_jax.evaluation.page import write_report
 
@@ -21,3 +26,26 @@ def test_the_page_holds_the_report_and_its_pictures(tmp_path):
     assert f'src="data:image/png;base64,{base64.b64encode(PICTURE).decode()}"' in page
     assert "<script" not in page and "<b>" not in page
     assert "http" not in page and "<link" not in page  # it needs no other file
+
+
+BROWSER = next(filter(None, map(shutil.which, (
+    "chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.parametrize("flags, paper", [((), (251, 251, 249)),
+                                          (("--force-dark-mode",), (22, 25, 31))])
+def test_the_page_in_a_browser(tmp_path, flags, paper):
+    """Its ground is light or dark, and its picture is drawn whole, below too wide a table."""
+    Image.new("RGB", (300, 200), (255, 0, 0)).save(tmp_path / "losses.png")
+    row = "|" + " a word |" * 40
+    write_report(tmp_path, f"# Red\n\n{row}\n{'|---' * 40}|\n{row}\n\n![losses](losses.png)\n")
+    subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=800,600", *flags,
+         f"--user-data-dir={tmp_path / 'browser'}", f"--screenshot={tmp_path / 'page.png'}",
+         (tmp_path / "report.html").as_uri()], check=True, capture_output=True, timeout=120)
+    with Image.open(tmp_path / "page.png") as picture:
+        colours = dict(map(reversed, picture.convert("RGB").getcolors(2**16)))
+        assert picture.size == (800, 600)
+    assert max(colours, key=colours.get) == paper
+    assert 0.99 < colours.get((255, 0, 0), 0) / (300 * 200) <= 1  # its corners are round
