@@ -95,6 +95,7 @@ def test_a_pair_has_token_types_and_the_longer_text_is_cut(toy):
 def test_a_text_that_is_cut_is_not_warned_of_by_transformers(toy, caplog, monkeypatch):
     tokenizer = load_tokenizer(str(toy / "teacher"), None)
     tokenizer.model_max_length = 16
+    caplog.set_level("WARNING", "transformers")  # a command before this one may have silenced it
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     encode(labelled([("ba " * 30,)]), None, tokenizer, 16)
     assert not caplog.records

@@ -196,10 +196,9 @@ def test_sweep(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(training_report, "measure", fake)
     training_report.sweep(dataclasses.replace(tiny, output=str(tmp_path)))
-    both = ("ours", "torch")
-    assert {(n, 16, 2, 0, both) for n in training_report.BATCHES} <= set(seen)
-    assert {(8, n, 2, 0, both) for n in training_report.LENGTHS} <= set(seen)
-    assert {(8, 16, n, 0, both) for n in training_report.LAYERS} <= set(seen)
+    assert {(n, 16, 2, 0, tiny.sides) for n in training_report.BATCHES} <= set(seen)
+    assert {(8, n, 2, 0, tiny.sides) for n in training_report.LENGTHS} <= set(seen)
+    assert {(8, 16, n, 0, tiny.sides) for n in training_report.LAYERS} <= set(seen)
     assert (8, 16, 2, 1, ("ours",)) in seen
     found = json.loads((tmp_path / "sweep.json").read_text())["tokens_per_second"]
     assert len(found) == 4 and (tmp_path / "sweep.png").stat().st_size
