@@ -550,3 +550,11 @@ def write_without(source, target, prefix):
     tensors = load_file(source / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if not k.startswith(prefix)},
               target / "model.safetensors")
+
+
+def test_an_exchange_of_layers_stands_in_the_table():
+    rows = [([0, 1, 2], 0.0), ([1, 2], 0.5), ([0, 2], 0.25)]
+    text = distil._describe_removals({
+        "removals": [{"left": left, "kl": kl} for left, kl in rows], "masked": 9, "evenly": 0.25})
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:4]]
+    assert cells == [["0", "1, 2", "0.500"], ["1 (0 is back)", "0, 2", "0.250"]]
