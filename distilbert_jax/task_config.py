@@ -89,8 +89,9 @@ class FinetuneConfig(LoopConfig, TaskData):
         (), "data", "files without labels, for which the student learns the teacher's answers",
         nargs="+", **BY_CONTENT)
     augment: int = option(
-        0, "data", "how many variants of each training text to add: the masked-language head of "
-        "--model replaces some words, and the student learns the teacher's answers")
+        0, "data", "how many variants of each training text to add, in which the masked-language "
+        "head of --model replaces some words or, where it has none, others of the training texts "
+        "do; the student learns the teacher's answers to them")
     epochs: float | None = option(
         None, "training", "passes over the data; default: the task's, or 3", type=float)
     seeds: int = option(

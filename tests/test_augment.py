@@ -8,7 +8,7 @@ import pytest
 from conftest import SPECIAL, VOCAB
 
 from distilbert_jax.data.examples import Examples
-from distilbert_jax.evaluation.augment import RATE, unlabelled, variants
+from distilbert_jax.evaluation.augment import RATE, by_frequency, by_model, unlabelled, variants
 from distilbert_jax.machine.sharding import make_mesh, shardings
 from distilbert_jax.models.encoder import EncoderConfig, graphdef
 from distilbert_jax.models.start import init_params
@@ -34,8 +34,9 @@ def draw(mesh, some, copies, bias, seed=0):
     params["embeddings"]["word"]["embedding"] = np.zeros((VOCAB, 16), np.float32)
     params["mlm_head"]["bias"] = np.asarray(bias, np.float32)
     mesh = make_mesh(mesh)
-    return variants(graphdef(SHAPE, "float32"), jax.device_put(params, shardings(params, mesh)),
-                    some, mesh, copies, MASK, SPECIAL, seed)
+    words = by_model(graphdef(SHAPE, "float32"), jax.device_put(params, shardings(params, mesh)),
+                     mesh, MASK, SPECIAL)
+    return variants(some, words, copies, SPECIAL, seed)
 
 
 def test_some_ordinary_tokens_are_others():
@@ -75,3 +76,18 @@ def test_words_are_drawn_from_the_model_s_distribution():
     assert len(drawn) == 600 * 3 and set(drawn) == set(share)
     for word, likely in share.items():
         assert np.mean(drawn == word) == pytest.approx(likely, abs=0.04)  # 4 standard errors
+
+
+def test_words_are_drawn_as_often_as_they_occur():
+    some = examples(600, 20)
+    random = np.random.default_rng(1)
+    for ids in some.ids:
+        ids[1:-1] = random.choice([10, 11, 71], 20, p=[0.6, 0.3, 0.1])
+    found = variants(some, by_frequency(some, SPECIAL), 1, SPECIAL, 0)[0]
+    whole = np.concatenate(some.ids)
+    assert (found == whole)[np.isin(whole, SPECIAL)].all()
+    replaced = (found != whole)
+    # A token is replaced by another one as often as two draws differ: 1 - 0.36 - 0.09 - 0.01.
+    assert replaced.sum() == pytest.approx(600 * 3 * 0.54, rel=0.1)
+    for word, likely in ((10, 0.6), (11, 0.3), (71, 0.1)):
+        assert np.mean(found[~np.isin(found, SPECIAL)] == word) == pytest.approx(likely, abs=0.02)

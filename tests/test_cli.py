@@ -405,8 +405,6 @@ TASKS_THAT_CANNOT = [  # (program, what is made, words after those of TASK, part
     (finetune, LABELLED, "--student-layers 1 --choose greedy", ["--choose greedy keeps layers of"]),
     (finetune, LABELLED, "--distil --student-layers 1, --choose greedy", ["leave out --choose"]),
     (finetune, LABELLED, "--augment 2", ["--augment needs a teacher"]),
-    (finetune, with_classifier(), "--model= --teacher teacher --augment 1",
-     ["teacher has no masked-language-model head to draw words from"]),
     (finetune, lambda: (LABELLED(), Path("new").mkdir(), Path("new/report.md").touch()), "",
      ["new/report.md was not made by this command and would be replaced"]),
     (finetune, lambda: (with_classifier()(), with_file("new/layers.json", b"[]")()),

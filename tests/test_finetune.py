@@ -286,8 +286,17 @@ def test_words_of_the_model_s_own_head(toy, data, tmp_path):
     for role, updates in (("teacher", 5), ("plain", 15), ("distilled", 15)):
         lines = read_metrics(left / "seed-56" / role)
         assert lines[-1]["step"] == updates, role  # as many for plain as for distilled
-    with pytest.raises(UserError, match="has no masked-language-model head to draw words from"):
-        finetune(settings(toy, data, tmp_path / "b", model="", teacher=folder, augment=1))
+
+
+def test_variants_without_a_masked_language_head(toy, data, tmp_path):
+    teacher = finetune(settings(toy, data, tmp_path / "teacher", steps=1))
+    config = settings(toy, data, tmp_path / "out", model="", teacher=teacher, augment=1, steps=1,
+                      baseline=False)
+    finetune(config)
+    drawn = np.load(tmp_path / "out" / "answers" / "variants.npy")
+    request = json.loads((tmp_path / "out" / "answers" / "request.json").read_text())
+    assert len(drawn) == 1 and request["augment"] == [1, config.seed, "the training texts"]
+    assert np.load(tmp_path / "out" / "answers" / "logits.npy").shape == (2 * 160, 3)
 
 
 def test_tags(toy, tmp_path):

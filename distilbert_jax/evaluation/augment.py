@@ -1,7 +1,9 @@
-"""Tokenised examples → variants of them in which a masked language model chose some of the tokens.
+"""Tokenised examples → variants of them in which some of the tokens are others.
 
-Nobody labels the variants: a teacher answers them, and its student learns the answers (as in
-TinyBERT, Jiao et al. 2020, section 3.2, which replaces words one at a time).
+A masked language model chooses them (as in TinyBERT, Jiao et al. 2020, section 3.2, which replaces
+words one at a time) or, where there is none, they are drawn from the texts themselves (as in Tang
+et al. 2019, arXiv 1903.12136, section 3.2). Nobody labels the variants: a teacher answers them, and
+its student learns the answers.
 """
 
 import dataclasses
@@ -24,35 +26,63 @@ from distilbert_jax.training.objective import observe
 RATE = Masking().rate  # share of an example's ordinary tokens: what such models are trained with
 
 
-def variants(
-    graph: nnx.GraphDef, params: dict[str, Any], examples: Examples, mesh: Mesh, copies: int,
-    mask_id: int, special_ids: Sequence[int], seed: int,
-) -> np.ndarray:
+# Examples whose `positions` are to be replaced, with a number in [0, 1) for each in place of labels
+# → [P] tokens.
+Draw = Callable[[Examples], np.ndarray]
+
+
+def variants(examples: Examples, draw: Draw, copies: int, special_ids: Sequence[int], seed: int
+             ) -> np.ndarray:
     """Draw variants of all examples: same lengths, other tokens.
 
     Args:
-        graph, params: a model with a masked-language head, its parameters on the mesh.
         examples: tokenised.
-        mesh: where batches are laid.
+        draw: `by_model` or `by_frequency`.
         copies: variants of each example.
-        mask_id: the id of [MASK].
-        special_ids: ids that are neither replaced nor drawn.
+        special_ids: ids that are not replaced.
         seed: of the draws.
 
     Returns:
         int32 [copies, N], the ids of all examples one after the other.
     """
     random = np.random.default_rng(seed)
-    step = _draw_step(graph, mesh, tuple(special_ids))
     starts = np.concatenate([[0], np.cumsum(examples.lengths)])
     found = np.tile(np.concatenate(examples.ids), (copies, 1))
     for copy in found:
-        hidden = _hidden(examples, mask_id, special_ids, random)
-        drawn = collect(step, params, hidden, mesh, "augment")[:, 0]
+        chosen = _chosen(examples, special_ids, random)
         at = np.concatenate([begin + own for begin, own in zip(
-            starts[:-1], hidden.positions, strict=True)])
-        copy[at] = drawn
+            starts[:-1], chosen.positions, strict=True)])
+        copy[at] = draw(chosen)
     return found
+
+
+def by_model(graph: nnx.GraphDef, params: dict[str, Any], mesh: Mesh, mask_id: int,
+             special_ids: Sequence[int]) -> Draw:
+    """Tokens as a masked language model expects them where it sees none.
+
+    Args:
+        graph, params: a model with a masked-language head, its parameters on the mesh.
+        mesh: where batches are laid.
+        mask_id: the id of [MASK].
+        special_ids: ids that are not drawn.
+    """
+    step = _draw_step(graph, mesh, tuple(special_ids))
+
+    def draw(chosen: Examples) -> np.ndarray:
+        ids = [own.copy() for own in chosen.ids]
+        for own, at in zip(ids, chosen.positions, strict=True):
+            own[at] = mask_id
+        return collect(step, params, dataclasses.replace(chosen, ids=ids), mesh, "augment")[:, 0]
+
+    return draw
+
+
+def by_frequency(examples: Examples, special_ids: Sequence[int]) -> Draw:
+    """Tokens as often as they occur in some examples, whatever stands around them."""
+    ids = np.concatenate(examples.ids)
+    ordinary = ids[~np.isin(ids, special_ids)]
+    return lambda chosen: ordinary[
+        (np.concatenate(chosen.labels) * len(ordinary)).astype(np.int64)]
 
 
 def unlabelled(examples: Examples, drawn: np.ndarray) -> list[Examples]:
@@ -63,21 +93,16 @@ def unlabelled(examples: Examples, drawn: np.ndarray) -> list[Examples]:
                                                    examples.labels]) for ids in drawn]
 
 
-def _hidden(examples: Examples, mask_id: int, special_ids: Sequence[int],
-            random: np.random.Generator) -> Examples:
-    """The examples with some tokens hidden, which are asked for; in place of a label stands a
-    number in [0, 1), by which a token is drawn."""
-    ids, positions, draws = [], [], []
-    for own in examples.ids:
-        ordinary = np.flatnonzero(~np.isin(own, special_ids))
+def _chosen(examples: Examples, special_ids: Sequence[int], random: np.random.Generator
+            ) -> Examples:
+    """Which tokens of each example are replaced, and numbers by which others are drawn."""
+    positions, draws = [], []
+    for ids in examples.ids:
+        ordinary = np.flatnonzero(~np.isin(ids, special_ids))
         count = min(len(ordinary), max(1, round(RATE * len(ordinary))))
-        at = np.sort(random.choice(ordinary, count, replace=False)).astype(np.int32)
-        new = own.copy()
-        new[at] = mask_id
-        ids.append(new)
-        positions.append(at)
+        positions.append(np.sort(random.choice(ordinary, count, replace=False)).astype(np.int32))
         draws.append(random.random(count))
-    return dataclasses.replace(examples, ids=ids, positions=positions, labels=draws,
+    return dataclasses.replace(examples, positions=positions, labels=draws,
                                words=[np.zeros_like(at) for at in positions])
 
 

@@ -92,10 +92,6 @@ def finetune(config: FinetuneConfig) -> Path:
                         f"data are there to {task.kind}: give --kind {teacher.config.task} if they "
                         "suit it, or another teacher")
     layers = _student_layers(config, start, teacher or start)
-    if config.augment and not start.config.mlm_head:
-        raise UserError(f"--augment: {config.model or config.teacher} has no masked-language-model "
-                        "head to draw words from; train one: distilbert-jax pretrain "
-                        f"--model {config.model or config.teacher} ...")
     rate = config.learning_rate or RATE * WIDTH / start.config.hidden_size
     job = Job(dataclasses.replace(config, learning_rate=rate), task, tokenizer, mesh)
     with hold(config.output):
@@ -139,7 +135,7 @@ def _compare(job: Job, start: hub.Pretrained, teacher: hub.Pretrained | None, la
     main, learnt = ("distilled" if runs else "model"), None
     if runs:
         teacher = runs["teacher"][0].model
-        learnt = lessons_of(job, runs["teacher"][0], start if config.augment else None)
+        learnt = lessons_of(job, runs["teacher"][0], start)
         if config.greedy and len(layers) < teacher.config.num_hidden_layers:
             layers = choose_layers(job, teacher, len(layers))
     for seed in range(config.seed, config.seed + config.seeds):

@@ -18,7 +18,7 @@ from distilbert_jax.data.examples import Examples
 from distilbert_jax.data.tokenize import spec
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import answers
-from distilbert_jax.evaluation.augment import unlabelled, variants
+from distilbert_jax.evaluation.augment import by_frequency, by_model, unlabelled, variants
 from distilbert_jax.jobs import task_report
 from distilbert_jax.jobs.kept_layers import check_kept, kept_layers
 from distilbert_jax.jobs.task_model import Job, Trained, cut, on_devices, order
@@ -50,13 +50,13 @@ def check_output(output: str) -> None:
     check_kept(output)
 
 
-def lessons_of(job: Job, teacher: Trained, words: hub.Pretrained | None) -> Lessons:
+def lessons_of(job: Job, teacher: Trained, start: hub.Pretrained) -> Lessons:
     """The teacher's answers to all that the student is trained on.
 
     Args:
         job: what is trained.
         teacher: judged.
-        words: the masked language model that --augment draws words from; None without it.
+        start: from which --augment draws words, if it has a masked-language head.
 
     Raises:
         UserError: the folder of answers is damaged, or holds those of something else.
@@ -64,10 +64,12 @@ def lessons_of(job: Job, teacher: Trained, words: hub.Pretrained | None) -> Less
     score = task_report.figures(job.task, "dev", teacher.found["dev"])["score"]
     say("teacher: score on dev " + ("not defined" if score is None else f"{100 * score:.2f}"))
     config, model = job.config, teacher.model
+    words = start if start.config.mlm_head else None
+    source = fingerprint(words.params) if words else "the training texts"
     request = {
         "teacher": fingerprint(model.params), "tokenizer": spec(job.tokenizer).fingerprint,
         "data": job.task.digest("train", "unlabelled"), "dtype": config.dtype,
-        "augment": [config.augment, config.seed, fingerprint(words.params)] if words else None}
+        "augment": [config.augment, config.seed, source] if config.augment else None}
     folder = Path(config.output) / "answers"
     given = [job.task.parts[name].examples for name in ("train", "unlabelled")
              if name in job.task.parts]
@@ -79,7 +81,7 @@ def lessons_of(job: Job, teacher: Trained, words: hub.Pretrained | None) -> Less
     if other := [name for name in request if request[name] != before.get(name)]:
         raise UserError(f"{folder} holds answers for another {', '.join(other)}: remove it, or "
                         "choose another --output")
-    if words:
+    if config.augment:
         given += unlabelled(given[0], np.load(folder / "variants.npy"))
     return Lessons(model, functools.reduce(operator.add, given), np.load(folder / "logits.npy"),
                    json.dumps(request))
@@ -89,11 +91,8 @@ def _answer(job: Job, folder: Path, given: list[Examples], model: hub.Pretrained
             words: hub.Pretrained | None, request: dict[str, Any]) -> None:
     """Let the teacher answer everything, by all processes, and write it down."""
     drawn = None
-    if words:
-        tokenizer = job.tokenizer
-        drawn = variants(
-            *on_devices(job.config, job.mesh, words), given[0], job.mesh, job.config.augment,
-            tokenizer.mask_token_id, tokenizer.all_special_ids, job.config.seed)
+    if job.config.augment:
+        drawn = _variants(job, given[0], words)
         given = given + unlabelled(given[0], drawn)
     graph, params = on_devices(job.config, job.mesh, model)
     found = np.concatenate([
@@ -106,6 +105,17 @@ def _answer(job: Job, folder: Path, given: list[Examples], model: hub.Pretrained
                     np.save(new / "variants.npy", drawn)
                 (new / "request.json").write_text(json.dumps(request, indent=1))
                 seal.seal(new)
+
+
+def _variants(job: Job, examples: Examples, words: hub.Pretrained | None) -> np.ndarray:
+    """Training examples with other words, by a masked language model or by how often they occur."""
+    special = job.tokenizer.all_special_ids
+    if words:
+        draw = by_model(*on_devices(job.config, job.mesh, words), job.mesh,
+                        job.tokenizer.mask_token_id, special)
+    else:
+        draw = by_frequency(examples, special)
+    return variants(examples, draw, job.config.augment, special, job.config.seed)
 
 
 def choose_layers(job: Job, teacher: hub.Pretrained, count: int) -> list[int]:
