@@ -1,6 +1,7 @@
 """The schedule, what decays, what is frozen, what is clipped."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ from test_sharding import mesh_of
 
 from distilbert_jax.config import TrainConfig
 from distilbert_jax.machine.sharding import by_rows, replicated, shardings
+from distilbert_jax.training import optimizer
 from distilbert_jax.training.checkpoint import Checkpoints, abstract
 from distilbert_jax.training.optimizer import learning_rate, make_optimizer
+from distilbert_jax.training.train_step import TrainState, _updated
 
 
 @pytest.mark.parametrize("steps, share, warmup", [
@@ -79,6 +82,53 @@ def test_first_update_after_clipping(clip):
     for after, g in zip(jax.tree.leaves(params), jax.tree.leaves(gradients), strict=True):
         g = np.asarray(g, np.float64) * min(1, clip / norm)
         np.testing.assert_allclose(after, 0.5 - 0.1 * g / (abs(g) + 1e-6), rtol=2e-6)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_adamw_is_that_of_optax(platform, monkeypatch, x64):
+    monkeypatch.setattr(optimizer, "platform_here", lambda: platform)
+    config = TrainConfig(learning_rate=0.1, warmup=0.2, weight_decay=0.5, clip=1.0)
+    random = np.random.default_rng(0)
+    ours, theirs = make_optimizer(config, 10), optax.chain(
+        optax.clip_by_global_norm(1.0), optax.adamw(
+            learning_rate(config, 10), b1=0.9, b2=0.98, eps=1e-6, weight_decay=0.5,
+            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)))
+    start = jax.tree.map(lambda x: x.astype(float), PARAMS)
+    states, close = [tx.init(start) for tx in (ours, theirs)], functools.partial(
+        np.testing.assert_allclose, rtol=1e-13)
+    for _ in range(4):
+        gradients = jax.tree.map(
+            lambda x: jnp.asarray(random.normal(size=x.shape)), PARAMS)
+        (found, states[0]), (known, states[1]) = (
+            tx.update(gradients, state, start) for tx, state in zip(
+                (ours, theirs), states, strict=True))
+        jax.tree.map(close, found, known)
+    jax.tree.map(close, *map(jax.tree.leaves, states))
+
+
+@pytest.mark.parametrize("which", ["adamw", "muon"])
+def test_no_state_changes_by_an_update_that_is_not_finite(which):
+    params = PARAMS | {"layers": {"0": {"up": {"kernel": jnp.ones((4, 6))}}}}
+    tx = make_optimizer(TrainConfig(optimizer=which), 10)
+    ones = jax.tree.map(jnp.ones_like, params)
+    _, before = tx.update(ones, tx.init(params), params, finite=jnp.bool(True))
+    _, after = tx.update(jax.tree.map(lambda x: x * jnp.nan, ones), before, params,
+                         finite=jnp.bool(False))
+    assert jax.tree.leaves(before)[0] == 1
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
+def test_on_a_cpu_no_parameters_and_no_moments_are_copied():
+    tx, params = make_optimizer(TrainConfig(), 10), {"word": {"embedding": jnp.ones((1000, 300))}}
+    state = TrainState(jnp.int32(0), params, tx.init(params), jax.random.key(0))
+
+    def step(state, gradients):
+        return _updated(tx, state, jnp.float32(1), gradients)
+
+    program = jax.jit(step, donate_argnums=0).lower(state, params).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 1000
+    assert not [line for line in program.as_text().splitlines()
+                if " copy(" in line and "f32[1000,300]" in line]
 
 
 def test_muon_takes_the_matrices_of_the_layers_and_adamw_the_rest(x64):

@@ -278,7 +278,7 @@ def test_a_finite_loss_with_an_infinite_gradient_is_skipped(x64, problem, vocabu
 
     spoil.defvjp(lambda x: (x, None), lambda _, g: (g * jnp.inf,))
     graphs = (graphdef(c, "float64", "float64") for c in (problem.student, problem.teacher))
-    tx = optax.adam(0.1)
+    tx = make_optimizer(TrainConfig(), 3)
     step = make_train_step(*graphs, tx, Objective(weights={"cos": 1.0}), masked())
     state = dataclasses.replace(problem, tx=tx).state()
     row = LOSSES["cos"]

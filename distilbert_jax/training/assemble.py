@@ -46,7 +46,7 @@ class Assembly:
     graph: nnx.GraphDef  # of the trained model
     teacher_graph: nnx.GraphDef | None
     projections: Projections
-    tx: optax.GradientTransformation
+    tx: optax.GradientTransformationExtraArgs
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[..., dict[str, jax.Array]]  # jitted
     gradients: Callable[..., Any]  # of the train step

@@ -112,13 +112,13 @@ def make_gradients(
 
 def make_train_step(
     student_graph: nnx.GraphDef, teacher_graph: nnx.GraphDef | None,
-    tx: optax.GradientTransformation, objective: Objective, labels: Labels, accumulate: int = 1,
-    mesh: Mesh | None = None, frozen: tuple[str, ...] = (),
+    tx: optax.GradientTransformationExtraArgs, objective: Objective, labels: Labels,
+    accumulate: int = 1, mesh: Mesh | None = None, frozen: tuple[str, ...] = (),
 ) -> Callable[[TrainState, dict[str, Any], Vocabulary, Batch], tuple[TrainState, Metrics]]:
     """Build the pure update function.
 
     Args:
-        tx: the optimizer; the others as for make_gradients.
+        tx: from make_optimizer; the others as for make_gradients.
 
     Returns:
         train_step(state, teachers, vocabulary, batch) → (state, metrics); teachers are {"teacher":
@@ -142,19 +142,18 @@ def make_train_step(
 
 @jax.named_scope("optimizer")
 def _updated(
-    tx: optax.GradientTransformation, state: TrainState, total: Array, grads: dict[str, Any]
+    tx: optax.GradientTransformationExtraArgs, state: TrainState, total: Array,
+    grads: dict[str, Any],
 ) -> tuple[dict[str, Any], Any, Array, Array]:
     """Parameters and moments after an update, the gradient's norm, and whether all is finite.
 
     Where loss or gradient is not finite, parameters and moments stay as they are.
     """
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(total) & jnp.isfinite(norm)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), (params, opt_state),
-        (state.params, state.opt_state))
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, finite=finite)
+    params = jax.tree.map(lambda new, old: jnp.where(finite, new, old),
+                          optax.apply_updates(state.params, updates), state.params)
     return params, opt_state, norm, finite
 
 
