@@ -8,6 +8,7 @@ import pytest
 from conftest import SPECIAL, VOCAB
 
 from distilbert_jax.data.examples import Examples
+from distilbert_jax.evaluation import augment
 from distilbert_jax.evaluation.augment import RATE, by_frequency, by_model, unlabelled, variants
 from distilbert_jax.machine.sharding import make_mesh, shardings
 from distilbert_jax.models.encoder import EncoderConfig, graphdef
@@ -78,6 +79,17 @@ def test_words_are_drawn_from_the_model_s_distribution():
         assert np.mean(drawn == word) == pytest.approx(likely, abs=0.04)  # 4 standard errors
 
 
+def test_the_model_does_not_see_what_it_replaces(monkeypatch):
+    seen = []
+    monkeypatch.setattr(augment, "collect", lambda step, params, given, mesh, what: (
+        seen.append(given), np.full((len(np.concatenate(given.positions)), 1), 9))[1])
+    some = examples(3, 20)
+    found = draw("8x1", some, 1, np.zeros(VOCAB))[0]
+    at = np.concatenate(seen[0].ids) == MASK
+    assert at.sum() == 9 and (found[at] == 9).all()
+    assert (found[~at] == np.concatenate(some.ids)[~at]).all()
+
+
 def test_words_are_drawn_as_often_as_they_occur():
     some = examples(600, 20)
     random = np.random.default_rng(1)
@@ -86,6 +98,7 @@ def test_words_are_drawn_as_often_as_they_occur():
     found = variants(some, by_frequency(some, SPECIAL), 1, SPECIAL, 0)[0]
     whole = np.concatenate(some.ids)
     assert (found == whole)[np.isin(whole, SPECIAL)].all()
+    assert not np.isin(found[~np.isin(whole, SPECIAL)], SPECIAL).any()
     replaced = (found != whole)
     # A token is replaced by another one as often as two draws differ: 1 - 0.36 - 0.09 - 0.01.
     assert replaced.sum() == pytest.approx(600 * 3 * 0.54, rel=0.1)
