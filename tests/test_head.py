@@ -67,7 +67,7 @@ def value_and_gradients(losses, student, teacher, targets, factors, dtype="float
     def cast(head):
         return Head(head.states.astype(dtype), head.embedding.astype(wide), head.bias.astype(wide))
 
-    def loss(student, teacher):
+    def loss(student, teachers):
         head, transform = student
         states = head.states if transform is None else jnp.tanh(
             head.states @ transform.astype(dtype))
@@ -75,11 +75,14 @@ def value_and_gradients(losses, student, teacher, targets, factors, dtype="float
             targets, "label_weights" if name == "mlm" else "soft_weights").sum(),
             DEFINITIONS[name])
             for name, factor in factors.items()}
-        return losses(head._replace(states=states), teacher, targets, terms, TEMPERATURE)
+        return losses(
+            head._replace(states=states), list(teachers.items()), targets, terms, TEMPERATURE)
 
     student = cast(student[0]), jax.tree.map(lambda x: x.astype(wide), student[1])
-    teacher = cast(teacher) if factors.keys() - {"mlm"} else None
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(student, teacher)
+    teachers = jax.tree.map(
+        cast, teacher if isinstance(teacher, dict) else {1.0: teacher},
+        is_leaf=lambda x: isinstance(x, Head)) if factors.keys() - {"mlm"} else {}
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(student, teachers)
 
 
 def assert_close(found, expected, tolerance):
@@ -133,11 +136,12 @@ def test_only_the_total_and_only_the_student_have_a_gradient(x64):
     terms = {name: Term(1.0, jnp.ones(()), DEFINITIONS[name]) for name in ("ce", "mlm")}
 
     def loss(student, teacher, terms):
-        total, means = fused_losses(student, teacher, targets, terms, TEMPERATURE)
+        total, means = fused_losses(student, [(1.0, teacher)], targets, terms, TEMPERATURE)
         return 3 * total + 7 * means["ce"]
 
     ours, theirs, weights = jax.grad(loss, argnums=(0, 1, 2))(student, teacher, terms)
-    expected = jax.grad(lambda s: dense_losses(s, teacher, targets, terms, TEMPERATURE)[0])(student)
+    expected = jax.grad(lambda s: dense_losses(
+        s, [(1.0, teacher)], targets, terms, TEMPERATURE)[0])(student)
     assert_close(ours, jax.tree.map(lambda g: 3 * g, expected), 1e-12)
     assert not any(np.any(x) for x in jax.tree.leaves((theirs, weights)))
 
@@ -154,7 +158,7 @@ def test_every_mesh(shape, words, x64):
         def call(student, teacher, targets):
             terms = {"ce": Term(5.0, targets.soft_weights.sum(), DEFINITIONS["ce"]),
                      "mlm": Term(2.0, targets.label_weights.sum(), DEFINITIONS["mlm"])}
-            return losses(student, teacher, targets, terms, TEMPERATURE)
+            return losses(student, [(1.0, teacher)], targets, terms, TEMPERATURE)
         return jax.jit(jax.value_and_grad(call, has_aux=True))
 
     expected = loss(dense_losses)(student, teacher, targets)
@@ -202,7 +206,7 @@ def test_rows_divided_by_the_caller(shape, x64):
         terms = {name: Term(factor, weight, DEFINITIONS[name])
                  for name, factor in TERMS["distilled"].items()}
         return jax.value_and_grad(losses, has_aux=True)(
-            student, teacher, targets, terms, TEMPERATURE)
+            student, [(1.0, teacher)], targets, terms, TEMPERATURE)
 
     def own_rows(student, teacher, targets):
         values, gradients = call(fused_losses, student, teacher, targets)
