@@ -285,11 +285,21 @@ def test_the_first_line_of_an_error():
     assert first_line(ValueError("Invalid keys:\n  a, b\nand more")) == "Invalid keys: a, b"
 
 
+def test_only_the_ratio_of_weights_counts():
+    """And one teacher is the case of a list of one."""
+    for weights, shares in (((7, 3), (0.7, 0.3)), ((), (0.5, 0.5)), ((1e9, 1e-300), (1.0, 0.0))):
+        made = DistilConfig(teacher=[Path("a"), "b"], teacher_weights=weights)
+        assert made.teacher == ("a", "b") and made.shares == pytest.approx(shares, abs=1e-300)
+    for one in (DistilConfig(teacher="a"), DistilConfig(teacher="a", teacher_weights=0.3)):
+        assert one.shares == (1.0,) and one.meaning() == DistilConfig().meaning()
+
+
 def test_what_a_person_writes_in_python():
-    written = DistilConfig(teacher=[Path("a/b"), "c"], teacher_weights=[7, 3], corpus="one.txt", valid=[Path("c"), "d"], mix=0.5,
+    written = DistilConfig(teacher=Path("a/b"), corpus="one.txt", valid=[Path("c"), "d"], mix=0.5,
                            student_layers=6, output=Path("out"))
-    assert written == DistilConfig(teacher=("a/b", "c"), teacher_weights=(7, 3), corpus=("one.txt",), valid=("c", "d"), mix=(0.5,),
-                                   student_layers="6", output="out")
+    assert written == DistilConfig(
+        teacher=("a/b",), corpus=("one.txt",), valid=("c", "d"), mix=(0.5,), student_layers="6",
+        output="out")
     assert DistilConfig(student_layers=[0, 2]).student_layers == "0,2"
 
 

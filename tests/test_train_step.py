@@ -74,7 +74,7 @@ def torch_losses(teacher, student, batch, objective):
         return ((x - y) ** 2).sum(-1) / (y ** 2).sum(-1)
 
     return {
-        "hidden": sum(relative_error(*layers).mean() for layers in objective.pairs[0].layer_map) / 2,
+        "hidden": sum(relative_error(*both).mean() for both in objective.pairs[0].layer_map) / 2,
         "ce": tau**2 * nn.KLDivLoss(reduction="batchmean")(
             (logits / tau).log_softmax(-1), (soft / tau).softmax(-1)),
         "mlm": nn.CrossEntropyLoss(ignore_index=-100)(

@@ -67,7 +67,7 @@ def distil(config: DistilConfig) -> Path:
     settings = config.meaning() | {"--teacher": fingerprint(given[0].params)}
     if len(given) > 1:
         settings |= {"--teacher": [fingerprint(each.params) for each in given],
-                     "--teacher-weights": config.shares}
+                     "--teacher-weights": [f"{share:.9g}" for share in config.shares]}
     own = _own_start(config)
     if own:
         settings["--student"] = fingerprint(own)
@@ -291,8 +291,8 @@ def _write_report(
                          for name, (_, params) in models.items()])
     cosine = f"cosine of the last hidden states {last['cosine']:.4f}, " if "cosine" in last else ""
     first = "first " if len(config.teacher) > 1 else ""
-    against = (f"Against the {first}teacher: KL {last['kl']:.4f} nats per masked token, {cosine}latency "
-               f"{speed['teacher'] / speed['student']:.2f} times lower.")
+    against = (f"Against the {first}teacher: KL {last['kl']:.4f} nats per masked token, {cosine}"
+               f"latency {speed['teacher'] / speed['student']:.2f} times lower.")
     if whole is None:
         against += f" Retention is {report.retention(last)}."
     metrics = read_metrics(config.output, updates)
