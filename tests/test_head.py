@@ -104,6 +104,78 @@ def test_numbers_of_the_readable_truth(terms, dtype, x64):
     assert_close(found, expected, TOLERANCE[dtype])
 
 
+def two_teachers():
+    """(student, {share: teacher} of two of other widths, targets)."""
+    student, first, targets = make()
+    random = np.random.default_rng(2)
+    second = Head(*(random.normal(0, 0.5, shape) for shape in (
+        (ROWS, LENGTH, 8), (72, 8), (72,))))
+    return student, {0.7: first, 0.3: second}, targets
+
+
+@pytest.mark.parametrize("terms", ["all", "no closed form"])
+def test_a_weighted_sum_over_teachers(terms, x64):
+    problem = two_teachers()
+    found, expected = (value_and_gradients(losses, *problem, TERMS[terms])
+                       for losses in (fused_losses, dense_losses))
+    assert_close(found, expected, TOLERANCE["float64"])
+    student, teachers, targets = problem
+    (value, _), _ = value_and_gradients(fused_losses, student, teachers[0.7], targets, TERMS[terms])
+    assert abs(found[0][0] / value - 1) > 1e-3
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (JAX_NUM_CPU_DEVICES=8)")
+@pytest.mark.parametrize("shape", ["8x1", "2x4"])
+def test_several_teachers_on_a_mesh(shape, x64):
+    problem, factors = two_teachers(), TERMS["all"] | TERMS["no closed form"]
+    expected = value_and_gradients(dense_losses, *problem, factors)
+    with jax.set_mesh(mesh_of(shape)):
+        found = value_and_gradients(fused_losses, *problem, factors)
+    assert_close(jax.device_get(found), expected, 1e-10)
+
+
+def test_kl_from_several_has_the_gradient_of_kl_from_their_mean(x64):
+    """Σ w KL(p_t ‖ q) − KL(Σ w p_t ‖ q) is a number of the teachers alone, here in NumPy."""
+    student, teachers, targets = two_teachers()
+    logits = {share: head.bias + head.states @ head.embedding.T for share, head in teachers.items()}
+    soft = {share: np.exp(x / TEMPERATURE) / np.exp(x / TEMPERATURE).sum(-1, keepdims=True)
+            for share, x in logits.items()}
+    mean = sum(share * p for share, p in soft.items())
+    mixture = Head(TEMPERATURE * np.log(mean), np.eye(72), np.zeros(72))
+    (several, _), gradients = value_and_gradients(
+        fused_losses, student, teachers, targets, {"ce": 5.0})
+    (single, _), expected = value_and_gradients(
+        fused_losses, student, mixture, targets, {"ce": 5.0})
+    assert_close(gradients, expected, 1e-10)
+    apart = sum(share * (p * np.log(p / mean)).sum(-1) for share, p in soft.items())
+    real = np.asarray(targets.soft_weights)
+    np.testing.assert_allclose(several - single, 5 * TEMPERATURE**2 * (
+        real * apart).sum() / real.sum(), rtol=1e-10)
+
+
+def test_no_logits_of_all_positions_of_any_teacher(monkeypatch):
+    """Nor of the student: the largest array of the program has a sixteenth of these positions."""
+    monkeypatch.setattr(fused_head, "LEAST", 24)
+    rows, length, words = 32, 24, 4096
+
+    def head(width):
+        return Head(*(jax.ShapeDtypeStruct(shape, "float32") for shape in (
+            (rows, length, width), (words, width), (words,))))
+
+    def step(student, teachers, targets):
+        terms = {name: Term(1.0, targets.soft_weights.sum(), DEFINITIONS[name])
+                 for name in ("ce", "mlm", "mse", "reverse")}
+        return jax.value_and_grad(fused_losses, has_aux=True)(
+            student, list(zip((0.7, 0.3), teachers, strict=True)), targets, terms, TEMPERATURE)
+
+    weights = jax.ShapeDtypeStruct((rows, length), "float32")
+    targets = Targets(jax.ShapeDtypeStruct((rows, length), "int32"), weights, weights)
+    text = jax.jit(step).lower(head(8), [head(8), head(16)], targets).compile().as_text()
+    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(
+        r"f32\[([\d,]+)\]", text)]
+    assert max(sizes) == rows * length * words // 16
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_student_close_to_its_teacher(dtype, x64):
     """Where the two softmaxes nearly cancel, and an error of either would show."""

@@ -130,7 +130,8 @@ def test_the_sum_by_its_definition(width, models, batches, vocabulary, x64):
             name: trained["projections"].get(f"{name}_2") for name in ("hidden", "inner")}
             if number and width == 24 else {})
             for number, (target, layer_map) in enumerate(zip(targets, maps, strict=True))]
-        means = {name: 0.7 * each[0][name] + 0.3 * each[1][name] for name in each[0]}
+        means = {name: 0.7 * each[0][name] + 0.3 * each[1][name]
+                 for name in objective.weights if name != "mlm"}
         weights = np.asarray(batch["label_weights"])
         at = np.take_along_axis(own[0], np.asarray(batch["masked_positions"])[..., None], 1)
         nll = np.log(np.exp(at).sum(-1)) - np.take_along_axis(
