@@ -26,7 +26,6 @@ from distilbert_jax.models.student import student_config
 from distilbert_jax.training import train as loop
 from distilbert_jax.training.assemble import assemble
 from distilbert_jax.training.labels import row_keys
-from distilbert_jax.training.losses import LOSSES
 from distilbert_jax.training.metrics_log import read_metrics
 from distilbert_jax.training.objective import Objective, loss_counts, total_loss
 
@@ -168,25 +167,16 @@ def gradients_of(config, models, teachers, batch, vocabulary):
         batch))
 
 
-@pytest.mark.parametrize("weights", [(0.7, 0.3), (1.0, 1e-300), (1e-300, 1.0)])
-def test_a_run_with_both_is_the_weighted_mean_of_runs_with_one(
-        weights, models, batches, vocabulary, x64):
+def test_a_run_with_both_is_the_weighted_mean_of_runs_with_one(models, batches, vocabulary, x64):
     """Losses and gradients: all are linear in the shares, and they sum to 1."""
-    found = [gradients_of(config_of(alphas=EQUAL, **given), models(16), which, batches[0],
-                          vocabulary)
-             for which, given in (((1, 2), {"teacher_weights": weights}),
-                                  ((1,), {"teacher": "a", "teacher_weights": ()}),
-                                  ((2,), {"teacher": "b", "teacher_weights": ()}))]
-    share = weights[0] / sum(weights)
-    jax.tree.map(lambda both, one, other: np.testing.assert_allclose(
-        both, share * one + (1 - share) * other, rtol=1e-10, atol=1e-12), *found)
-
-
-def test_a_teacher_twice_is_one_teacher(models, batches, vocabulary, x64):
-    twice = gradients_of(config_of(alphas=EQUAL), models(16), (2, 2), batches[0], vocabulary)
-    once = gradients_of(config_of(alphas=EQUAL, teacher="b", teacher_weights=()), models(16), (2,),
-                        batches[0], vocabulary)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), twice, once)
+    one, other = (gradients_of(config_of(alphas=EQUAL, teacher=name, teacher_weights=()),
+                               models(16), (number,), batches[0], vocabulary)
+                  for number, name in enumerate("ab", 1))
+    for weights in ((0.7, 0.3), (1e-300, 1.0)):
+        both = gradients_of(config_of(alphas=EQUAL, teacher_weights=weights), models(16), (1, 2),
+                            batches[0], vocabulary)
+        jax.tree.map(lambda x, a, b, share=weights[0]: np.testing.assert_allclose(
+            x, share * a + (1 - share) * b, rtol=1e-10, atol=1e-12), both, one, other)
 
 
 def updated(models, batches, vocabulary, shape, accumulate=1):
@@ -208,23 +198,16 @@ def updated(models, batches, vocabulary, shape, accumulate=1):
 
 
 @devices
-@pytest.mark.parametrize("shape, accumulate", [("8x1", 1), ("2x4", 2)])
-def test_meshes_and_micro_batches_change_nothing(shape, accumulate, models, batches, vocabulary,
-                                                 x64):
+def test_meshes_and_micro_batches_change_nothing(models, batches, vocabulary, x64):
     """With a second teacher of another width, towards which states are projected."""
-    found, params = updated(models(24), batches, vocabulary, shape, accumulate)
     expected, alone = updated(models(24), batches, vocabulary, "1x1")
-    assert all(value == 0 for value in (x["skipped"] for x in found))
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-11)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11), params, alone)
-    assert set(params["projections"]) == {"hidden_2", "inner_2"}
-
-
-def test_a_row_of_losses_either_reads_a_teacher_or_does_not():
-    """So that a new row is added up over teachers, too."""
-    assert {row.needs for name, row in LOSSES.items() if name in EQUAL} == {
-        "labels", "logits", "last", "hidden", "qkv"}
+    for shape, accumulate in (("8x1", 1), ("2x4", 2)):
+        found, params = updated(models(24), batches, vocabulary, shape, accumulate)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-11) and ours["skipped"] == 0
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11),
+                     params, alone)
+        assert set(params["projections"]) == {"hidden_2", "inner_2"}
 
 
 @pytest.fixture(scope="module")
