@@ -167,13 +167,12 @@ def _figures(student: Judged, alone: dict[str, Judged]) -> dict[str, dict[str, A
     found, rows = student
     ends = top1_intervals(rows["masked"], {
         TEACHER: rows["teacher_correct"], "student": rows["correct"],
-        **{name: own["correct"] for name, (_, own) in alone.items()}})
+        **{name: counts["correct"] for name, (_, counts) in alone.items()}})
     if "retention" not in found:  # nor, then, has it an interval
         ends = {name: {"top1_interval": pair["top1_interval"]} for name, pair in ends.items()}
-    teacher = {name: found[f"teacher_{name}"] for name in ("top1", "perplexity")}
-    return {name: figures | ends[name] for name, figures in {
-        TEACHER: teacher, "student": found,
-        **{name: figures for name, (figures, _) in alone.items()}}.items()}
+    every = {TEACHER: {name: found[f"teacher_{name}"] for name in ("top1", "perplexity")},
+             "student": found} | {name: own for name, (own, _) in alone.items()}
+    return {name: figures | ends[name] for name, figures in every.items()}
 
 
 def _remove_layers(setup: Setup, assembly: Assembly, teacher: hub.Pretrained,

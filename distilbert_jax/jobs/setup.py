@@ -109,10 +109,10 @@ class Setup:
     def _plan(self, assembly: Assembly, start: dict[str, Any], teachers: dict[str, Any],
               label: str) -> str:
         """What will be done, with what, where, in one line."""
-        *taught, student = (
+        *taught, own = (
             f"{len(each['layers'])} layers with {report.count_parameters(each):,} parameters"
             for each in (*teachers.values(), start))
-        models = f"{' + '.join(taught)} → {student}" if taught else student
+        models = f"{' + '.join(taught)} → {own}" if taught else own
         config, rows = self.config, len(self.data.train)
         passes = self.steps * config.batch_size / rows
         devices = assembly.mesh.devices.flat
