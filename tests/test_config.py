@@ -287,7 +287,8 @@ def test_the_first_line_of_an_error():
 
 def test_only_the_ratio_of_weights_counts():
     """And one teacher is the case of a list of one."""
-    for weights, shares in (((7, 3), (0.7, 0.3)), ((), (0.5, 0.5)), ((1e9, 1e-300), (1.0, 0.0))):
+    for weights, shares in (((7.0, 3.0), (0.7, 0.3)), ((), (0.5, 0.5)),
+                            ((1e9, 1e-300), (1.0, 0.0))):
         made = DistilConfig(teacher=[Path("a"), "b"], teacher_weights=weights)
         assert made.teacher == ("a", "b") and made.shares == pytest.approx(shares, abs=1e-300)
     for one in (DistilConfig(teacher="a"), DistilConfig(teacher="a", teacher_weights=0.3)):

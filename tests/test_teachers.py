@@ -226,19 +226,19 @@ def test_a_run_from_end_to_end(two, toy, tmp_path, monkeypatch):
     monkeypatch.setattr(latency, "REPEATS", 1)
     config = DistilConfig(
         corpus=str(toy / "corpus.txt"), valid_share=0.1, sequence_length=16, batch_size=16,
-        output=str(tmp_path / "out"), teacher=two, teacher_weights=(0.7, 0.3), steps=6,
+        output=str(tmp_path / "out"), teacher=two, teacher_weights=(0.7, 0.3), steps=4,
         save_every=2, learning_rate=1e-2, alphas={"ce": 5.0, "mlm": 2.0, "hidden": 1.0})
-    asked = iter(range(3))
+    asked = iter(range(2))
     with monkeypatch.context() as patch:
         patch.setattr(loop.StopSignal, "asked", lambda self: next(asked, None) is None)
-        with pytest.raises(loop.Interrupted, match="stopped at update 4 of 6"):
+        with pytest.raises(loop.Interrupted, match="stopped at update 3 of 4"):
             distil.distil(config)
-    for other, message in ((dict(teacher_weights=(1, 1)), "--teacher-weights was"),
+    for other, message in ((dict(teacher_weights=(1.0, 1.0)), "--teacher-weights was"),
                            (dict(teacher=two[::-1]), "--teacher was .*….*, is .*…"),
                            (dict(teacher=two[0], teacher_weights=()), "--teacher was .*, is ")):
         with pytest.raises(UserError, match=f"another run .{message}"):
             distil.distil(dataclasses.replace(config, **other))
-    folder = distil.distil(dataclasses.replace(config, teacher_weights=(7, 3)))
+    folder = distil.distil(dataclasses.replace(config, teacher_weights=(7.0, 3.0)))
     straight = distil.distil(dataclasses.replace(config, output=str(tmp_path / "straight")))
     assert (folder / "model.safetensors").read_bytes() == (
         straight / "model.safetensors").read_bytes()
@@ -246,13 +246,11 @@ def test_a_run_from_end_to_end(two, toy, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert list(found["models"]) == ["teacher", "teacher 2", "student", "student at start"]
     assert [model["layers"] for model in found["models"].values()] == [2, 3, 1, 1]
-    own = distil.distil(dataclasses.replace(
-        config, output=str(tmp_path / "other"), teacher=two[1], teacher_weights=(), steps=1))
-    alone = json.loads((own.parent / "report.json").read_text())["models"]["teacher"]
-    assert found["models"]["teacher 2"]["top1"] == alone["top1"]
-    assert found["models"]["student"]["teacher_top1"] == found["models"]["teacher"]["top1"]
+    first, second = found["models"]["teacher"], found["models"]["teacher 2"]
+    assert found["models"]["student"]["teacher_top1"] == first["top1"]
+    assert first["perplexity"] != second["perplexity"] and second["top1_interval"]
     report = (tmp_path / "out" / "report.md").read_text()
     assert "# Distillation of teacher and other\n" in report and "\n| teacher 2 " in report
     assert "`teacher` (weight 0.7), `other` (weight 0.3)" in report
     assert "`other` (weight 0.3)" in (folder / "README.md").read_text()
-    assert read_metrics(tmp_path / "out")[-1]["step"] == 6
+    assert read_metrics(tmp_path / "out")[-1]["step"] == 4
