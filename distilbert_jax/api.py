@@ -55,7 +55,7 @@ def distil(**settings: Any) -> Result:
     """Distil a masked language model into one with fewer layers: `distilbert-jax distil`.
 
     Args:
-        teacher: Hugging Face folder or hub name.
+        teacher: Hugging Face folder or hub name, or a list of them, with `teacher_weights`.
         corpus: text files, a folder or a dataset, or a list of them.
         student_layers: how many of the teacher's layers to keep, or a list of which.
         output: folder; stopped, the same call goes on from its last checkpoint.
@@ -63,9 +63,9 @@ def distil(**settings: Any) -> Result:
             as alpha_NAME. Without teacher, corpus and recipe the quickstart runs.
 
     Returns:
-        The student, and `report` with `models` (of teacher, student, student at start: layers,
-        parameters, top1 and retention as shares, perplexity, kl [nats], latency [ms]), `updates`,
-        `tokens`, `seconds`.
+        The student, and `report` with `models` (of teacher, "teacher 2" …, student, student at
+        start: layers, parameters, top1 and retention as shares, perplexity, kl [nats], latency
+        [ms]), `updates`, `tokens`, `seconds`.
 
     Raises:
         UserError: an unknown setting, or whatever can be mended in settings and files.

@@ -269,11 +269,16 @@ class TrainConfig(LoopConfig, DataConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DistilConfig(TrainConfig):
-    """A distillation: a teacher, which student, and the weights of the losses."""
+    """A distillation: teachers, which student, and the weights of the losses."""
 
-    teacher: Word = option(
-        "", "models", "Hugging Face folder, or hub name where there is a network",
-        **BY_CONTENT)
+    teacher: Words = option(
+        (), "models", "Hugging Face folder, or hub name where there is a network; or several, of "
+        "one tokenizer, of which the first gives the student its layers and is what it is judged "
+        "against", nargs="+", metavar="DIR", **BY_CONTENT)
+    teacher_weights: float | Sequence[float] = option(
+        (), "models", "how much each --teacher counts; they are divided by their sum, so that "
+        "--alpha-... mean the same with any number of teachers; default: all alike", nargs="+",
+        type=float, **BY_CONTENT)
     student_layers: str | int | Sequence[int] = option(
         "", "models", "how many of the teacher's layers to keep (evenly chosen), or which, "
         "counted from 0: 0,2,4,7,9,11; default: half of them", metavar="N|N,N,...")
@@ -335,11 +340,36 @@ class DistilConfig(TrainConfig):
         check_temperature(self)
         check_weights(self.alphas)
         check(self, "kept_maskings", self.kept_maskings >= 0, "must be 0 or more")
+        self._check_teachers()
         if self.states and not self.kept_maskings:
             raise UserError(f"--states {self.states} is read by --kept-maskings alone: give 1, or "
                             "leave it out")
         if "://" in self.states:
             raise UserError(f"--states {self.states} must be a folder of this machine")
+
+    def _check_teachers(self) -> None:
+        """Raise a UserError unless each teacher has a name and a weight of its own."""
+        teachers, weights = self.teacher, self.teacher_weights
+        if "" in teachers:
+            raise UserError("--teacher is empty: give a Hugging Face folder")
+        if len(set(teachers)) < len(teachers):
+            raise UserError(f"--teacher {' '.join(teachers)} names one twice: give it a larger "
+                            "--teacher-weights")
+        if weights and len(weights) != len(teachers):
+            raise UserError(f"--teacher-weights has {len(weights)} numbers, --teacher "
+                            f"{len(teachers)} folders: give one for each")
+        if not all(0 < weight <= 1e9 for weight in weights):
+            raise UserError(f"--teacher-weights {' '.join(map(str, weights))} must be positive, at "
+                            "most 1e9: leave out a teacher that is not to count")
+        if self.kept_maskings and len(teachers) > 1:
+            raise UserError(f"--kept-maskings {self.kept_maskings} keeps the states of one "
+                            f"teacher, and --teacher names {len(teachers)}: leave it out")
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share of each teacher in the losses that compare with one; they sum to 1."""
+        weights = self.teacher_weights or (1.0,) * len(self.teacher)
+        return tuple(weight / math.fsum(weights) for weight in weights)
 
     @property
     def greedy(self) -> bool:

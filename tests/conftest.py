@@ -190,8 +190,10 @@ class Problem:
         return {"teacher": self.teacher_params}
 
     def step(self, accumulate=1, mesh=None, remat=False):
-        graphs = (graphdef(c, "float64", "float64", remat) for c in (self.student, self.teacher))
-        return make_train_step(*graphs, self.tx, self.objective, masked(), accumulate, mesh)
+        own, theirs = (
+            graphdef(c, "float64", "float64", remat) for c in (self.student, self.teacher))
+        return make_train_step(
+            own, {"teacher": theirs}, self.tx, self.objective, masked(), accumulate, mesh)
 
     def state(self):
         params = {"student": self.params, "projections": {}}

@@ -98,7 +98,7 @@ def test_a_row_that_no_run_can_have(changes, line, config, runs):
 
 
 def test_what_is_missing_is_named(config, runs):
-    for name, nothing in (("teacher", ""), ("corpus", ())):
+    for name, nothing in (("teacher", ()), ("corpus", ())):
         with pytest.raises(UserError, match=f"--{name} is missing"):
             job.ablate(dataclasses.replace(config, **{name: nothing}), ROWS)
 

@@ -55,7 +55,7 @@ def test_what_cannot_be(job, given, message):
 def test_settings_as_a_person_writes_them():
     made = settings({"teacher": Path("t"), "corpus": ["a.txt", Path("b.txt")],
                      "student_layers": [0, 2], "alpha_mse": 0.5, "alpha_mlm": 0.0})
-    assert (made.teacher, made.corpus, made.student_layers) == ("t", ("a.txt", "b.txt"), "0,2")
+    assert (made.teacher, made.corpus, made.student_layers) == (("t",), ("a.txt", "b.txt"), "0,2")
     assert made.alphas == {"ce": 5.0, "mlm": 0.0, "cos": 1.0, "mse": 0.5}
     assert settings({"corpus": "c", "alphas": {"ce": 1.0}, "alpha_cos": 2.0}).alphas == {
         "ce": 1.0, "cos": 2.0}

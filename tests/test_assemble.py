@@ -32,7 +32,7 @@ def program(tiny_model, batch_of, vocabulary):
     def trace(config, steps=STEPS):
         family, student = student_config(bert.FAMILY, teacher, 1, config.dropout)
         distils = isinstance(config, DistilConfig)
-        assembly = assemble(config, family, student, teacher if distils else None,
+        assembly = assemble(config, family, student, [teacher] if distils else [],
                             mesh_of("1x1"), steps)
         params = jax.tree.map(jnp.asarray, tiny_model(
             num_hidden_layers=1, type_vocab_size=0)[1])

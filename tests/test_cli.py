@@ -1,5 +1,6 @@
 """Bad input at the command line: one line that names it, exit code 2, and nothing on the disk."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -23,6 +24,7 @@ EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
 TEACHER = "--teacher teacher --corpus corpus.txt --output new --steps 1 --sequence-length 16 " \
     "--batch-size 8"
+BOTH = "--teacher teacher other"
 SCRATCH = TEACHER.replace("--teacher teacher ", "")
 ADAPT = TEACHER.replace("--teacher", "--model")
 PREPARE = "--tokenizer teacher --corpus corpus.txt --output new --sequence-length 16"
@@ -127,6 +129,32 @@ def other_tokenizer():
     tokenizer.save_pretrained("other")
 
 
+def second(change=lambda: None, **shape):
+    """other/ is a second teacher, of the same tokenizer, with these fields of its shape changed."""
+    def make():
+        from distilbert_jax.data.tokenize import load_tokenizer
+        from distilbert_jax.export.huggingface import export
+        from distilbert_jax.models import hub
+        from distilbert_jax.models.start import init_params
+
+        found = hub.load("teacher")
+        config = dataclasses.replace(found.config, **shape)
+        export(Path("other"), init_params(config, 0), config, found.family,
+               load_tokenizer("teacher", None), "Another.\n")
+        change()
+    return make
+
+
+def with_words_exchanged():
+    """Two words of other/ have each other's number."""
+    path = Path("other/tokenizer.json")
+    found = json.loads(path.read_text())
+    words = found["model"]["vocab"]
+    first, last = sorted(words, key=words.get)[-2:]
+    words[first], words[last] = words[last], words[first]
+    path.write_text(json.dumps(found))
+
+
 def flipped(name):
     def flip():
         whole = bytearray(Path(name).read_bytes())
@@ -169,6 +197,20 @@ FOLDERS = [  # (what is made or broken, further words, parts of the message)
                                       "[3], config.json says [16]", "bert.pooler.dense.weight"]),
     (with_tensors(headless), "", ["no masked-language-model head",
                                   "distilbert-jax pretrain --model teacher"]),
+    # a second one
+    (None, f"{BOTH[:-5]}./nowhere", ["model folder ./nowhere does not exist"]),
+    (second(mlm_head=False), BOTH, ["other has no masked-language-model head to distil from"]),
+    (second(vocab_size=50), BOTH, ["--teacher other knows 50 tokens, --teacher teacher 43: all "
+                                   "must have one tokenizer"]),
+    (second(with_words_exchanged), BOTH, ["--teacher teacher and other have different tokenizers"]),
+    (second(hidden_size=24), BOTH, ["--alpha-cos compares states of equal width, and the student "
+                                    "has 16, --teacher other 24: give 0"]),
+    (second(hidden_size=24), f"{BOTH} --alpha-cos 0 --alpha-relation 1 --relation-heads 16",
+     ["--relation-heads 16 must divide the widths: the student has 16, --teacher other 24"]),
+    (second(num_hidden_layers=1), f"{BOTH} --alpha-hidden 1 --hidden-map 1:2",
+     ["--hidden-map 1:2: 1:2 is not there; the student has 1 layers, --teacher other 1"]),
+    (second(max_position_embeddings=12), BOTH, ["--sequence-length 16", "12 positions"]),
+    (second(), f"{BOTH} --output other", ["--teacher other would be written over by --output oth"]),
     # its tokenizer
     (without("teacher/tokenizer.json", "teacher/tokenizer_config.json"), "",
      ["tokenizer in teacher"]),
@@ -258,6 +300,14 @@ def test_files_that_cannot_be(made, words, parts, place, capfd):
 
 
 FLAGS = [  # (words, parts of the message), with every file as it should be
+    ("--teacher=", ["--teacher is empty"]),
+    ("--teacher teacher teacher", ["--teacher teacher teacher names one twice", "a larger --tea"]),
+    ("--teacher-weights 1 2", ["--teacher-weights has 2 numbers, --teacher 1 folders: give one"]),
+    (f"{BOTH} --teacher-weights 1", ["--teacher-weights has 1 numbers, --teacher 2 folders"]),
+    (f"{BOTH} --teacher-weights 1 0", ["--teacher-weights 1.0 0.0 must be positive", "leave out"]),
+    ("--teacher-weights nan", ["--teacher-weights nan must be positive, at most 1e9"]),
+    (f"{BOTH} --kept-maskings 1", ["--kept-maskings 1 keeps the states of one teacher, and "
+                                   "--teacher names 2: leave it out"]),
     ("--mesh 8", ["--mesh 8 must look like 8x1"]),
     ("--mesh 0x8", ["--mesh 0x8 must look like 8x1"]),
     ("--mesh 16x1", ["--mesh 16x1 needs 16 devices, found 8", "JAX_NUM_CPU_DEVICES=16"]),

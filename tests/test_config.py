@@ -51,6 +51,8 @@ def test_every_field_is_a_flag_of_its_type():
                 argv, value = [flag(field.name)], True
             elif field.name == "mix":
                 argv, value = ["--corpus", "a", "b", "--mix", "0.7", "2"], (0.7, 2.0)
+            elif field.name == "teacher_weights":
+                argv, value = ["--teacher", "a", "b", "--teacher-weights", "0.7", "2"], (0.7, 2.0)
             elif not field.default and "choices" in field.metadata:
                 value = field.metadata["choices"][0]
                 argv = [flag(field.name), value]
@@ -155,7 +157,7 @@ def test_what_a_continuation_may_change():
     assert free == {
         "steps", "mesh", "remat", "output", "save_every", "eval_every", "keep", "on_save_error",
         "max_skipped", "recipe", "workers", "compile_only", "corpus", "states", "valid",
-        "teacher",
+        "teacher", "teacher_weights",
         "student", "ship", "finish"}
     meaning = DistilConfig().meaning()
     assert not {flag(name) for name in free} & set(meaning)
@@ -283,11 +285,22 @@ def test_the_first_line_of_an_error():
     assert first_line(ValueError("Invalid keys:\n  a, b\nand more")) == "Invalid keys: a, b"
 
 
+def test_only_the_ratio_of_weights_counts():
+    """And one teacher is the case of a list of one."""
+    for weights, shares in (((7.0, 3.0), (0.7, 0.3)), ((), (0.5, 0.5)),
+                            ((1e9, 1e-300), (1.0, 0.0))):
+        made = DistilConfig(teacher=[Path("a"), "b"], teacher_weights=weights)
+        assert made.teacher == ("a", "b") and made.shares == pytest.approx(shares, abs=1e-300)
+    for one in (DistilConfig(teacher="a"), DistilConfig(teacher="a", teacher_weights=0.3)):
+        assert one.shares == (1.0,) and one.meaning() == DistilConfig().meaning()
+
+
 def test_what_a_person_writes_in_python():
     written = DistilConfig(teacher=Path("a/b"), corpus="one.txt", valid=[Path("c"), "d"], mix=0.5,
                            student_layers=6, output=Path("out"))
-    assert written == DistilConfig(teacher="a/b", corpus=("one.txt",), valid=("c", "d"), mix=(0.5,),
-                                   student_layers="6", output="out")
+    assert written == DistilConfig(
+        teacher=("a/b",), corpus=("one.txt",), valid=("c", "d"), mix=(0.5,), student_layers="6",
+        output="out")
     assert DistilConfig(student_layers=[0, 2]).student_layers == "0,2"
 
 

@@ -110,7 +110,7 @@ def test_a_distillation_leaves_its_student_and_its_figures(distilled, learnt):
     card = (folder / "README.md").read_text()
     assert "library_name: transformers" in card and "- corpus: corpus.txt\n" in card
     assert "name: top-1 of hidden tokens" in card
-    assert str(Path(config.teacher).parent) not in card  # no path of this machine
+    assert str(Path(config.teacher[0]).parent) not in card  # no path of this machine
     assert not np.array_equal(student.params["embeddings"]["word"]["embedding"],
                               teacher.params["embeddings"]["word"]["embedding"])
 
@@ -221,8 +221,8 @@ def test_a_corpus_prepared_before_gives_the_same_student(distilled, toy, tmp_pat
     config, folder = distilled
     ready = tmp_path / "ready"
     prepare(PrepareConfig(corpus=config.corpus, valid_share=config.valid_share,
-                          sequence_length=config.sequence_length, tokenizer=config.teacher),
-            load_tokenizer(config.teacher, None), ready)
+                          sequence_length=config.sequence_length, tokenizer=config.teacher[0]),
+            load_tokenizer(config.teacher[0], None), ready)
     again = distil.distil(dataclasses.replace(
         config, corpus=(str(ready),), output=str(tmp_path / "again")))
     assert (again / "model.safetensors").read_bytes() == (
@@ -235,10 +235,10 @@ def test_more_steps_on_another_mesh_are_the_same_run(distilled, learnt):
     config, _ = distilled
     shape = hub.load(str(learnt[1])).config
     changed = dict(vars(config), mesh="4x2", steps=50, save_every=5, eval_every=7, recipe="x")
-    check_job(DistilConfig(**changed), FAMILIES["bert"], shape)
+    check_job(DistilConfig(**changed), FAMILIES["bert"], [shape])
     with pytest.raises(UserError, match="another run .--seed was 56, is 3; --temperature was 2.0"):
         check_job(DistilConfig(**changed | {"seed": 3, "temperature": 3.0}), FAMILIES["bert"],
-                  shape)
+                  [shape])
 
 
 def test_the_rate_of_masks_in_training_is_no_matter_of_the_figures(distilled, toy, tmp_path,
@@ -282,7 +282,7 @@ def test_choices(choice, toy, tmp_path, monkeypatch):
     config = DistilConfig(**common(toy, tmp_path / "out") | {
         "teacher": str(toy / "teacher"), "steps": 2} | given)
     student = hub.load(str(distil.distil(config)))
-    teacher = hub.load(config.teacher).params
+    teacher = hub.load(config.teacher[0]).params
 
     last = [m for m in read_metrics(tmp_path / "out") if "train_loss" in m][-1]
     assert {name for name in LOSSES if f"train_{name}" in last} == set(config.alphas)
@@ -448,7 +448,7 @@ def test_a_report_survives_held_out_documents_of_unknown_tokens(toy, tmp_path, c
 
 def test_the_vocabulary_of_the_step_is_the_tokenizer_s(toy, tmp_path):
     config = DistilConfig(**common(toy, tmp_path / "out"), teacher=str(toy / "teacher"))
-    tokenizer = load_tokenizer(config.teacher, None)
+    tokenizer = load_tokenizer(config.teacher[0], None)
     words = read_data(config, mesh_of("1x1"), tokenizer, {}).vocabulary
     assert words.mask_id == tokenizer.mask_token_id
     special = np.flatnonzero(np.asarray(words.counts) == 0)
@@ -462,9 +462,9 @@ def test_the_longest_row(name, longest, toy, tiny_model):
     family = FAMILIES[name]
     shape, _ = tiny_model(pad_token_id=1, **family.fixed)
     settings = common(toy, "nowhere") | {"sequence_length": longest}
-    check_job(DistilConfig(**settings), family, shape)
+    check_job(DistilConfig(**settings), family, [shape])
     with pytest.raises(UserError, match=f"{longest + 1} is beyond the model's {longest} positions"):
-        check_job(DistilConfig(**settings | {"sequence_length": longest + 1}), family, shape)
+        check_job(DistilConfig(**settings | {"sequence_length": longest + 1}), family, [shape])
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,7 @@ def test_six_updates_equal_torch_with_the_mse_loss(torch_model, x64):
     target = torch_vectors(torch_model("BertModel", 2).double(), data).detach()
     width = target.shape[1]
     config = dataclasses.replace(CONFIG, alphas={"vector": 1 / width})
-    assembly = assemble(config, family, shape, shape, mesh_of("1x1"), 6)
+    assembly = assemble(config, family, shape, [shape], mesh_of("1x1"), 6)
     state = assembly.init(assembly.cast(params))
     batch = rows_of(data, lay(LENGTHS, 16), 16, 8, target.numpy()) | {
         "row": np.arange(3, dtype=np.int32), "epoch": np.zeros(3, np.int32)}
@@ -136,9 +136,9 @@ ALL = {"vector": 0.7, "angle": 0.5, "similarity": 0.3, "hidden": 0.2}
 def taken(model, teacher, data, rows, length, given, mesh="1x1", alphas=ALL, **config):
     """Loss, gradient norm and new parameters of one update with every loss."""
     settings = dataclasses.replace(CONFIG, alphas=alphas, **config)
-    assembly = assemble(settings, FAMILIES["bert"], model[0], teacher[0], mesh_of(mesh), 6)
+    assembly = assemble(settings, FAMILIES["bert"], model[0], [teacher[0]], mesh_of(mesh), 6)
     state = assembly.init(assembly.cast(model[1]))
-    teachers = assembly.teachers(teacher[1]) if assembly.teacher_graph else {}
+    teachers = assembly.teachers(teacher[1]) if assembly.teacher_graphs else {}
     batch = rows_of(data, rows, length, 6, given) | {
         "row": np.arange(len(rows), dtype=np.int32), "epoch": np.zeros(len(rows), np.int32)}
     state, metrics = assembly.jitted(state, teachers)(state, teachers, None, batch)

@@ -285,7 +285,7 @@ def test_cards_are_described(kind):
 def test_what_cannot_be_compiled(settings, line):
     with pytest.raises(UserError, match=line.replace("?", r"\?")):
         forecast.compile_only(DistilConfig(**{"compile_only": "v5e:2x4"} | settings), bert.FAMILY,
-                         bert.BASE)
+                         [bert.BASE])
 
 
 @pytest.mark.parametrize("name, extra", [("v5e:2x4", "tpu"), ("h100:1", "cuda12")])
@@ -309,7 +309,7 @@ def test_float32_has_no_known_peak_on_gpus(monkeypatch):
     monkeypatch.setattr(forecast, "topology", lambda name: (CHIPS["h100"], None))
     with pytest.raises(UserError, match="--dtype float32 is not forecast for GPUs"):
         forecast.compile_only(
-            DistilConfig(compile_only="h100:1", dtype="float32"), bert.FAMILY, bert.BASE)
+            DistilConfig(compile_only="h100:1", dtype="float32"), bert.FAMILY, [bert.BASE])
 
 
 # Runs without the flags and devices that the tests' own JAX is given.
@@ -324,7 +324,7 @@ from distilbert_jax.machine.sharding import make_mesh
 import jax
 name, mesh, batch_size = sys.argv[1:]
 config = DistilConfig(compile_only=name, mesh=mesh, batch_size=int(batch_size), accumulate=2)
-step = forecast._Step(config, bert.FAMILY, dataclasses.replace(bert.BASE, num_hidden_layers=2),
+step = forecast._Step(config, bert.FAMILY, [dataclasses.replace(bert.BASE, num_hidden_layers=2)],
                       *topology(name))
 done = step.compile(step.rows)
 program = hlo.read(done.program.as_text(), done.known)

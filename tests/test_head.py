@@ -67,7 +67,7 @@ def value_and_gradients(losses, student, teacher, targets, factors, dtype="float
     def cast(head):
         return Head(head.states.astype(dtype), head.embedding.astype(wide), head.bias.astype(wide))
 
-    def loss(student, teacher):
+    def loss(student, teachers):
         head, transform = student
         states = head.states if transform is None else jnp.tanh(
             head.states @ transform.astype(dtype))
@@ -75,11 +75,14 @@ def value_and_gradients(losses, student, teacher, targets, factors, dtype="float
             targets, "label_weights" if name == "mlm" else "soft_weights").sum(),
             DEFINITIONS[name])
             for name, factor in factors.items()}
-        return losses(head._replace(states=states), teacher, targets, terms, TEMPERATURE)
+        return losses(
+            head._replace(states=states), list(teachers.items()), targets, terms, TEMPERATURE)
 
     student = cast(student[0]), jax.tree.map(lambda x: x.astype(wide), student[1])
-    teacher = cast(teacher) if factors.keys() - {"mlm"} else None
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(student, teacher)
+    teachers = jax.tree.map(
+        cast, teacher if isinstance(teacher, dict) else {1.0: teacher},
+        is_leaf=lambda x: isinstance(x, Head)) if factors.keys() - {"mlm"} else {}
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(student, teachers)
 
 
 def assert_close(found, expected, tolerance):
@@ -99,6 +102,78 @@ def test_numbers_of_the_readable_truth(terms, dtype, x64):
     expected = value_and_gradients(dense_losses, *problem, TERMS[terms])
     assert set(found[0][1]) == set(TERMS[terms])
     assert_close(found, expected, TOLERANCE[dtype])
+
+
+def two_teachers():
+    """(student, {share: teacher} of two of other widths, targets)."""
+    student, first, targets = make()
+    random = np.random.default_rng(2)
+    second = Head(*(random.normal(0, 0.5, shape) for shape in (
+        (ROWS, LENGTH, 8), (72, 8), (72,))))
+    return student, {0.7: first, 0.3: second}, targets
+
+
+@pytest.mark.parametrize("terms", ["all", "no closed form"])
+def test_a_weighted_sum_over_teachers(terms, x64):
+    problem = two_teachers()
+    found, expected = (value_and_gradients(losses, *problem, TERMS[terms])
+                       for losses in (fused_losses, dense_losses))
+    assert_close(found, expected, TOLERANCE["float64"])
+    student, teachers, targets = problem
+    (value, _), _ = value_and_gradients(fused_losses, student, teachers[0.7], targets, TERMS[terms])
+    assert abs(found[0][0] / value - 1) > 1e-3
+
+
+@pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (JAX_NUM_CPU_DEVICES=8)")
+@pytest.mark.parametrize("shape", ["8x1", "2x4"])
+def test_several_teachers_on_a_mesh(shape, x64):
+    problem, factors = two_teachers(), TERMS["all"] | TERMS["no closed form"]
+    expected = value_and_gradients(dense_losses, *problem, factors)
+    with jax.set_mesh(mesh_of(shape)):
+        found = value_and_gradients(fused_losses, *problem, factors)
+    assert_close(jax.device_get(found), expected, 1e-10)
+
+
+def test_kl_from_several_has_the_gradient_of_kl_from_their_mean(x64):
+    """Σ w KL(p_t ‖ q) − KL(Σ w p_t ‖ q) is a number of the teachers alone, here in NumPy."""
+    student, teachers, targets = two_teachers()
+    logits = {share: head.bias + head.states @ head.embedding.T for share, head in teachers.items()}
+    soft = {share: np.exp(x / TEMPERATURE) / np.exp(x / TEMPERATURE).sum(-1, keepdims=True)
+            for share, x in logits.items()}
+    mean = sum(share * p for share, p in soft.items())
+    mixture = Head(TEMPERATURE * np.log(mean), np.eye(72), np.zeros(72))
+    (several, _), gradients = value_and_gradients(
+        fused_losses, student, teachers, targets, {"ce": 5.0})
+    (single, _), expected = value_and_gradients(
+        fused_losses, student, mixture, targets, {"ce": 5.0})
+    assert_close(gradients, expected, 1e-10)
+    apart = sum(share * (p * np.log(p / mean)).sum(-1) for share, p in soft.items())
+    real = np.asarray(targets.soft_weights)
+    np.testing.assert_allclose(several - single, 5 * TEMPERATURE**2 * (
+        real * apart).sum() / real.sum(), rtol=1e-10)
+
+
+def test_no_logits_of_all_positions_of_any_teacher(monkeypatch):
+    """Nor of the student: the largest array of the program has a sixteenth of these positions."""
+    monkeypatch.setattr(fused_head, "LEAST", 24)
+    rows, length, words = 32, 24, 4096
+
+    def head(width):
+        return Head(*(jax.ShapeDtypeStruct(shape, "float32") for shape in (
+            (rows, length, width), (words, width), (words,))))
+
+    def step(student, teachers, targets):
+        terms = {name: Term(1.0, targets.soft_weights.sum(), DEFINITIONS[name])
+                 for name in ("ce", "mlm", "mse", "reverse")}
+        return jax.value_and_grad(fused_losses, has_aux=True)(
+            student, list(zip((0.7, 0.3), teachers, strict=True)), targets, terms, TEMPERATURE)
+
+    weights = jax.ShapeDtypeStruct((rows, length), "float32")
+    targets = Targets(jax.ShapeDtypeStruct((rows, length), "int32"), weights, weights)
+    text = jax.jit(step).lower(head(8), [head(8), head(16)], targets).compile().as_text()
+    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(
+        r"f32\[([\d,]+)\]", text)]
+    assert max(sizes) == rows * length * words // 16
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -133,11 +208,12 @@ def test_only_the_total_and_only_the_student_have_a_gradient(x64):
     terms = {name: Term(1.0, jnp.ones(()), DEFINITIONS[name]) for name in ("ce", "mlm")}
 
     def loss(student, teacher, terms):
-        total, means = fused_losses(student, teacher, targets, terms, TEMPERATURE)
+        total, means = fused_losses(student, [(1.0, teacher)], targets, terms, TEMPERATURE)
         return 3 * total + 7 * means["ce"]
 
     ours, theirs, weights = jax.grad(loss, argnums=(0, 1, 2))(student, teacher, terms)
-    expected = jax.grad(lambda s: dense_losses(s, teacher, targets, terms, TEMPERATURE)[0])(student)
+    expected = jax.grad(lambda s: dense_losses(
+        s, [(1.0, teacher)], targets, terms, TEMPERATURE)[0])(student)
     assert_close(ours, jax.tree.map(lambda g: 3 * g, expected), 1e-12)
     assert not any(np.any(x) for x in jax.tree.leaves((theirs, weights)))
 
@@ -154,7 +230,7 @@ def test_every_mesh(shape, words, x64):
         def call(student, teacher, targets):
             terms = {"ce": Term(5.0, targets.soft_weights.sum(), DEFINITIONS["ce"]),
                      "mlm": Term(2.0, targets.label_weights.sum(), DEFINITIONS["mlm"])}
-            return losses(student, teacher, targets, terms, TEMPERATURE)
+            return losses(student, [(1.0, teacher)], targets, terms, TEMPERATURE)
         return jax.jit(jax.value_and_grad(call, has_aux=True))
 
     expected = loss(dense_losses)(student, teacher, targets)
@@ -202,7 +278,7 @@ def test_rows_divided_by_the_caller(shape, x64):
         terms = {name: Term(factor, weight, DEFINITIONS[name])
                  for name, factor in TERMS["distilled"].items()}
         return jax.value_and_grad(losses, has_aux=True)(
-            student, teacher, targets, terms, TEMPERATURE)
+            student, [(1.0, teacher)], targets, terms, TEMPERATURE)
 
     def own_rows(student, teacher, targets):
         values, gradients = call(fused_losses, student, teacher, targets)

@@ -135,7 +135,7 @@ def test_rows_without_ordinary_tokens_weigh_nothing_and_stay_finite(tiny_model):
     student, teacher = (nnx.merge(graph, params) for _ in range(2))
     objective = Objective(weights={"ce": 5.0, "mlm": 2.0, "cos": 1.0, "mse": 1.0})
     total, means = nnx.jit(lambda student, teacher, batch: total_loss(
-        student, teacher, batch, objective, loss_counts(batch, objective), {}))(
+        student, [teacher], batch, objective, loss_counts(batch, objective), {}))(
         student, teacher, batch)
     assert set(means) == {"ce", "mlm", "cos", "mse"} and means["mlm"] == 0
     assert all(jnp.isfinite(value) for value in (total, *means.values()))

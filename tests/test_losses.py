@@ -252,9 +252,10 @@ def test_the_fused_head_has_the_value_and_gradient_of_the_row(name, x64):
         return row.sum(*given, **{setting: SETTINGS[setting] for setting in row.settings})
 
     def fused(states):
-        heads = [Head(x, jnp.eye(11), jnp.zeros(11)) for x in (states, jnp.asarray(TEACHER))]
+        own, theirs = (Head(x, jnp.eye(11), jnp.zeros(11)) for x in (states, jnp.asarray(TEACHER)))
         targets = Targets(jnp.asarray(LABELS), jnp.asarray(WEIGHTS), jnp.asarray(WEIGHTS))
-        return fused_losses(*heads, targets, {name: Term(2.0, weight, definition)}, TAU)[0]
+        return fused_losses(
+            own, [(1.0, theirs)], targets, {name: Term(2.0, weight, definition)}, TAU)[0]
 
     student = jnp.asarray(STUDENT)
     found = jax.value_and_grad(fused)(student)

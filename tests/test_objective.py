@@ -67,14 +67,16 @@ def wide(tiny_model, batch_of):
     (dict(alphas={"mlm": 1.0, "hiden": 1.0}), "unknown loss 'hiden'; did you mean hidden")])
 def test_objectives_that_cannot_be(config, message, wide):
     with pytest.raises(UserError, match=message):
-        Objective.of(config_of(**config), *wide[0])
+        student, teacher = wide[0]
+        Objective.of(config_of(**config), student, [teacher])
 
 
 def run(wide, vocabulary, shape):
     """Two updates on a mesh: the states before and after, and metrics."""
     shapes, params, teacher_params, batches = wide
     mesh = mesh_of(shape)
-    assembly = assemble(config_of(), distilbert.FAMILY, *shapes, mesh, 4)
+    student, *teachers = shapes
+    assembly = assemble(config_of(), distilbert.FAMILY, student, teachers, mesh, 4)
     state = assembly.init(jax.tree.map(jnp.asarray, params))
     teachers = assembly.place(assembly.teachers(teacher_params))
     step, before = assembly.jitted(state, teachers), jax.device_get(state.params)
@@ -112,7 +114,7 @@ def test_projections_are_trained_alike_on_every_mesh(wide, vocabulary, x64, tmp_
 def test_the_loss_of_projected_states_by_its_definition(wide, vocabulary, x64):
     (student, teacher), params, teacher_params, batches = wide
     assembly = assemble(config_of(dropout=0.0), distilbert.FAMILY, dataclasses.replace(
-        student, hidden_dropout=0.0, attention_dropout=0.0), teacher, mesh_of("1x1"), 4)
+        student, hidden_dropout=0.0, attention_dropout=0.0), [teacher], mesh_of("1x1"), 4)
     state = assembly.init(jax.tree.map(jnp.asarray, params))
     batch = jax.tree.map(jnp.asarray, batches[0])
     _, metrics = jax.jit(assembly.train_step)(
@@ -126,7 +128,7 @@ def test_the_loss_of_projected_states_by_its_definition(wide, vocabulary, x64):
         x, y = (np.asarray(nnx.merge(graph, tree)(*given, want=(layer,)).hidden[layer])[real]
                 for graph, tree, layer in (
                     (assembly.graph, params, own),
-                    (assembly.teacher_graph, teacher_params, theirs)))
+                    (assembly.teacher_graphs["teacher"], teacher_params, theirs)))
         x = x @ state.params["projections"]["hidden"][str(own)]["kernel"]
         errors.append((((x - y) ** 2).sum(-1) / (y ** 2).sum(-1)).mean())
     np.testing.assert_allclose(metrics["hidden"], np.mean(errors), rtol=1e-10)
@@ -142,7 +144,7 @@ def test_relations_by_their_definition_on_every_mesh(wide, vocabulary, x64):
     batch, found, states = jax.tree.map(jnp.asarray, batches[0]), [], []
     for shape in ("1x1", "4x2"):
         mesh = mesh_of(shape)
-        assembly = assemble(config, distilbert.FAMILY, student, teacher, mesh, 4)
+        assembly = assemble(config, distilbert.FAMILY, student, [teacher], mesh, 4)
         state = assembly.init(jax.tree.map(jnp.asarray, params))
         teachers = assembly.place(assembly.teachers(teacher_params))
         step = assembly.jitted(state, teachers)
@@ -158,8 +160,8 @@ def test_relations_by_their_definition_on_every_mesh(wide, vocabulary, x64):
     labelled = mask_tokens(keys, batch, vocabulary, config.masking)
     given = [labelled[name] for name in ("input_ids", "segment_ids", "position_ids")]
     parts = []
-    for graph, tree, layers in ((assembly.graph, params, 2), (assembly.teacher_graph,
-                                                              teacher_params, 3)):
+    for graph, tree, layers in ((assembly.graph, params, 2),
+                                (assembly.teacher_graphs["teacher"], teacher_params, 3)):
         x = np.asarray(nnx.merge(graph, tree)(*given, want=(layers - 1,)).hidden[layers - 1])
         attention = tree["layers"][layers - 1]["attention"]
         parts.append([x @ attention[name]["kernel"] + attention[name]["bias"]

@@ -126,7 +126,7 @@ def test_six_updates_equal_torch(task, taught, torch_task, tmp_path, x64):
         target = torch_logits(torch_task("bert", task, seed=2), data).detach()
         given = target.numpy()
     shape = dataclasses.replace(found.config, hidden_dropout=0.0, attention_dropout=0.0)
-    assembly = assemble(CONFIG, found.family, shape, shape if taught else None, mesh_of("1x1"), 6)
+    assembly = assemble(CONFIG, found.family, shape, [shape] if taught else [], mesh_of("1x1"), 6)
     state = assembly.init(assembly.cast(params))
     batch = rows_of(data, lay(LENGTHS, 16), 16, 8, given) | {
         "row": np.arange(3, dtype=np.int32), "epoch": np.zeros(3, np.int32)}
@@ -168,8 +168,8 @@ def taken(model, data, rows, length, mesh="1x1", alphas=None, given=None, **conf
     """Loss, gradient norm and new parameters of one update."""
     shape, params = model
     settings = dataclasses.replace(CONFIG, alphas=alphas or CONFIG.alphas, **config)
-    teacher = shape if given is not None else None
-    assembly = assemble(settings, FAMILIES["bert"].for_task("classify"), shape, teacher,
+    teachers = [shape] if given is not None else []
+    assembly = assemble(settings, FAMILIES["bert"].for_task("classify"), shape, teachers,
                         mesh_of(mesh), 6)
     state = assembly.init(assembly.cast(params))
     batch = rows_of(data, rows, length, 6, given) | {

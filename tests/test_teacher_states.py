@@ -55,11 +55,11 @@ class Pieces:
     """A run's parts before its training, and its batches once states are kept."""
 
     def __init__(self, config, mesh="1x1", teacher_digest=64 * "a"):
-        mesh, teacher = mesh_of(mesh), hub.load(config.teacher)
-        tokenizer = load_tokenizer(config.teacher, teacher.config.vocab_size)
+        mesh, teacher = mesh_of(mesh), hub.load(config.teacher[0])
+        tokenizer = load_tokenizer(config.teacher[0], teacher.config.vocab_size)
         self.setup = read_data(config, mesh, tokenizer, {"--teacher": teacher_digest})
         family, shape = student_shape(config, teacher.family, teacher.config)
-        self.assembly = assemble(config, family, shape, teacher.config, mesh, 4)
+        self.assembly = assemble(config, family, shape, [teacher.config], mesh, 4)
         self.teachers = self.assembly.place(self.assembly.teachers(teacher.params))
         self.start = self.assembly.cast(student_params(teacher.params, [0], True, False))
         self.states = TeacherStates(self.setup, self.assembly, self.teachers)
@@ -85,7 +85,7 @@ class Pieces:
     def _live(self):
         config = dataclasses.replace(self.setup.config, kept_maskings=0)
         family, teacher = self._teacher
-        return assemble(config, family, student_shape(config, family, teacher)[1], teacher,
+        return assemble(config, family, student_shape(config, family, teacher)[1], [teacher],
                         self.setup.mesh, 4).gradients
 
 
@@ -304,7 +304,7 @@ def test_other_states_and_damaged_ones_are_refused(settings, tmp_path, monkeypat
 def test_what_cannot_be_kept(more, message, settings, toy):
     teacher = hub.load(str(toy / "teacher"))
     with pytest.raises(UserError, match=message):
-        check_job(settings(**more), teacher.family, teacher.config)
+        check_job(settings(**more), teacher.family, [teacher.config])
 
 
 def test_an_ablation_keeps_the_states_of_each_run_apart():

@@ -32,7 +32,7 @@ STEPS = 7
 @dataclasses.dataclass(frozen=True)
 class Job:
     run: loop.Run
-    shapes: tuple  # of student and teacher
+    shapes: tuple  # of student and teachers
     params: dict  # NumPy
     teachers: dict
 
@@ -70,11 +70,11 @@ def job(tiny_model, batch_of, vocabulary):
         config=config, steps=STEPS, settings={"--seed": 56}, output=Path(),
         batches=PackedBatches(rows, config.seed, 8),
         vocabulary=vocabulary, label="test",
-        assembly=assemble(config, distilbert.FAMILY, student, teacher, mesh_of("8x1"), STEPS),
+        assembly=assemble(config, distilbert.FAMILY, student, [teacher], mesh_of("8x1"), STEPS),
         evaluate=lambda params: {"mlm_loss": float(abs(params["mlm_head"]["bias"]).sum())})
     params, teacher_params = jax.tree.map(
         aligned, (student_params(teacher_params, [1]), teacher_params))
-    return Job(run, (student, teacher), params, place({"teacher": teacher_params}, "8x1"))
+    return Job(run, (student, [teacher]), params, place({"teacher": teacher_params}, "8x1"))
 
 
 def aligned(x):

@@ -25,6 +25,7 @@ from distilbert_jax.training.labels import vocabulary as vocabulary_of
 from distilbert_jax.training.losses import LOSSES
 from distilbert_jax.training.objective import (
     Objective,
+    Pair,
     at_masked,
     loss_counts,
     observe,
@@ -38,7 +39,7 @@ label_keys = jax.jit(lambda key, batch: jax.vmap(jax.random.split)(row_keys(key,
 TOLERANCE = {"float32": 2e-5, "float64": 1e-9}
 OBJECTIVES = {
     restrict: Objective(weights={"ce": 5.0, "mlm": 2.0, "cos": 1.0, "mse": 0.1, "hidden": 3.0},
-                        layer_map=((0, 1), (2, 0)), restrict_ce_to_mask=restrict)
+                        pairs=(Pair(layer_map=((0, 1), (2, 0))),), restrict_ce_to_mask=restrict)
     for restrict in (False, True)}
 ROWS = [[16], [11], [7], [14], [5], [16]]  # one document each, as torch has no packing
 
@@ -73,8 +74,7 @@ def torch_losses(teacher, student, batch, objective):
         return ((x - y) ** 2).sum(-1) / (y ** 2).sum(-1)
 
     return {
-        "hidden": sum(relative_error(*pair).mean() for pair in objective.layer_map) / len(
-            objective.layer_map),
+        "hidden": sum(relative_error(*both).mean() for both in objective.pairs[0].layer_map) / 2,
         "ce": tau**2 * nn.KLDivLoss(reduction="batchmean")(
             (logits / tau).log_softmax(-1), (soft / tau).softmax(-1)),
         "mlm": nn.CrossEntropyLoss(ignore_index=-100)(
@@ -112,7 +112,7 @@ def assert_gradients(teacher, student, batch, objective, dtype, expected):
         student = nnx.merge(graphdef(config, dtype, dtype), params)
         teacher = nnx.merge(graphdef(teacher_config, dtype, dtype), teacher_params)
         counts = loss_counts(batch, objective)
-        value, means = total_loss(student, teacher, batch, objective, counts, {})
+        value, means = total_loss(student, [teacher], batch, objective, counts, {})
         return value, total(means, objective)
 
     with jax.enable_x64(dtype == "float64"):
@@ -277,9 +277,9 @@ def test_a_finite_loss_with_an_infinite_gradient_is_skipped(x64, problem, vocabu
         return x
 
     spoil.defvjp(lambda x: (x, None), lambda _, g: (g * jnp.inf,))
-    graphs = (graphdef(c, "float64", "float64") for c in (problem.student, problem.teacher))
+    own, theirs = (graphdef(c, "float64", "float64") for c in (problem.student, problem.teacher))
     tx = make_optimizer(TrainConfig(), 3)
-    step = make_train_step(*graphs, tx, Objective(weights={"cos": 1.0}), masked())
+    step = make_train_step(own, {"teacher": theirs}, tx, Objective(weights={"cos": 1.0}), masked())
     state = dataclasses.replace(problem, tx=tx).state()
     row = LOSSES["cos"]
     with pytest.MonkeyPatch.context() as patch:
@@ -301,7 +301,8 @@ EMPTY = {  # rows of a batch with too little in them
 
 @pytest.mark.parametrize("restrict", OBJECTIVES)
 def test_little_in_a_batch_is_finite(restrict, x64, problem, vocabulary, batch_of):
-    objective = dataclasses.replace(OBJECTIVES[restrict], layer_map=((0, 0), (1, 2)))
+    objective = dataclasses.replace(
+        OBJECTIVES[restrict], pairs=(Pair(layer_map=((0, 0), (1, 2))),))
     step = jax.jit(dataclasses.replace(problem, objective=objective).step())
     for what, rows in EMPTY.items():
         after, metrics = step(problem.state(), problem.teachers, vocabulary,
@@ -346,7 +347,7 @@ def predict(graph, params, batch):
 def test_without_a_teacher_it_is_masked_language_modelling(x64, problem, vocabulary):
     graph = graphdef(problem.student, "float64", "float64")
     step = make_train_step(
-        graph, None, optax.sgd(0.1), Objective(weights={"mlm": 1.0}), masked())
+        graph, {}, optax.sgd(0.1), Objective(weights={"mlm": 1.0}), masked())
     state = dataclasses.replace(problem, tx=optax.sgd(0.1)).state()
     _, metrics = jax.jit(step)(state, {}, vocabulary, problem.batches[0])
     assert set(metrics) == {"mlm", "loss", "grad_norm", "tokens", "skipped"}
@@ -427,7 +428,8 @@ def test_frozen_parameters_stay_and_count_in_no_norm(x64, problem, vocabulary):
     state = dataclasses.replace(problem, tx=tx).state()
 
     def run(frozen):
-        step = make_train_step(*graphs, tx, problem.objective, masked(), frozen=frozen)
+        step = make_train_step(graphs[0], {"teacher": graphs[1]}, tx, problem.objective, masked(),
+                               frozen=frozen)
         return jax.jit(step)(state, problem.teachers, vocabulary, problem.batches[0])
 
     (after, metrics), (_, free) = run(frozen), run(())
@@ -450,10 +452,10 @@ def total_of(problem, graphs, state, positions, vocabulary):
     batch = jax.tree.map(jnp.asarray, problem.batches[0])
     labelled = mask_tokens(jax.vmap(jax.random.split)(row_keys(state.key, batch))[:, 0], batch,
                            jax.tree.map(jnp.asarray, vocabulary), Masking())
-    models = [nnx.merge(graph, params) for graph, params in zip(
-        graphs, jax.tree.map(jnp.asarray, (student, problem.teacher_params)), strict=True)]
+    own, teacher = (nnx.merge(graph, params) for graph, params in zip(
+        graphs, jax.tree.map(jnp.asarray, (student, problem.teacher_params)), strict=True))
     counts = loss_counts(labelled, problem.objective)
-    return total_loss(*models, labelled, problem.objective, counts, {})[0]
+    return total_loss(own, [teacher], labelled, problem.objective, counts, {})[0]
 
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
@@ -476,9 +478,9 @@ def test_pmap_takes_the_same_update_as_the_mesh_8x1(x64, problem, vocabulary):
 
     def gradients(params, batch):
         def loss(params):
-            models = [nnx.merge(graph, own) for graph, own in zip(
-                graphs, (params, teacher), strict=True)]
-            return total_loss(*models, batch, problem.objective, counts, {})[0]
+            own, theirs = (nnx.merge(graph, each) for graph, each in zip(
+                graphs, (params, teacher), strict=True))
+            return total_loss(own, [theirs], batch, problem.objective, counts, {})[0]
         return jax.lax.psum(jax.value_and_grad(loss)(params), "data")
 
     rows = jax.tree.map(lambda x: x.reshape(8, 1, *x.shape[1:]), labelled)

@@ -3,6 +3,7 @@
 import functools
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ TEMPERATURE = 2.0
 
 
 def dense_losses(
-    student: Head, teacher: Head | None, targets: Targets, terms: Terms, _: float
+    student: Head, teachers: Sequence[tuple[float, Head]], targets: Targets, terms: Terms, _: float
 ) -> tuple[Float[Array, ""], Figures]:
     """Compute what fused_losses computes from all logits at once, by the rows' definitions."""
     def logits(head: Head) -> Float[Array, "B T V"]:
@@ -27,11 +28,11 @@ def dense_losses(
             "BTD,VD->BTV", head.states, embedding, preferred_element_type=wide)
 
     ours = logits(student)
-    theirs = None if teacher is None else jax.lax.stop_gradient(logits(teacher))
+    theirs = [(share, jax.lax.stop_gradient(logits(head))) for share, head in teachers]
     means = {}
     for name, term in terms.items():
         value = (term.sum(ours, targets.labels, targets.label_weights) if name == "mlm" else
-                 term.sum(ours, theirs, targets.soft_weights))
+                 sum(share * term.sum(ours, each, targets.soft_weights) for share, each in theirs))
         means[name] = value / term.weight
     return sum(terms[name].factor * mean for name, mean in means.items()), means
 
@@ -58,7 +59,7 @@ def compare(
             terms = {"ce": Term(5.0, targets.soft_weights.sum(), ce_sum),
                      "mlm": Term(2.0, targets.label_weights.sum(), losses.mlm_sum)}
             return jax.value_and_grad(function, has_aux=True)(
-                student, teacher, targets, terms, TEMPERATURE)
+                student, [(1.0, teacher)], targets, terms, TEMPERATURE)
 
         calls[name] = jax.jit(step).lower(*shapes).compile()
     found = {name: {"bytes": float(call.memory_analysis().temp_size_in_bytes)}

@@ -61,7 +61,7 @@ class OurSide:
         self._grid = Grid(problem.examples, config.batch_size, steps, config.seed,
                           self._mesh.shape["data"], problem.vectors)
         assembly = assemble(config, FAMILIES[problem.model_type], problem.shape,
-                            problem.teacher, self._mesh, steps)
+                            [problem.teacher] if problem.teacher else [], self._mesh, steps)
         state = assembly.init(assembly.cast(problem.params))
         self._assembly, self._state = assembly, place(state, shardings(state, self._mesh))
         self._step = assembly.jitted(self._state, {})

@@ -85,7 +85,7 @@ class Ours:
         rows_each(config, mesh)  # or an error
         self.devices, self.platform = mesh.size, jax.default_backend()
         assembly = assemble(
-            config, distilbert.FAMILY, problem.student, problem.teacher, mesh, config.steps)
+            config, distilbert.FAMILY, problem.student, [problem.teacher], mesh, config.steps)
         teacher = jax.device_get(init_params(problem.teacher, config.seed))
         self.start = student_params(teacher, choose_layers(
             str(problem.student.num_hidden_layers), problem.teacher.num_hidden_layers))

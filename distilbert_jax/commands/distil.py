@@ -46,7 +46,7 @@ def run(config: DistilConfig) -> Path:
     if teacher := _teacher(config):
         config = dataclasses.replace(config, teacher=store.join(teacher.output, "model"))
         # Before the minutes that the teacher takes.
-        check_job(config, bert.FAMILY, scratch_shape(teacher))
+        check_job(config, bert.FAMILY, [scratch_shape(teacher)])
         pretrain(teacher)
     return distil(config)
 
@@ -54,9 +54,10 @@ def run(config: DistilConfig) -> Path:
 def forecast(config: DistilConfig) -> str:
     """What the update would take on the TPU of --compile-only: see jobs.forecast."""
     if config.teacher:
-        return compile_only(config, *load_shape(config.teacher))
+        families, shapes = zip(*map(load_shape, config.teacher), strict=True)
+        return compile_only(config, families[0], shapes)
     teacher = _teacher(config)
-    return compile_only(config, bert.FAMILY, scratch_shape(teacher) if teacher else bert.BASE)
+    return compile_only(config, bert.FAMILY, [scratch_shape(teacher) if teacher else bert.BASE])
 
 
 def _teacher(config: DistilConfig) -> PretrainConfig | None:

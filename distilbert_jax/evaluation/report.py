@@ -48,6 +48,12 @@ def model_row(
             retention, f"{latency:.2f}")
 
 
+def names(folders: Sequence[str]) -> str:
+    """The names of models, without their places: a, b and c."""
+    *others, last = (Path(folder).name for folder in folders)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def between(pair: Sequence[float] | None) -> str:
     """The ends of an interval of shares, in per cent."""
     return "not defined" if pair is None else f"{100 * pair[0]:.2f} to {100 * pair[1]:.2f}"

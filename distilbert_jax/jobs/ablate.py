@@ -89,7 +89,7 @@ def _data(config: AblationConfig) -> tuple[str, ...]:
     """The corpus, prepared once: the word that names it for all runs."""
     folder = store.join(config.output, "data")
     with report.counting("prepare") as progress:
-        prepare(config, load_tokenizer(config.teacher, None), folder, progress)
+        prepare(config, load_tokenizer(config.teacher[0], None), folder, progress)
     return config.corpus if is_prepared(config.corpus) else (folder,)
 
 
@@ -136,10 +136,11 @@ def _page(
                 "better" if gap > 0 else "worse") + ".")
     columns = ("row", "start", "top-1 [%]", "min to max", "kept [%]", f"over {first} [points]",
                "M tokens", "min")
-    return (f"# Ablation of {Path(config.teacher).name}\n\n{report.table(rows, columns)}\n\n"
+    return (f"# Ablation of {report.names(config.teacher)}\n\n{report.table(rows, columns)}\n\n"
             f"{config.seeds} seed(s), medians; differences are means over pairs of one seed, with "
             f"{LEVEL:.0%} intervals by Student's t; held-out top-1 of {found[0]['masked']:,.0f} "
-            f"masked tokens, of which the teacher guesses {teacher:.2%}.\n\n"
+            f"masked tokens, of which the {'first ' * (len(config.teacher) > 1)}teacher guesses "
+            f"{teacher:.2%}.\n\n"
             + "\n".join(said) + f"\n\n![ablation](ablation.png)\n\n`{content['command']}`\n\n"
             f"{content['versions']}\n")
 

@@ -1,4 +1,4 @@
-"""Distil a teacher: settings → student folder, figures and report.
+"""Distil a teacher, or several: settings → student folder, figures and report.
 
 Everything that can be wrong is checked before the first file is written.
 """
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from distilbert_jax.benchmark.latency import latencies
 from distilbert_jax.config import DistilConfig
 from distilbert_jax.data import sources
-from distilbert_jax.data.tokenize import load_tokenizer
+from distilbert_jax.data.tokenize import load_tokenizer, spec
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import report
 from distilbert_jax.evaluation.held_out import top1_intervals
@@ -43,14 +43,14 @@ from distilbert_jax.machine.seal import fingerprint
 from distilbert_jax.machine.sharding import first_process_first, to_host
 from distilbert_jax.models import hub, student
 from distilbert_jax.models.start import init_params
-from distilbert_jax.training.assemble import Assembly, assemble, jitted_eval_step
+from distilbert_jax.training.assemble import TEACHER, Assembly, assemble, jitted_eval_step
 from distilbert_jax.training.metrics_log import read_metrics
 
 Judged = tuple[dict[str, float], dict[str, np.ndarray]]  # figures, and the counts of each row
 
 
 def distil(config: DistilConfig) -> Path:
-    """Distil `config.teacher` and leave student, figures and report in `config.output`.
+    """Distil the teachers of `config` and leave student, figures and report in `config.output`.
 
     Returns:
         The folder of the exported student.
@@ -63,36 +63,61 @@ def distil(config: DistilConfig) -> Path:
         raise UserError("--teacher is missing: give a Hugging Face folder (or start without "
                         "any flag for the quickstart)")
     check_ship(config)
-    teacher = hub.load(config.teacher)
-    if not teacher.config.mlm_head:
-        raise UserError(f"{config.teacher} has no masked-language-model head to distil from; "
-                        f"train one: distilbert-jax pretrain --model {config.teacher} ...")
-    settings = config.meaning() | {"--teacher": fingerprint(teacher.params)}
+    given = [_teacher(name) for name in config.teacher]
+    settings = config.meaning() | {"--teacher": fingerprint(given[0].params)}
+    if len(given) > 1:
+        settings |= {"--teacher": [fingerprint(each.params) for each in given],
+                     "--teacher-weights": [f"{share:.9g}" for share in config.shares]}
     own = _own_start(config)
     if own:
         settings["--student"] = fingerprint(own)
-    mesh = check_job(config, teacher.family, teacher.config, settings)
-    check_folder(config.output, "student", "checkpoints",
-                 {"--teacher": config.teacher, "--student": config.student})
+    mesh = check_job(config, given[0].family, [each.config for each in given], settings)
+    for name in config.teacher:
+        check_folder(config.output, "student", "checkpoints",
+                     {"--teacher": name, "--student": config.student})
+    _check_tokenizers(config, given)
     if config.greedy:
         check_kept(config.output)
     with hold(config.output):
-        return _distil(config, teacher, own, mesh, settings)
+        return _distil(config, given, own, mesh, settings)
 
 
-def _distil(config: DistilConfig, teacher: hub.Pretrained, own: dict[str, Any], mesh: Mesh,
+def _teacher(name: str) -> hub.Pretrained:
+    """The teacher in a folder, or on the hub, of this name."""
+    found = hub.load(name)
+    if not found.config.mlm_head:
+        raise UserError(f"{name} has no masked-language-model head to distil from; "
+                        f"train one: distilbert-jax pretrain --model {name} ...")
+    return found
+
+
+def _check_tokenizers(config: DistilConfig, given: list[hub.Pretrained]) -> None:
+    """Raise a UserError unless all teachers have the tokenizer of the first."""
+    if len(given) < 2:
+        return
+    first, *others = (
+        spec(load_tokenizer(name, teacher.config.vocab_size)).fingerprint
+        for name, teacher in zip(config.teacher, given, strict=True))
+    for name, found in zip(config.teacher[1:], others, strict=True):
+        if found != first:
+            raise UserError(f"--teacher {config.teacher[0]} and {name} have different tokenizers: "
+                            "a student learns the words of one, so give teachers that share it")
+
+
+def _distil(config: DistilConfig, given: list[hub.Pretrained], own: dict[str, Any], mesh: Mesh,
             settings: dict[str, Any]) -> Path:
-    """Distil in a folder that is held; `own` is the student's start if it is not the teacher's."""
-    setup = read_data(config, mesh, load_tokenizer(config.teacher, teacher.config.vocab_size),
+    """Distil in a folder that is held; `own` is the student's start if it is not a teacher's."""
+    teacher = given[0]
+    setup = read_data(config, mesh, load_tokenizer(config.teacher[0], teacher.config.vocab_size),
                       settings)
     family, shape = student_shape(config, teacher.family, teacher.config)
-    assembly = assemble(config, family, shape, teacher.config, mesh, setup.steps)
+    assembly = assemble(config, family, shape, [each.config for each in given], mesh, setup.steps)
 
-    teachers = assembly.place(assembly.teachers(teacher.params))
+    teachers = assembly.place(assembly.teachers(*(each.params for each in given)))
     layers = student.choose_layers(config.student_layers, teacher.config.num_hidden_layers)
     removals = {}
     if config.greedy and len(layers) < teacher.config.num_hidden_layers:
-        removals = _remove_layers(setup, assembly, teacher, teachers["teacher"], len(layers))
+        removals = _remove_layers(setup, assembly, teacher, teachers[TEACHER], len(layers))
         layers = removals["removals"][-1]["left"]
         setup = dataclasses.replace(
             setup, settings=setup.settings | {"layers of --choose": layers})
@@ -108,16 +133,23 @@ def _distil(config: DistilConfig, teacher: hub.Pretrained, own: dict[str, Any], 
     trained, updates = setup.train(assembly, start, teachers, "distil", batches)
 
     folder = store.local(config.output) / "student"
-    alone = jitted_eval_step(assembly.graph, None, mesh)
-    figures = _figures(setup.judged(assembly.eval_step, teachers, trained),
-                       setup.judged(alone, {}, assembly.place(start)))
+    alone = {"student at start": (assembly.graph, assembly.place(start))} | {
+        name: (graph, teachers[name]) for name, graph in assembly.teacher_graphs.items()
+        if name != TEACHER}
+    figures = _figures(
+        setup.judged(assembly.eval_step, teachers, trained),
+        {name: setup.judged(jitted_eval_step(graph, None, mesh), {}, params)
+         for name, (graph, params) in alone.items()})
     trained = to_host(trained)
     with first_process_first():
         if jax.process_index() == 0:
             export(folder, trained, shape, family, setup.tokenizer,
                    _card(setup, _origin(config, layers), figures["student"], trained, updates))
-            _write_report(setup, assembly, (trained, start, teacher.params), updates, figures,
-                          removals, states)
+            models = {name: (graph, each.params) for (name, graph), each in zip(
+                assembly.teacher_graphs.items(), given, strict=True)}
+            models |= {"student": (assembly.graph, trained),
+                       "student at start": (assembly.graph, start)}
+            _write_report(setup, assembly, models, updates, figures, removals, states)
             store.upload(config.output, "student", *REPORTS, "report.json", "losses.png")
             if config.ship:
                 ship_held_out(folder, setup)
@@ -125,17 +157,22 @@ def _distil(config: DistilConfig, teacher: hub.Pretrained, own: dict[str, Any], 
     return folder
 
 
-def _figures(student: Judged, start: Judged) -> dict[str, dict[str, Any]]:
-    """Held-out figures of each model in the report, with their intervals."""
-    (found, rows), (before, own) = student, start
+def _figures(student: Judged, alone: dict[str, Judged]) -> dict[str, dict[str, Any]]:
+    """Held-out figures of each model in the report, with their intervals.
+
+    Args:
+        student: judged beside the first teacher.
+        alone: other models by name, judged by themselves on the same rows.
+    """
+    found, rows = student
     ends = top1_intervals(rows["masked"], {
-        "teacher": rows["teacher_correct"], "student": rows["correct"],
-        "student at start": own["correct"]})
+        TEACHER: rows["teacher_correct"], "student": rows["correct"],
+        **{name: counts["correct"] for name, (_, counts) in alone.items()}})
     if "retention" not in found:  # nor, then, has it an interval
         ends = {name: {"top1_interval": pair["top1_interval"]} for name, pair in ends.items()}
-    teacher = {name: found[f"teacher_{name}"] for name in ("top1", "perplexity")}
-    return {name: figures | ends[name] for name, figures in {
-        "teacher": teacher, "student": found, "student at start": before}.items()}
+    every = {TEACHER: {name: found[f"teacher_{name}"] for name in ("top1", "perplexity")},
+             "student": found} | {name: own for name, (own, _) in alone.items()}
+    return {name: figures | ends[name] for name, figures in every.items()}
 
 
 def _remove_layers(setup: Setup, assembly: Assembly, teacher: hub.Pretrained,
@@ -218,7 +255,7 @@ def _card(setup: Setup, origin: str, figures: dict[str, Any], params: dict[str, 
     config, standing = setup.config, setup.standing(updates)
     weights = ", ".join(f"{name} {weight}" for name, weight in config.alphas.items() if weight)
     text = (
-        f"Distilled by distilbert_jax from `{Path(config.teacher).name}`. "
+        f"Distilled by distilbert_jax from {_teachers(config)}. "
         f"{' '.join(filter(None, (origin, standing)))}\n\n"
         f"- parameters: {report.count_parameters(params):,}\n"
         f"- {report.held_out_line(figures)}\n"
@@ -226,33 +263,39 @@ def _card(setup: Setup, origin: str, figures: dict[str, Any], params: dict[str, 
         f"- losses: {weights}; temperature {config.temperature}\n"
         f"- {report.versions()}")
     return card("fill-mask", f"A student of {len(params['layers'])} layers", text,
-                folder="student", origin=config.teacher,
+                folder="student", origin=config.teacher[0],
                 mask=setup.tokenizer.mask_token,
                 results=held_out_results(figures))
 
 
+def _teachers(config: DistilConfig) -> str:
+    """The teachers' names in words, with the share of each of several."""
+    shares = zip(config.teacher, config.shares, strict=True)
+    if len(config.teacher) == 1:
+        return f"`{Path(config.teacher[0]).name}`"
+    return ", ".join(f"`{Path(name).name}` (weight {share:.3g})" for name, share in shares)
+
+
 def _write_report(
-    setup: Setup, assembly: Assembly,
-    params: tuple[dict[str, Any], ...], updates: int, figures: dict[str, dict[str, Any]],
-    removals: dict[str, Any], states: TeacherStates | None,
+    setup: Setup, assembly: Assembly, models: dict[str, tuple[nnx.GraphDef, dict[str, Any]]],
+    updates: int, figures: dict[str, dict[str, Any]], removals: dict[str, Any],
+    states: TeacherStates | None,
 ) -> None:
     """Print the result, and write the report, report.json and losses.png."""
     config, output = setup.config, store.local(setup.config.output)
-    trained, start, teacher = params
-    models = {"teacher": (assembly.teacher_graph, teacher), "student": (assembly.graph, trained),
-              "student at start": (assembly.graph, start)}
     speed = latencies(models, config.sequence_length)
     last = figures["student"]
     whole = last["teacher_top1"] if "retention" in last else None
     text = report.table([report.model_row(name, params, figures[name], whole, speed[name])
                          for name, (_, params) in models.items()])
     cosine = f"cosine of the last hidden states {last['cosine']:.4f}, " if "cosine" in last else ""
-    against = (f"Against the teacher: KL {last['kl']:.4f} nats per masked token, {cosine}latency "
-               f"{speed['teacher'] / speed['student']:.2f} times lower.")
+    first = "first " if len(config.teacher) > 1 else ""
+    against = (f"Against the {first}teacher: KL {last['kl']:.4f} nats per masked token, {cosine}"
+               f"latency {speed['teacher'] / speed['student']:.2f} times lower.")
     if whole is None:
         against += f" Retention is {report.retention(last)}."
     metrics = read_metrics(config.output, updates)
-    setup.plot(last, updates, f"{Path(config.teacher).name} → student")
+    setup.plot(last, updates, f"{report.names(config.teacher)} → student")
     example = _example(setup, models)
     seconds = metrics[-1]["seconds"] if metrics else 0.0
     tokens = setup.batches.tokens_before(updates)
@@ -261,6 +304,8 @@ def _write_report(
              f"same rows of both models. Latency: {config.sequence_length} tokens, "
              f"batch 1, {assembly.dtype}, median of 30. Trained {updates:,} updates on "
              f"{tokens:,} tokens in {seconds / 60:.1f} min.")
+    if first:
+        where += f" Teachers in their order: {_teachers(config)}; retention is against the first."
     if standing := setup.standing(updates):
         where = f"{standing} {where}"
     if states:
@@ -275,7 +320,7 @@ def _write_report(
         "settings": setup.settings, "versions": report.versions()})
     chosen = f"## Layers\n\n{_describe_removals(removals)}\n\n" if removals else ""
     write_report(
-        output, f"# Distillation of {Path(config.teacher).name}\n\n{text}\n\n{against}\n\n"
+        output, f"# Distillation of {report.names(config.teacher)}\n\n{text}\n\n{against}\n\n"
         f"{where}\n\n![losses](losses.png)\n\n{chosen}## Fill-mask\n\n{example}\n\n"
         f"## Provenance\n\n`{report.call()}`\n\n{report.versions()}\n")
     plot, page, folder = (store.join(config.output, name) for name in (
@@ -285,7 +330,7 @@ def _write_report(
 
 
 def _example(setup: Setup, models: dict[str, tuple[nnx.GraphDef, dict[str, Any]]]) -> str:
-    """Both models fill one hidden token of the first held-out document that has one to hide."""
+    """Teachers and student fill one hidden token of the first held-out document that has one."""
     tokenizer, valid = setup.tokenizer, setup.data.valid
     for row in range(min(len(valid), EVALUATION_ROWS)):
         ids = np.array(valid.rows[row][:valid.segments[row][0]], np.int32)
@@ -298,8 +343,10 @@ def _example(setup: Setup, models: dict[str, tuple[nnx.GraphDef, dict[str, Any]]
     truth, ids[position] = tokenizer.decode([int(ids[position])]), tokenizer.mask_token_id
     lines = [f"    {tokenizer.decode(ids[max(1, position - 20):position + 21])}", "",
              f"hidden: {truth}", ""]
-    for name in ("teacher", "student"):
-        answers = fill_mask(*models[name], ids, position)
+    for name, model in models.items():
+        if name == "student at start":
+            continue
+        answers = fill_mask(*model, ids, position)
         lines.append(f"- {name}: " + ", ".join(
             f"{tokenizer.decode([word])} ({share:.1%})" for word, share in answers))
     return "\n".join(lines)

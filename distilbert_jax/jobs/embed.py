@@ -103,7 +103,7 @@ def embed(config: EmbedConfig) -> Path:
 
 def _check(config: EmbedConfig, teacher: Named, start: Named) -> None:
     """Raise a UserError for losses that do not fit the models, or files that would be lost."""
-    objective = Objective.of(config, start.shape, teacher.shape)
+    objective = Objective.of(config, start.shape, [teacher.shape])
     if objective.mapped and not teacher.reads_as(start):
         raise UserError(f"--alpha-{objective.mapped[0]} compares states token by token, and "
                         "--student has another tokenizer, prompt or length than --teacher: give 0")
@@ -127,7 +127,7 @@ def _distil(job: Job, layers: list[int]) -> Path:
     examples = start.examples(job.sentences.train, config.max_length)
     given = _teacher_vectors(job, examples)
     steps = config.steps or max(1, math.ceil(config.epochs * len(examples) / config.batch_size))
-    assembly = assemble(config, start.family, start.shape, job.teacher.shape, job.mesh, steps)
+    assembly = assemble(config, start.family, start.shape, [job.teacher.shape], job.mesh, steps)
     grid = Grid(examples, config.batch_size, steps, config.seed,
                 job.mesh.shape["data"] * config.accumulate, given)
     say(f"{len(layers)} layers with {report.count_parameters(start.params):,} parameters; "
@@ -139,7 +139,7 @@ def _distil(job: Job, layers: list[int]) -> Path:
               vocabulary=None, label="embed", assembly=assembly,
               evaluate=_evaluator(job, assembly, start), describe=embed_report.line)
     teachers = {}
-    if assembly.teacher_graph:
+    if assembly.teacher_graphs:
         teachers = assembly.place(assembly.teachers(job.teacher.params))
     state = train(run, assembly.init(assembly.cast(start.params)), teachers)
     trained = dataclasses.replace(start, params=to_host(state.params["student"]))

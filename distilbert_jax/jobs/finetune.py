@@ -108,7 +108,7 @@ def _student_layers(config: FinetuneConfig, start: hub.Pretrained, teacher: hub.
     layers = student.choose_layers(wish, own)
     if config.taught:
         shape = dataclasses.replace(start.config, num_hidden_layers=len(layers))
-        Objective.of(config, shape, teacher.config)
+        Objective.of(config, shape, [teacher.config])
     return layers
 
 
@@ -170,8 +170,8 @@ def _train(job: Job, source: hub.Pretrained, layers: list[int], seed: int, role:
     refuse_other_run(folder, settings)
     done = _finished(folder, settings)
     if done is None:
-        assembly = assemble(config, source.family, shape, lessons.teacher.config if lessons else
-                            None, job.mesh, steps)
+        assembly = assemble(config, source.family, shape,
+                            [lessons.teacher.config] if lessons else [], job.mesh, steps)
         grid = Grid(examples, config.batch_size, steps, config.seed,
                     job.mesh.shape["data"] * config.accumulate, lessons and lessons.answers)
         run = Run(
@@ -220,7 +220,7 @@ def _trained(job: Job, run: Run, source: hub.Pretrained, shape: EncoderConfig,
     """Train, export to OUTPUT/seed-S/ROLE/model, and return the seconds that it took."""
     folder, assembly = Path(run.output), run.assembly
     teachers = {}
-    if assembly.teacher_graph:
+    if assembly.teacher_graphs:
         teachers = assembly.place(assembly.teachers(lessons.teacher.params))
     folder.mkdir(parents=True, exist_ok=True)
     state = train(run, assembly.init(assembly.cast(params)), teachers)

@@ -7,6 +7,7 @@ prove that the program compiles, is divided and fits; times are rooflines, not m
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -42,12 +43,14 @@ class Compiled:
     program: Any  # None if it does not fit
 
 
-def compile_only(config: DistilConfig, family: Family, teacher: EncoderConfig) -> str:
+def compile_only(
+    config: DistilConfig, family: Family, teachers: Sequence[EncoderConfig]
+) -> str:
     """Compile the update that `config` asks for, for the chips of `config.compile_only`.
 
     Args:
-        config: as for distil; corpus and teacher need not be there.
-        family, teacher: of the teacher; its shape is enough.
+        config: as for distil; corpus and teachers need not be there.
+        family: of the first teacher; teachers: their shapes are enough.
 
     Returns:
         Markdown: memory of a chip, operations, traffic, kernels and exchanges with their times,
@@ -57,14 +60,15 @@ def compile_only(config: DistilConfig, family: Family, teacher: EncoderConfig) -
         UserError: it does not fit, with the micro-batch that does; or settings, teacher and
             topology do not go together; or the compiler is not installed.
     """
-    check(config, "sequence_length", config.sequence_length <= teacher.positions,
-          f"is beyond the model's {teacher.positions} positions")
+    positions = min(teacher.positions for teacher in teachers)
+    check(config, "sequence_length", config.sequence_length <= positions,
+          f"is beyond the model's {positions} positions")
     check(config, "dtype", config.dtype != "float64", "is not forecast: the peaks that are known "
           "are those of bfloat16")
     chip, devices = topology(config.compile_only)
     check(config, "dtype", not chip.card or config.dtype != "float32", "is not forecast for GPUs: "
           "the peaks that are known are those of bfloat16")
-    step = _Step(config, family, teacher, chip, devices)
+    step = _Step(config, family, teachers, chip, devices)
     asked = step.compile(step.rows)
     best = step.largest(asked)
     if asked.program is None:
@@ -80,23 +84,24 @@ def compile_only(config: DistilConfig, family: Family, teacher: EncoderConfig) -
 class _Step:
     """The update that is asked for, on a mesh of chips."""
 
-    def __init__(self, config: DistilConfig, family: Family, teacher: EncoderConfig, chip: Chip,
-                 devices: Any):
-        self.config, self.teacher, self.chip = config, teacher, chip
-        self.family, self.student = student_shape(config, family, teacher)
+    def __init__(self, config: DistilConfig, family: Family, shapes: Sequence[EncoderConfig],
+                 chip: Chip, devices: Any):
+        """`shapes` are those of the teachers, the first of which is of this family."""
+        self.config, self.shapes, self.chip = config, shapes, chip
+        self.family, self.student = student_shape(config, family, shapes[0])
         self.mesh = make_mesh(config.mesh, devices)
         self.rows = rows_each(config, self.mesh)
         self.steps = _steps(config)
         assembly = self._assemble(config)
         self.dtype = assembly.dtype
         self.state = jax.eval_shape(assembly.init, abstract_params(self.student))
-        whole = jax.eval_shape(assembly.teachers, abstract_params(teacher))
+        whole = jax.eval_shape(assembly.teachers, *map(abstract_params, shapes))
         self.whole, self.teachers = whole, assembly.taught(whole)
         self.fixed = self.bytes_each(self.state) + self.bytes_each(self.teachers)
 
     def _assemble(self, config: DistilConfig) -> Assembly:
         return assemble(
-            config, self.family, self.student, self.teacher, self.mesh, self.steps or 1)
+            config, self.family, self.student, self.shapes, self.mesh, self.steps or 1)
 
     def trace(self, rows: int) -> jax.stages.Traced:
         """The update with micro-batches of `rows` on each device, of a larger batch if need be."""
@@ -104,7 +109,7 @@ class _Step:
         batch_size = max(config.batch_size, at_once)
         step = self._assemble(dataclasses.replace(
             config, batch_size=batch_size, accumulate=batch_size // at_once))
-        words = vocabulary(np.ones(self.teacher.vocab_size), [0, 1, 2, 3, 4], 4)
+        words = vocabulary(np.ones(self.student.vocab_size), [0, 1, 2, 3, 4], 4)
         ids = jax.ShapeDtypeStruct((batch_size, config.sequence_length), jnp.int32)
         numbers = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
         batch = {name: ids for name in ("input_ids", "segment_ids", "position_ids")} | {
@@ -233,7 +238,8 @@ def _speed(step: _Step, program: hlo.Program, seconds: float) -> str:
 
 def _title(step: _Step) -> str:
     config, mesh = step.config, "x".join(map(str, step.mesh.devices.shape))
-    layers = f"{step.teacher.num_hidden_layers} layers → {step.student.num_hidden_layers}"
+    depths = " + ".join(str(shape.num_hidden_layers) for shape in step.shapes)
+    layers = f"{depths} layers → {step.student.num_hidden_layers}"
     again = ", each layer computed twice" if config.remat else ""
     return (f"{config.compile_only}, mesh {mesh}: {layers}, {step.dtype}{again}; updates of "
             f"{config.batch_size:,} rows of {config.sequence_length} tokens, {step.rows} at a time "
@@ -245,7 +251,7 @@ def _memory(step: _Step, asked: Compiled) -> dict[str, int]:
     need = asked.program.memory_analysis()
     return {
         "student, float32": step.bytes_each(step.state.params),
-        f"teacher, {step.dtype}": step.bytes_each(step.teachers),
+        f"teacher{'s' * (len(step.shapes) > 1)}, {step.dtype}": step.bytes_each(step.teachers),
         "moments of the optimizer": step.bytes_each(step.state.opt_state),
         "activations and other temporaries": need.temp_size_in_bytes,
         "program": need.generated_code_size_in_bytes}

@@ -49,7 +49,7 @@ def pretrain(config: PretrainConfig) -> Path:
     settings = config.meaning()
     if source:
         settings["--model"] = fingerprint(source.params)
-    mesh = check_job(config, family, shape, settings)
+    mesh = check_job(config, family, [shape], settings)
     check_folder(config.output, "model", "checkpoints", {"--model": config.model})
     with hold(config.output):
         return _pretrain(config, source, family, shape, mesh, settings)
@@ -74,7 +74,7 @@ def _pretrain(config: PretrainConfig, source: hub.Pretrained | None, family: Fam
             tokenizer.save_pretrained(new)
         store.upload(own)
 
-    assembly = assemble(config, family, shape, None, mesh, setup.steps)
+    assembly = assemble(config, family, shape, [], mesh, setup.steps)
     init = init_params if source else init_to_pretrain
     start = init(shape, config.seed, assembly.param_dtype)
     if source:  # else its head, if it has none

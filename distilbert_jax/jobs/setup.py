@@ -10,7 +10,7 @@ import errno
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,12 +109,14 @@ class Setup:
     def _plan(self, assembly: Assembly, start: dict[str, Any], teachers: dict[str, Any],
               label: str) -> str:
         """What will be done, with what, where, in one line."""
-        models = [f"{len(each['layers'])} layers with {report.count_parameters(each):,} parameters"
-                  for each in (*teachers.values(), start)]
+        *taught, own = (
+            f"{len(each['layers'])} layers with {report.count_parameters(each):,} parameters"
+            for each in (*teachers.values(), start))
+        models = f"{' + '.join(taught)} → {own}" if taught else own
         config, rows = self.config, len(self.data.train)
         passes = self.steps * config.batch_size / rows
         devices = assembly.mesh.devices.flat
-        return (f"{label}: {' → '.join(models)}; {self.steps:,} updates of {config.batch_size} "
+        return (f"{label}: {models}; {self.steps:,} updates of {config.batch_size} "
                 f"rows of {config.sequence_length} tokens, {passes:.1f} passes over {rows:,} rows; "
                 f"{assembly.dtype} on {len(devices)} x "
                 f"{devices[0].device_kind}, into {config.output}")
@@ -138,26 +140,27 @@ class Setup:
 
 
 def check_job(
-    config: TrainConfig, family: Family, shape: EncoderConfig,
+    config: TrainConfig, family: Family, shapes: Sequence[EncoderConfig],
     settings: dict[str, Any] | None = None,
 ) -> Mesh:
     """Check all that can be known before tokenizer and corpus are read.
 
     Args:
         config: of the job.
-        family, shape: of the teacher or, without one, of the trained model.
+        family: of the first teacher or, without one, of the trained model.
+        shapes: of the teachers or, without one, of the trained model.
         settings: what a continuation must share, as far as it is known; default: of `config`.
 
     Raises:
         UserError: about layers, positions, corpus, an earlier run, or devices.
     """
-    shapes = [shape]
+    models = list(shapes)
     if isinstance(config, DistilConfig):
-        shapes.append(student_shape(config, family, shape)[1])
-        Objective.of(config, student=shapes[1], teacher=shape)
+        models.append(student_shape(config, family, shapes[0])[1])
+        Objective.of(config, student=models[-1], teachers=shapes)
     if not config.corpus:
         raise UserError("--corpus is missing: give text or JSON-lines files, a datasets name ...")
-    positions = min(each.positions for each in shapes)
+    positions = min(each.positions for each in models)
     check(config, "sequence_length", config.sequence_length <= positions,
           f"is beyond the model's {positions} positions")
     sources.check([*([] if is_prepared(config.corpus) else config.corpus), *config.valid],

@@ -1,15 +1,16 @@
 """Vocabulary losses from hidden states, without ever holding logits of all positions.
 
-Transformed hidden states of both models and their word embeddings come in; the weighted total goes
-out, and with it, in the same pass over chunks of positions, its gradients. At [B, T, V] the logits
-would be by far the largest tensors of a step. The losses in CLOSED have value and gradient written
-out here and share their exponentials; any other is differentiated, chunk by chunk.
+Transformed hidden states of student and teachers and their word embeddings come in; the weighted
+total goes out, and with it, in the same pass over chunks of positions, its gradients. At [B, T, V]
+the logits would be by far the largest tensors of a step. The losses in CLOSED have value and
+gradient written out here and share their exponentials; any other is differentiated, chunk by chunk.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -62,9 +63,12 @@ class Targets(NamedTuple):
 
 @jax.named_scope("head")
 def fused_losses(
-    student: Head, teacher: Head | None, targets: Targets, terms: Terms, temperature: float
+    student: Head, teachers: Sequence[tuple[float, Head]], targets: Targets, terms: Terms,
+    temperature: float,
 ) -> tuple[Float[Array, ""], Figures]:
     """Σ factor · mean over the losses of `terms`, and the means.
+
+    A loss that compares logits is Σ share · loss(student, teacher) over the teachers.
 
     Products are in the compute dtype with float32 accumulation; softmaxes, sums and gradients of
     parameters in float32 (float64 for float64 states). On the mesh in context each device takes
@@ -73,7 +77,7 @@ def fused_losses(
 
     Args:
         student: the total is differentiable in it alone.
-        teacher: of the same vocabulary; any width; None without one.
+        teachers: the share of each and what it brings, of the same vocabulary; any width.
         targets: [B, T] as the states, where T may count the masked positions of a row only.
         terms: the losses. Those named mlm read labels, all others compare logits.
         temperature: of ce.
@@ -81,23 +85,24 @@ def fused_losses(
     Returns:
         The total, and name → sum over global weight, which has no gradient.
     """
-    total, means = _fused(student, teacher, targets, terms, temperature)
+    shares, heads = tuple(zip(*teachers, strict=True)) or ((), ())
+    total, means = _fused(student, heads, targets, terms, temperature, shares)
     return total, jax.lax.stop_gradient(means)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _fused(student, teacher, targets, terms, temperature):
-    return _on_mesh(student, teacher, targets, terms, temperature, with_gradients=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _fused(student, teachers, targets, terms, temperature, shares):
+    return _on_mesh(student, teachers, targets, terms, temperature, shares, with_gradients=False)[0]
 
 
-def _forward(student, teacher, targets, terms, temperature):
+def _forward(student, teachers, targets, terms, temperature, shares):
     values, gradients = _on_mesh(
-        student, teacher, targets, terms, temperature, with_gradients=True)
+        student, teachers, targets, terms, temperature, shares, with_gradients=True)
     dtypes = jax.tree.map(lambda x: jnp.zeros((), x.dtype), student)
     return values, (gradients, dtypes)
 
 
-def _backward(temperature, residuals, cotangents):
+def _backward(temperature, shares, residuals, cotangents):
     scaled = jax.tree.map(lambda g, like: (cotangents[0] * g).astype(like.dtype), *residuals)
     return scaled, None, None, None
 
@@ -105,13 +110,14 @@ def _backward(temperature, residuals, cotangents):
 _fused.defvjp(_forward, _backward)
 
 
-def _on_mesh(student, teacher, targets, terms, temperature, with_gradients):
+def _on_mesh(student, teachers, targets, terms, temperature, shares, with_gradients):
     """(Total, means), and gradients if asked for, from the rows and words of each device."""
     dtype = wide(student.states.dtype)
     scales = {name: term.factor / term.weight.astype(dtype) for name, term in terms.items()}
     others = {name: term.sum for name, term in terms.items() if name not in CLOSED}
     over = functools.partial(
-        _over_chunks, temperature=temperature, with_gradients=with_gradients, others=others)
+        _over_chunks, temperature=temperature, shares=shares, with_gradients=with_gradients,
+        others=others)
     mesh = jax.sharding.get_abstract_mesh()
     free = set(mesh.axis_names) - set(mesh.manual_axes)
     if free and mesh.size > 1:
@@ -119,22 +125,22 @@ def _on_mesh(student, teacher, targets, terms, temperature, with_gradients):
         head, whole = Head(rows, words, words), jax.P()
         over = jax.shard_map(
             functools.partial(over, row_axes=rows[0], word_axis=words[0]),
-            in_specs=(head, teacher and head, rows, whole), check_vma=False, axis_names=free,
+            in_specs=(head, (head,) * len(teachers), rows, whole), check_vma=False, axis_names=free,
             out_specs=(whole, head if with_gradients else None))
-    sums, gradients = over(student, teacher, targets, scales)
+    sums, gradients = over(student, teachers, targets, scales)
     means = {name: sums[name] / term.weight for name, term in terms.items()}
     return (sum(terms[name].factor * mean for name, mean in means.items()), means), gradients
 
 
 def _over_chunks(
-    student: Head, teacher: Head | None, targets: Targets, scales: Figures, temperature: float,
-    with_gradients: bool, others: dict[str, Definition], row_axes: Any = None,
-    word_axis: str | None = None,
+    student: Head, teachers: tuple[Head, ...], targets: Targets, scales: Figures,
+    temperature: float, shares: tuple[float, ...], with_gradients: bool,
+    others: dict[str, Definition], row_axes: Any = None, word_axis: str | None = None,
 ) -> tuple[Figures, Head | None]:
     """Sums, and gradients of the total if asked for, added up over the axes named."""
     shape, words = student.states.shape, len(student.embedding)
     dtype = wide(student.states.dtype)
-    models = [student] if teacher is None else [student, teacher]
+    models = [student, *teachers]
     embeddings = [model.embedding.astype(model.states.dtype) for model in models]
     if word_axis:  # a label of other devices' words is out of range here
         labels = targets.labels - words * jax.lax.axis_index(word_axis)
@@ -146,9 +152,10 @@ def _over_chunks(
                  for x, embedding, model in zip(states, embeddings, models, strict=True)]
         logits = [product(head.states, head.embedding, rows=True) + head.bias for head in heads]
         at_label = _at_labels(heads[0], at.labels) if "mlm" in scales else None
-        sums, cotangent = _losses(logits, at_label, at, scales, temperature, word_axis)  # [P, V]
+        sums, cotangent = _losses(
+            logits, at_label, at, scales, temperature, shares, word_axis)  # [P, V]
         for name, definition in others.items():
-            sums[name], of_logits = _differentiated(definition, logits, at, word_axis)
+            sums[name], of_logits = _differentiated(definition, logits, at, shares, word_axis)
             cotangent += scales[name] * of_logits
         carry, total = carry[1:], jax.tree.map(jnp.add, carry[0], sums)
         if not with_gradients:
@@ -181,7 +188,8 @@ def _at_labels(head: Head, labels: Int[Array, " P"]) -> Float[Array, " P"]:
 
 
 def _differentiated(
-    definition: Definition, logits: list[Float[Array, "P V"]], at: Targets, word_axis: str | None
+    definition: Definition, logits: list[Float[Array, "P V"]], at: Targets,
+    shares: tuple[float, ...], word_axis: str | None,
 ) -> tuple[Float[Array, ""], Float[Array, "P V"]]:
     """One chunk of a loss that compares logits: its sum, and its gradient in the student's.
 
@@ -191,19 +199,30 @@ def _differentiated(
     words = logits[0].shape[1]
     if word_axis:
         logits = [jax.lax.all_gather(x, word_axis, axis=1, tiled=True) for x in logits]
-    value, gradient = jax.value_and_grad(definition)(*logits, at.soft_weights)
+
+    def over_teachers(own, *theirs):
+        return mixed(shares, [definition(own, each, at.soft_weights) for each in theirs])
+
+    value, gradient = jax.value_and_grad(over_teachers)(*logits)
     if word_axis:
         first = words * jax.lax.axis_index(word_axis)
         gradient = jax.lax.dynamic_slice_in_dim(gradient, first, words, axis=1)
     return value, gradient
 
 
-def _losses(logits, at_label, at, scales, temperature, word_axis):
+def mixed(shares: Iterable[float], values: Iterable[Any]) -> Any:
+    """Σ share · value over the teachers."""
+    return functools.reduce(operator.add, [
+        share * value for share, value in zip(shares, values, strict=True)])
+
+
+def _losses(logits, at_label, at, scales, temperature, shares, word_axis):
     """One chunk of the losses in CLOSED: sums, and their gradient in the student's logits [P, V].
 
     All softmaxes subtract the largest logit first. With s = student and t = teacher logits and m
     their maxima, p the teacher's softmax and E the sums of e^((x − m)/T) over words,
-    KL = Σ p (t − s − (m_t − m_s))/T + log E_s − log E_t.
+    KL = Σ p (t − s − (m_t − m_s))/T + log E_s − log E_t. Of several teachers, the student's own
+    part of the gradient is computed once.
     """
     largest = [jax.lax.stop_gradient(x.max(-1)) for x in logits]
     if word_axis:
@@ -216,13 +235,13 @@ def _losses(logits, at_label, at, scales, temperature, word_axis):
         whole = powers[0] ** 2 if temperature == 2 else jnp.exp(logits[0] - largest[0][:, None])
         parts |= {"mlm": whole.sum(-1), "label": at_label}
     if "ce" in scales:
-        ours, theirs = powers
+        ours, *theirs = powers
         # Less the maxima before it is summed: what all logits have in common would not cancel.
-        over = largest[1] - largest[0]
-        parts |= {"ours": ours.sum(-1), "theirs": theirs.sum(-1),
-                  "apart": (theirs * (logits[1] - logits[0] - over[:, None])).sum(-1)}
+        parts |= {"ours": ours.sum(-1), "theirs": [each.sum(-1) for each in theirs],
+                  "apart": [(each * (x - logits[0] - (m - largest[0])[:, None])).sum(-1)
+                            for each, x, m in zip(theirs, logits[1:], largest[1:], strict=True)]}
     if "mse" in scales:
-        parts["mse"] = ((logits[0] - logits[1]) ** 2).sum(-1)
+        parts["mse"] = [((logits[0] - x) ** 2).sum(-1) for x in logits[1:]]
     parts = _added(parts, word_axis)
 
     sums, cotangent = {}, jnp.zeros((), logits[0].dtype)
@@ -233,15 +252,17 @@ def _losses(logits, at_label, at, scales, temperature, word_axis):
         hot = jnp.arange(logits[0].shape[1]) == at.labels[:, None]
         cotangent += factor / parts["mlm"][:, None] * whole - jnp.where(hot, factor, 0)
     if "ce" in scales:
-        apart = parts["apart"] / parts["theirs"] / temperature
-        divergence = apart + jnp.log(parts["ours"] / parts["theirs"])
-        sums["ce"] = temperature**2 * (at.soft_weights * divergence).sum()
+        divergences = [apart / total / temperature + jnp.log(parts["ours"] / total)
+                       for apart, total in zip(parts["apart"], parts["theirs"], strict=True)]
+        sums["ce"] = temperature**2 * (at.soft_weights * mixed(shares, divergences)).sum()
         factor = temperature * scales["ce"] * at.soft_weights
-        cotangent += ((factor / parts["ours"])[:, None] * ours
-                      - (factor / parts["theirs"])[:, None] * theirs)
+        cotangent += ((math.fsum(shares) * factor / parts["ours"])[:, None] * ours
+                      - mixed(shares, [(factor / total)[:, None] * each for total, each in zip(
+                          parts["theirs"], theirs, strict=True)]))
     if "mse" in scales:
-        sums["mse"] = (at.soft_weights * parts["mse"]).sum()
-        cotangent += 2 * (scales["mse"] * at.soft_weights)[:, None] * (logits[0] - logits[1])
+        sums["mse"] = (at.soft_weights * mixed(shares, parts["mse"])).sum()
+        cotangent += 2 * (scales["mse"] * at.soft_weights)[:, None] * mixed(
+            shares, [logits[0] - x for x in logits[1:]])
     return sums, cotangent
 
 

@@ -6,7 +6,7 @@ is compiled, timed and trained is one program.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,8 @@ from distilbert_jax.training.train_step import (
     make_train_step,
 )
 
+TEACHER = "teacher"  # the name of the first, against which students are judged
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Assembly:
@@ -44,11 +46,11 @@ class Assembly:
     dtype: Any  # of the matrix products
     param_dtype: Any
     graph: nnx.GraphDef  # of the trained model
-    teacher_graph: nnx.GraphDef | None
+    teacher_graphs: dict[str, nnx.GraphDef]  # "teacher", "teacher 2", … → its structure
     projections: Projections
     tx: optax.GradientTransformationExtraArgs
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    eval_step: Callable[..., dict[str, jax.Array]]  # jitted
+    eval_step: Callable[..., dict[str, jax.Array]]  # jitted; of the first teacher
     gradients: Callable[..., Any]  # of the train step
     states_step: Callable[..., jax.Array] | None = None  # where the teacher's states are kept
 
@@ -57,16 +59,16 @@ class Assembly:
         trained = {"student": params, "projections": self.projections}
         return init_state(trained, self.tx, self.config.seed)
 
-    def teachers(self, params: dict[str, Any]) -> dict[str, Any]:
-        """The teacher as the step takes it: matrices in the compute dtype, vectors as they are."""
-        return {"teacher": jax.tree.map(
-            lambda x: x.astype(self.dtype) if x.ndim > 1 else x, params)}
+    def teachers(self, *params: dict[str, Any]) -> dict[str, Any]:
+        """Teachers as the step takes them: matrices in the compute dtype, vectors as they are."""
+        return {name: jax.tree.map(lambda x: x.astype(self.dtype) if x.ndim > 1 else x, each)
+                for name, each in zip(self.teacher_graphs, params, strict=True)}
 
     def taught(self, teachers: dict[str, Any]) -> dict[str, Any]:
         """What the train step takes of `teachers`: where states are kept, embeddings and head."""
         if not self.states_step:
             return teachers
-        return {"teacher": {name: teachers["teacher"][name] for name in ("embeddings", "mlm_head")}}
+        return {TEACHER: {name: teachers[TEACHER][name] for name in ("embeddings", "mlm_head")}}
 
     def states_like(
         self, teachers: dict[str, Any], vocabulary: Vocabulary, batch: dict[str, Any]
@@ -94,8 +96,8 @@ class Assembly:
 
 
 def assemble(
-    config: LoopConfig, family: Family, student: EncoderConfig, teacher: EncoderConfig | None,
-    mesh: Mesh, steps: int,
+    config: LoopConfig, family: Family, student: EncoderConfig,
+    teachers: Sequence[EncoderConfig], mesh: Mesh, steps: int,
 ) -> Assembly:
     """Put the update of a job together.
 
@@ -103,7 +105,7 @@ def assemble(
         config: of the job; a DistilConfig says which losses there are, and a FinetuneConfig if
             there is a teacher; others have the masked-language-model loss, or that of the labels.
         family, student: of the trained model; the family says what is predicted.
-        teacher: shape of the frozen one; None for no teacher. One for a task or for sentences is
+        teachers: shapes of the frozen ones; () for no teacher. One for a task or for sentences is
             part of the step only if its hidden states are compared: its answers come with the
             batch.
         mesh: of devices that are here, or of absent ones to compile for.
@@ -111,31 +113,35 @@ def assemble(
     """
     dtype, param_dtype = dtypes(config, mesh)
     objective, projections, frozen = Objective(weights={"mlm": 1.0}), {}, ()
-    if isinstance(config, FinetuneConfig) and not teacher:
+    if isinstance(config, FinetuneConfig) and not teachers:
         objective = Objective(weights={"hard": 1.0})
     elif isinstance(config, DistilConfig | FinetuneConfig | EmbedConfig):
-        objective = Objective.of(config, student, teacher)
+        objective = Objective.of(config, student, teachers)
         frozen = getattr(config, "frozen", ())
-        projections = objective.init_projections(student, teacher, config.seed, param_dtype)
+        projections = objective.init_projections(student, teachers, config.seed, param_dtype)
     graph = graphdef(student, dtype, param_dtype, config.remat)
     answers = isinstance(config, FinetuneConfig | EmbedConfig)
-    live = teacher and (objective.mapped or not answers)
-    teacher_graph = head = graphdef(teacher, dtype, param_dtype) if live else None
-    kept = getattr(config, "kept_maskings", 0)
+    live = teachers if objective.mapped or not answers else ()
+    teacher_graphs = {
+        TEACHER if number == 1 else f"{TEACHER} {number}": graphdef(each, dtype, param_dtype)
+        for number, each in enumerate(live, 1)}
+    kept, taught = getattr(config, "kept_maskings", 0), teacher_graphs
     if kept:
-        head = graphdef(dataclasses.replace(teacher, num_hidden_layers=0, pooler=False), dtype,
-                        param_dtype)
+        head = dataclasses.replace(teachers[0], num_hidden_layers=0, pooler=False)
+        taught = {TEACHER: graphdef(head, dtype, param_dtype)}
     tx = make_optimizer(config, steps, frozen)
     predicts = "given" if student.task or student.sentence else family.predicts
     labels = functools.partial(LABELS[predicts], masking=getattr(config, "masking", None))
     return Assembly(
         config=config, mesh=mesh, dtype=dtype, param_dtype=param_dtype, graph=graph,
-        teacher_graph=teacher_graph, projections=projections, tx=tx,
+        teacher_graphs=teacher_graphs, projections=projections, tx=tx,
         train_step=make_train_step(
-            graph, head, tx, objective, labels, config.accumulate, mesh, frozen),
-        gradients=make_gradients(graph, head, objective, labels, config.accumulate, mesh, frozen),
-        states_step=make_states_step(teacher_graph, objective, labels, mesh) if kept else None,
-        eval_step=jitted_eval_step(graph, teacher_graph, mesh))
+            graph, taught, tx, objective, labels, config.accumulate, mesh, frozen),
+        gradients=make_gradients(
+            graph, taught, objective, labels, config.accumulate, mesh, frozen),
+        states_step=make_states_step(
+            teacher_graphs[TEACHER], objective, labels, mesh) if kept else None,
+        eval_step=jitted_eval_step(graph, teacher_graphs.get(TEACHER), mesh))
 
 
 def dtypes(config: LoopConfig | EvaluateConfig, mesh: Mesh) -> tuple[Any, Any]:

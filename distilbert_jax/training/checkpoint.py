@@ -314,8 +314,8 @@ def _refuse(output: str | AnyPath, before: Mapping[str, Any], now: Mapping[str, 
 
 
 def _short(value: Any) -> str:
-    """A setting as text; of a SHA-256 the first twelve digits."""
-    return re.sub(r"^([0-9a-f]{12})[0-9a-f]{52}$", r"\1…", str(value))
+    """A setting as text; of each SHA-256 the first twelve digits."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", str(value))
 
 
 def abstract(state: TrainState, shardings: TrainState) -> TrainState:

@@ -236,7 +236,7 @@ class Loss:
         vectors  sum(sentence vectors [B, S, D], the teacher's, weights [B, S])
         similarities  as vectors, and the teacher's of the whole batch [N, D], 1 where there is one
 
-    and `settings` names fields of the objective that it takes beside these.
+    and `settings` names fields of the objective (qkv: of its pair) that it takes beside these.
     """
 
     needs: str

@@ -6,7 +6,7 @@ Without a teacher the step is masked-language-model training.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ from distilbert_jax.training.objective import (
     whole_answers,
 )
 
+Graphs = Mapping[str, nnx.GraphDef]
 Labels = Callable[[Key[Array, " B"], Batch, Vocabulary], Batch]
 
 
@@ -62,7 +63,7 @@ def label_keys(key: Key[Array, ""], batch: Batch) -> Key[Array, " B"]:
 
 
 def make_gradients(
-    student_graph: nnx.GraphDef, teacher_graph: nnx.GraphDef | None, objective: Objective,
+    student_graph: nnx.GraphDef, teacher_graphs: Graphs, objective: Objective,
     labels: Labels, accumulate: int = 1, mesh: Mesh | None = None, frozen: tuple[str, ...] = (),
 ) -> Callable[..., tuple[tuple[Array, Metrics], dict[str, Any]]]:
     """Build the pure function of the loss of an update, and of its gradients.
@@ -72,7 +73,8 @@ def make_gradients(
     nothing but rounding. Gradients are added up over the devices of the data axis once, at the end.
 
     Args:
-        student_graph, teacher_graph: structures; None for no teacher.
+        student_graph: structure; teacher_graphs: of each teacher, in the order of the objective's
+            pairs, by name; {} for no teacher.
         objective: weights of the losses.
         labels: (keys of the rows, batch, vocabulary) → labelled batch: a row of LABELS.
         accumulate: micro-batches per update; divides the rows of the batch.
@@ -87,12 +89,12 @@ def make_gradients(
 
     def of_rows(whole, rows):
         params, teachers, counts, others = whole
-        teacher = nnx.merge(teacher_graph, teachers["teacher"]) if teachers else None
+        models = [nnx.merge(graph, teachers[name]) for name, graph in teacher_graphs.items()]
 
         def loss(params, batch, dropout_keys):
             params = _stopped(params, frozen)
             student = nnx.merge(student_graph, params["student"])
-            return total_loss(student, teacher, batch, objective, counts, params["projections"],
+            return total_loss(student, models, batch, objective, counts, params["projections"],
                               dropout_keys, others)
 
         grad = jax.value_and_grad(loss, has_aux=True)
@@ -111,7 +113,7 @@ def make_gradients(
 
 
 def make_train_step(
-    student_graph: nnx.GraphDef, teacher_graph: nnx.GraphDef | None,
+    student_graph: nnx.GraphDef, teacher_graphs: Graphs,
     tx: optax.GradientTransformationExtraArgs, objective: Objective, labels: Labels,
     accumulate: int = 1, mesh: Mesh | None = None, frozen: tuple[str, ...] = (),
 ) -> Callable[[TrainState, dict[str, Any], Vocabulary, Batch], tuple[TrainState, Metrics]]:
@@ -121,13 +123,13 @@ def make_train_step(
         tx: from make_optimizer; the others as for make_gradients.
 
     Returns:
-        train_step(state, teachers, vocabulary, batch) → (state, metrics); teachers are {"teacher":
-        parameters}, or {} without one; metrics are the means of the losses by name, the total
+        train_step(state, teachers, vocabulary, batch) → (state, metrics); teachers are the
+        parameters of each by name; metrics are the means of the losses by name, the total
         `loss`, `grad_norm`, the `tokens` of the batch, and `skipped`: 1 where loss or gradient was
         not finite, so that only the step went on.
     """
     gradients = make_gradients(
-        student_graph, teacher_graph, objective, labels, accumulate, mesh, frozen)
+        student_graph, teacher_graphs, objective, labels, accumulate, mesh, frozen)
 
     def train_step(state, teachers, vocabulary, batch):
         (total, means), grads = gradients(state.params, state.key, teachers, vocabulary, batch)
@@ -203,7 +205,7 @@ def _accumulated(function: Callable, rows: Any, accumulate: int) -> Any:
 def make_eval_step(
     student_graph: nnx.GraphDef, teacher_graph: nnx.GraphDef | None, mesh: Mesh | None = None
 ) -> Callable[[dict[str, Any], dict[str, Any], Vocabulary, Batch, Array], Metrics]:
-    """Build the pure evaluation function.
+    """Build the pure evaluation function, beside a teacher or alone.
 
     Every chosen token is hidden behind [MASK], chosen uniformly by the key and the number of the
     row, so that teacher and student see the same, on any mesh and in batches of any size.
