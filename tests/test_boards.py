@@ -73,13 +73,14 @@ def test_another_process_sends_nothing(wandb, tmp_path):
 
 def test_nobody_is_logged_in(wandb, tmp_path):
     def init(**_):
-        raise wandb.Error("api_key not configured (no-tty)\n and more")
+        raise wandb.Error("No API key configured. Use `wandb login` to log in.\n and more")
 
     wandb.init = init
     with pytest.raises(UserError) as error:
         MetricsLog(tmp_path, 0, 0, log_to="wandb")
-    assert str(error.value) == ("--log-to wandb: api_key not configured (no-tty); `wandb login`, "
-                                "WANDB_MODE=offline, or leave --log-to out")
+    assert str(error.value) == (
+        "--log-to wandb: No API key configured. Use `wandb login` to log in; or set "
+        "WANDB_MODE=offline, or leave --log-to out")
 
 
 @pytest.mark.parametrize("folder", [False, True])

@@ -73,7 +73,7 @@ class WeightsAndBiases:
                 dir=store.local(output), config=dict(settings),
                 mode=None if writes else "disabled", settings=wandb.Settings(console="off"))
         except wandb.Error as error:
-            raise UserError(f"--log-to wandb: {first_line(error)}; `wandb login`, "
+            raise UserError(f"--log-to wandb: {first_line(error).rstrip('.')}; or set "
                             "WANDB_MODE=offline, or leave --log-to out") from error
 
     def add(self, step: int, figures: Mapping[str, float]) -> None:
