@@ -62,7 +62,8 @@ def read(config_class: type, program: str, text: str, argv: Sequence[str],
         if name == "recipe":
             help_text += f" (known: {', '.join(sorted(recipes))})"
         word = name if kind.pop("positional", False) else flag(name)
-        groups[group].add_argument(word, help=help_text.replace("%", "%%"), **kind)
+        groups[group].add_argument(
+            word, help=help_text.replace("%", "%%") or argparse.SUPPRESS, **kind)
     given = vars(parser.parse_args(argv))
     return {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
 

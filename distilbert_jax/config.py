@@ -5,6 +5,7 @@ Every other module receives these dataclasses; nothing here imports jax.
 
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -31,7 +32,8 @@ def option(default: Any, group: str, text: str, **extra: Any) -> Any:
     Args:
         default: its value where nothing is given.
         group: of --help.
-        text: of --help; the default is added, unless it says "default:" itself.
+        text: of --help, from which a flag without text is left out; the default is added, unless
+            it says "default:" itself.
         extra: "choices", the words that it may be; or "metavar", how --help writes a value that is
             neither a number, a folder (Word) nor files (Words); or "positional", for words without
             a flag before them. A field belongs to the meaning of a
@@ -189,6 +191,10 @@ class LoopConfig(Config):
     on_save_error: str = option(
         "stop", "output", "what to do when a checkpoint cannot be written (disk full)",
         choices=("stop", "continue"), **FREE)
+    log_to: str = option(
+        "tensorboard", "output", "where the figures of metrics.jsonl are shown too: in "
+        "OUTPUT/tensorboard, or on Weights & Biases (pip install wandb)",
+        choices=("tensorboard", "wandb"), **FREE)
     ship: bool = option(
         False, "output", "also write the model as ONNX, in float32 and int8, each compared with "
         "it on held-out data before it is kept, as `ship` does", **FREE)
@@ -220,6 +226,8 @@ class LoopConfig(Config):
             check(self, name, 0 <= getattr(self, name) < 1, "must be in [0, 1)")
         check(self, "accumulate", self.batch_size % self.accumulate == 0,
               f"must divide --batch-size {self.batch_size}")
+        if self.log_to == "wandb" and not _installed("wandb"):
+            raise UserError("--log-to wandb needs wandb: pip install wandb, or leave it out")
         check_output(self.output)
 
     def meaning(self) -> dict[str, Any]:
@@ -386,6 +394,10 @@ class DistilConfig(TrainConfig):
 class AblationConfig(DistilConfig):
     """One distillation several times, each time with something else changed."""
 
+    # Refused: each says why below. Without a text they are not in --help.
+    compile_only: str = option("", "devices", "", metavar="TOPOLOGY", **FREE)
+    finish: str = option("", "output", "", metavar="last|best", **FREE)
+    states: Word = option("", "training", "", **FREE)
     output: Word = option(
         "output", "output", "folder for the runs, the report and the plot", **FREE)
     seeds: int = option(
@@ -409,8 +421,8 @@ class CompareConfig(Config):
     """A comparison of finished runs."""
 
     runs: Words = option(
-        (), "models", "folders that distil, finetune or embed have left", nargs="+", metavar="DIR",
-        positional=True)
+        (), "models", "folders that distil, finetune or embed have left, or JSON files that list "
+        "runs", nargs="+", metavar="DIR", positional=True)
     output: Word = option(".", "output", "folder for compare.png")
 
 
@@ -493,6 +505,12 @@ def check_weights(alphas: Mapping[str, float]) -> None:
             raise UserError(f"--alpha-{name} {weight} must be at most 1e9")
     if not any(alphas.values()):
         raise UserError("all loss weights are 0: give at least one --alpha-... above 0")
+
+
+def _installed(module: str) -> bool:
+    """Whether a module can be imported; a folder of its name, as wandb makes one, is none."""
+    found = importlib.util.find_spec(module)
+    return bool(found and found.origin)
 
 
 def compute_dtype(name: str, platform: str) -> str:

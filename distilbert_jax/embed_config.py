@@ -72,6 +72,9 @@ class EmbedConfig(LoopConfig):
     alphas: Mapping[str, float] = option(
         {"vector": 1.0}, "losses", "weight of the", each="alpha",
         needs=("vectors", "similarities", "hidden"))
+    seed: int = option(
+        LoopConfig.seed, "training", "seed of the order of the sentences, of dropout, and of the "
+        "Dense between vectors of different widths")
     similarity_temperature: float = option(
         0.05, "losses", "temperature by which cosines within the batch are divided")
     hidden_map: str = option(

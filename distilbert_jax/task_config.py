@@ -94,6 +94,9 @@ class FinetuneConfig(LoopConfig, TaskData):
         "do; the student learns the teacher's answers to them")
     epochs: float | None = option(
         None, "training", "passes over the data; default: the task's, or 3", type=float)
+    seed: int = option(
+        LoopConfig.seed, "training", "seed of the head's initialisation, of the order of the "
+        "examples, of dropout and of --augment")
     seeds: int = option(
         1, "training", "how often to train, each time with another seed; several give intervals",
         **FREE)

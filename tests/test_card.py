@@ -9,12 +9,15 @@ from distilbert_jax.export.card import USAGE, Result, card
 @pytest.mark.parametrize("kind", USAGE)
 def test_the_hub_reads_it(kind, tmp_path):
     text = card(kind, "A student", "Distilled.", folder="small", origin="org/big-teacher",
-                results=[Result("accuracy", "top-1", "held-out texts", 0.94521)], mask="<mask>")
+                results=[Result("accuracy", "top-1", "held-out texts", 0.94521, (0.9432, 0.94761)),
+                         Result("f1", "F1", "dev", 0.5)], mask="<mask>")
     found = ModelCard(text)
     assert found.data.pipeline_tag == kind and found.data.base_model == "org/big-teacher"
-    result, = found.data.eval_results
+    result, bare = found.data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_name) == (
         "accuracy", 0.9452, "held-out texts")
+    assert result.metric_name == "top-1 (95 % interval 0.9432 to 0.9476)"
+    assert (bare.metric_name, bare.metric_value) == ("F1", 0.5)
     assert found.text.strip().startswith("# A student\n\nDistilled.\n\n```python\nfrom ")
     for code in found.text.split("```python\n")[1:]:
         compile(code.split("```")[0], kind, "exec")

@@ -592,6 +592,7 @@ def test_an_output_without_the_right_to_write(place, capfd):
     (KeyboardInterrupt(), "interrupted", "")])
 def test_other_endings(ending, code, said, capfd):
     def main(_):
+        assert os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] == "1"  # that PyTorch is not there
         if ending is signal.SIGTERM:
             os.kill(os.getpid(), ending)
         raise ending

@@ -1,11 +1,17 @@
-"""Finished runs side by side: each job's own figures, found where it leaves them."""
+"""Finished runs side by side: each job's own figures, found where it leaves them, or in a list."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
 from distilbert_jax.errors import UserError
 from distilbert_jax.jobs.compare import PLOT, compare
+
+ROOT = Path(__file__).parents[1]
+GONE = {"run": "gone", "figure": "top-1", "teacher": 0.9, "student": 0.8, "kept": 0.889,
+        "layers": [12, 3], "faster": 3.5}
 
 
 def shape(layers, parameters, **more):
@@ -71,3 +77,48 @@ def test_no_run(runs):
         compare(["mlm", "plots"])
     with pytest.raises(UserError, match="--output mlm/report.json cannot be used: File exists"):
         compare(["mlm"], "mlm/report.json")
+
+
+def test_a_list_of_runs_that_are_gone(runs):
+    Path("gone.json").write_text(json.dumps([
+        GONE, GONE | {"interval": [0.88, 0.9], "parameters": 1931087, "source": "README.md"}]))
+    found = cells(compare(["gone.json", "sts"], "plots"))
+    assert found[:2] == [
+        ["gone", "top-1", "90.00", "80.00", "88.90%", "12 → 3", "", "3.50"],
+        ["gone", "top-1", "90.00", "80.00", "88.90% (88.00% to 90.00%)", "12 → 3", "1,931,087",
+         "3.50"]]
+    assert found[2][0] == "sts" and Path("plots", PLOT).exists()
+
+
+@pytest.mark.parametrize("content, line", [
+    (None, "gone.json cannot be read: No such file"),
+    ("[{", "gone.json is not JSON: Expecting property name"),
+    ("3", "gone.json, run 1 is 3: an object is expected"),
+    (json.dumps([GONE, GONE | {"fastr": 1.0}]),
+     "unknown figure in gone.json, run 2: 'fastr'; did you mean faster?"),
+    (json.dumps([{"run": "gone"}]),
+     "gone.json, run 1 lacks figure, teacher, student, kept, layers, faster"),
+    (json.dumps([GONE | {"kept": "88.9 %"}]), "gone.json, run 1: kept is '88.9 %', no number"),
+    (json.dumps([GONE | {"interval": [0.88]}]),
+     "gone.json, run 1: interval is [0.88], no pair of numbers"),
+    (json.dumps([GONE | {"layers": 3}]), "gone.json, run 1: layers is 3, no pair of numbers")])
+def test_a_list_that_cannot_be_read(content, line, runs):
+    if content is not None:
+        Path("gone.json").write_text(content)
+    with pytest.raises(UserError, match=re.escape(line)):
+        compare(["gone.json"], "plots")
+
+
+def test_the_students_of_the_front_page():
+    """What each keeps is its figures' ratio, up to their rounding; the place named is there."""
+    listed = ROOT / "experiments/results/students.json"
+    for student in json.loads(listed.read_text()):
+        near = pytest.approx(student["student"] / student["teacher"], abs=2e-4)
+        assert student["kept"] == near, student
+        low, high = student.get("interval", [0, 2])
+        assert low < student["kept"] < high
+        file, _, heading = student["source"].partition("#")
+        found = [re.sub(r"[^\w -]", "", line.lstrip("# ")).strip().lower().replace(" ", "-")
+                 for line in (ROOT / file).read_text().splitlines() if line.startswith("#")]
+        assert heading in found, (heading, found)
+    assert "experiments/results/compare.png" in (ROOT / "README.md").read_text()

@@ -158,17 +158,23 @@ def test_what_a_continuation_may_change():
         "steps", "mesh", "remat", "output", "save_every", "eval_every", "keep", "on_save_error",
         "max_skipped", "recipe", "workers", "compile_only", "corpus", "states", "valid",
         "teacher", "teacher_weights",
-        "student", "ship", "finish"}
+        "student", "ship", "finish", "log_to"}
     meaning = DistilConfig().meaning()
     assert not {flag(name) for name in free} & set(meaning)
     assert meaning["--choose"] == "even" and meaning["--mask-rate"] == 0.15
     assert meaning["--temperature"] == 2.0 and meaning["--alpha-ce"] == 5.0
 
 
-def test_an_ablation_is_no_run_of_its_own():
-    for name in ("compile_only", "finish"):
-        with pytest.raises(UserError, match=f"{flag(name)} belongs to distil: "):
-            AblationConfig(**{name: "best"})
+def test_an_ablation_is_no_run_of_its_own(capsys):
+    """What it refuses is refused by name, and is not in its help."""
+    with pytest.raises(SystemExit):
+        COMMANDS["ablate"](["--help"])
+    text = capsys.readouterr().out
+    assert "\n  --seeds " in text and "\n  --seed " in text
+    for name in ("compile_only", "finish", "states"):
+        with pytest.raises(UserError, match=f"{flag(name)} (best holds|belongs to distil)"):
+            parse(AblationConfig, "ablate", "", ["--kept-maskings", "1", flag(name), "best"])
+        assert flag(name) not in text
 
 
 def test_a_student_of_its_own_is_no_part_of_the_teacher():
@@ -248,7 +254,7 @@ def test_only_words_of_a_setting_are_accepted(config_class):
         least = {"model": "m"}
     for name, field in known.items():
         for word in field.metadata.get("choices", ()):
-            if name != "choose":  # goes with other settings
+            if name not in ("choose", "log_to"):  # goes with other settings, or with a library
                 assert getattr(config_class(**least, **{name: word}), name) == word
         if "choices" in field.metadata:
             with pytest.raises(UserError, match=f"unknown {flag(name)} 'floot32'"):

@@ -187,6 +187,8 @@ def test_intervals():
     assert found == top1_intervals(masked, correct)  # seeded
     hopeless = top1_intervals(masked, correct | {"teacher": 0 * masked})
     assert hopeless["student"]["retention_interval"] is None
+    one_row = top1_intervals(masked[:1], {name: own[:1] for name, own in correct.items()})
+    assert set(one_row["copy"].values()) == {None}  # every draw is the same: not a certainty
 
 
 @pytest.mark.parametrize("shape", ["1x1", "3x2"])  # batches of 8 rows, and of 8 and a blank one

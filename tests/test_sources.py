@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from distilbert_jax.data import python_docs, readers, sources
+from distilbert_jax.data import labelled, python_docs, readers, sources
 from distilbert_jax.errors import UserError
 
 TEXTS = ["First document.", "Zweites: Käse", "세 번째"]
@@ -188,11 +188,24 @@ def test_absent_sources_are_told_at_once(name, message):
     assert message in str(caught.value)
 
 
-def test_library_not_installed(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    line = r'tfds:x: needs tensorflow-datasets .*pip install "distilbert_jax\[tfds\]"'
+@pytest.mark.parametrize("module, name, line", [
+    ("tensorflow_datasets", "tfds:x",
+     r'tfds:x: needs tensorflow-datasets .*: pip install "distilbert_jax\[tfds\]"'),
+    ("datasets", "hf:x", r'hf:x: needs datasets .*: pip install "datasets"'),
+    ("datasets", "saved", r'saved: needs datasets .*: pip install "datasets"'),
+    ("pyarrow.parquet", "a.parquet", r'a\.parquet: needs pyarrow .*: pip install "pyarrow"'),
+    ("pyarrow", "a.txt.zst", r'a \.zst file: needs pyarrow .*: pip install "pyarrow"')])
+def test_library_not_installed(module, name, line, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "saved").mkdir()
+    for file in ("saved/state.json", "a.parquet", "a.txt.zst", "a.csv.zst"):
+        (tmp_path / file).write_text("{}")
     with pytest.raises(UserError, match=line):
-        next(iter(sources.Documents(["tfds:x"])))
+        next(iter(sources.Documents([name])))
+    if module != "tensorflow_datasets":  # labelled data
+        with pytest.raises(UserError, match=line):
+            labelled.read([name.replace(".txt", ".csv")], labelled.Columns(), "train")
 
 
 def test_importing_data_loads_no_library():

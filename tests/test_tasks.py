@@ -90,6 +90,8 @@ def test_a_model_beside_itself_keeps_everything(monkeypatch):
     drawn = intervals.drawn(["accuracy"], np.ones(50, int), {"a": [answers], "b": [answers]})
     assert (drawn["a"] == drawn["b"]).all()
     assert intervals.interval(np.full(10, np.nan)) is None
+    one = intervals.drawn(["accuracy"], np.ones(1, int), {"a": [answers[:1]]})
+    assert intervals.interval(one["a"]) is None
 
 
 def read(tmp_path, toy, train, known=(), dev="text,label\nba,a\nbe,b\n", **config):

@@ -147,8 +147,14 @@ def test_the_first_process_alone_speaks(together):
     assert not said and "distil" not in errors
 
 
-def test_saved_in_two_and_continued_in_one(toy, alone, together, tmp_path):
-    assert_same(continued(toy, together[0], tmp_path / "run", 1), alone)
+def test_saved_in_two_finished_early_and_continued_in_one(toy, alone, together, tmp_path):
+    one, two = early = [continued(toy, together[0], tmp_path / f"{processes}", processes,
+                                  "--finish", "last") for processes in (1, 2)]
+    assert_same(two, one)
+    for output in early:
+        assert "update 4 of 6" in (output / "student" / "README.md").read_text()
+    distil(toy, two, 1)
+    assert_same(two, alone)
 
 
 def test_two_processes_choose_the_same_layers(toy, tmp_path):

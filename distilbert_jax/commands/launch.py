@@ -60,6 +60,8 @@ def _terminate(*_: object) -> None:
 
 def _launch(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
     before = signal.signal(signal.SIGTERM, _terminate)
+    # Else transformers warns, as it is imported, that there is no PyTorch; it is not needed here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         keep_memory()
         connect()

@@ -147,11 +147,11 @@ def _table(name: str, delimiter: str, header: bool) -> Iterator[Row]:
 
 
 def _parquet(name: str) -> Iterator[Row]:
-    import pyarrow.parquet
-
+    pyarrow = readers.library("pyarrow", name)
+    parquet = readers.library("pyarrow.parquet", name)
     try:
         with store.open_binary(name) as file:
-            records = pyarrow.parquet.read_table(file).to_pylist()
+            records = parquet.read_table(file).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{name}: cannot be read: {first_line(error)}") from error
     yield from ((f"{name}:{number}", record) for number, record in enumerate(records, 1))
@@ -159,8 +159,7 @@ def _parquet(name: str) -> Iterator[Row]:
 
 def _dataset(name: str, split: str) -> Iterator[Row]:
     """A part of a saved dataset or of one on the hub; classes are given by name."""
-    import datasets
-
+    datasets = readers.library("datasets", name)
     try:
         if name.startswith("hf:"):
             repository, _, config = name[3:].partition(":")

@@ -154,8 +154,7 @@ def lines(path: str) -> Iterator[tuple[int, str]]:
 
 
 def _open_zst(raw: BinaryIO) -> io.BufferedReader:
-    import pyarrow
-
+    pyarrow = library("pyarrow", "a .zst file")
     return io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"))
 
 
@@ -166,9 +165,8 @@ OPENERS: dict[str, tuple[str, Callable[..., Any]]] = {
 
 def parquet(path: str, field: str) -> Documents:
     """A record a row; strings of every Arrow type, dictionary-encoded ones too."""
-    import pyarrow.parquet
-
-    with _errors_about(path), pyarrow.parquet.ParquetFile(
+    parquet = library("pyarrow.parquet", path)
+    with _errors_about(path), parquet.ParquetFile(
             store.open_binary(path) if store.is_remote(path) else path) as file:
         schema = file.schema_arrow
         strings = [column.name for column in schema if _is_string(column.type)]
@@ -193,7 +191,7 @@ def _is_string(kind: Any) -> bool:
 
 def saved_folder(path: str, field: str) -> Documents:
     """A record of a dataset that `datasets` saved, or of its split "train"."""
-    datasets = _library("datasets", path)
+    datasets = library("datasets", path)
     with _errors_about(path):
         saved = datasets.load_from_disk(store.fetch(path))
         if isinstance(saved, datasets.DatasetDict):
@@ -203,7 +201,7 @@ def saved_folder(path: str, field: str) -> Documents:
 
 def hub(name: str, field: str) -> Documents:
     """A record of a dataset of the Hugging Face hub, NAME or NAME:CONFIG, streamed."""
-    datasets, where = _library("datasets", f"hf:{name}"), f"hf:{name}"
+    datasets, where = library("datasets", f"hf:{name}"), f"hf:{name}"
     repository, _, config = name.partition(":")
     with _errors_about(where):
         records = datasets.load_dataset(repository, config or None, split="train", streaming=True)
@@ -213,7 +211,7 @@ def hub(name: str, field: str) -> Documents:
 def tensorflow_dataset(name: str, field: str) -> Documents:
     """A record of a TensorFlow dataset; file_format="array_record" needs no TensorFlow."""
     where = f"tfds:{name}"
-    tfds = _library("tensorflow_datasets", where, "distilbert_jax[tfds]")
+    tfds = library("tensorflow_datasets", where, "distilbert_jax[tfds]")
     with _errors_about(where):
         records = tfds.data_source(name, split="train")
         yield from _texts(where, ((where, record) for record in records), field)
@@ -224,12 +222,21 @@ def documentation(_: str, __: str) -> Documents:
     return iter(_python_docs())
 
 
-def _library(module: str, where: str, package: str = "") -> ModuleType:
-    """Import what `where` needs, which `package` brings, or the library itself."""
+def library(module: str, where: str, package: str = "") -> ModuleType:
+    """Import a module that `where` needs and not every installation has.
+
+    Args:
+        module: to import.
+        where: the source, or kind of source, that is read by it.
+        package: that brings it; by default the one of its name.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        name = module.replace("_", "-")
+        name = module.partition(".")[0].replace("_", "-")
         raise UserError(f"{where}: needs {name} ({error}): pip install \"{package or name}\""
                         ) from error
 

@@ -27,10 +27,13 @@ def drawn(
         seed: of the draws.
 
     Returns:
-        Model → [DRAWS], NaN where the score is not defined: the mean over the drawn seeds.
+        Model → [DRAWS], NaN where the score is not defined, and of one example: the mean over the
+        drawn seeds.
     """
     random = np.random.default_rng(seed)
     found = {model: np.full(DRAWS, np.nan) for model in answers}
+    if len(labels) < 2:  # every draw would be the same, and the interval a point
+        return found
     arrays = {model: [_array(own) for own in runs] for model, runs in answers.items()}
     truth = _array(labels)
     for draw in range(DRAWS):
@@ -62,14 +65,16 @@ def interval(values: np.ndarray) -> tuple[float, float] | None:
 def drawn_means(values: Mapping[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
     """The mean of each model's values in each draw, the same examples for all: [DRAWS] each.
 
+    Of one example NaN, as every draw would be the same, and the interval a point.
+
     Args:
         values: model → its value for each example.
         seed: of the draws.
     """
     random = np.random.default_rng(seed)
     count = len(next(iter(values.values())))
-    found = {model: np.empty(DRAWS) for model in values}
-    for draw in range(DRAWS):
+    found = {model: np.full(DRAWS, np.nan) for model in values}
+    for draw in range(DRAWS if count > 1 else 0):
         some = random.integers(0, count, count)
         for model, own in values.items():
             found[model][draw] = own[some].mean()

@@ -29,6 +29,14 @@ class Result:
     name: str
     dataset: str
     value: float
+    interval: Sequence[float] | None = None  # of 95 %
+
+    @property
+    def text(self) -> str:
+        """Its name with the interval, for which the hub has no place of its own."""
+        if not self.interval:
+            return self.name
+        return f"{self.name} (95 % interval {self.interval[0]:.4f} to {self.interval[1]:.4f})"
 
 
 def card(
@@ -52,7 +60,7 @@ def card(
         model_name=folder, library_name=library, pipeline_tag=kind, tags=["distilbert_jax"],
         eval_results=[EvalResult(
             task_type=kind, dataset_type=result.dataset, dataset_name=result.dataset,
-            metric_type=result.metric, metric_name=result.name,
+            metric_type=result.metric, metric_name=result.text,
             metric_value=round(result.value, 4)) for result in results] or None,
         **_inherited(origin))
     load, answer = (words.format(kind=kind, folder=folder, mask=mask) for words in USAGE[kind])
@@ -64,7 +72,8 @@ def card(
 
 def held_out_results(figures: Mapping[str, Any]) -> list[Result]:
     """The figure of a masked language model, from held_out's."""
-    return [Result("accuracy", "top-1 of hidden tokens", "held-out texts", figures["top1"])]
+    return [Result("accuracy", "top-1 of hidden tokens", "held-out texts", figures["top1"],
+                   figures["top1_interval"])]
 
 
 def _inherited(origin: str) -> dict[str, Any]:

@@ -1,15 +1,16 @@
 """Finished runs → one table and one plot: what each student keeps, and how much faster it is.
 
 Figures are those that each job has left, of masked language models, tasks and sentence encoders
-alike; nothing is computed again.
+alike, or that a JSON file lists, of runs that are gone; nothing is computed again.
 """
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from distilbert_jax.errors import UserError
+from distilbert_jax.errors import UserError, choose, first_line
 from distilbert_jax.evaluation import report
 from distilbert_jax.jobs.task_model import read_json
 
@@ -19,34 +20,33 @@ PLOT = "compare.png"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Line:
-    """One figure of one run."""
+    """One figure of one run; in a JSON file of runs an object with these names."""
 
     run: str
     figure: str
     teacher: float | None  # None: it had no teacher
     student: float | None  # None: not defined
-    interval: Sequence[float] | None = None  # of student / teacher
-    layers: tuple[int, ...]  # of the teacher, of the student
-    parameters: int  # of the student
+    kept: float | None  # of the teacher's figure
+    interval: Sequence[float] | None = None  # of what is kept
+    layers: Sequence[int]  # of the teacher, of the student
+    parameters: int | None = None  # of the student
     faster: float | None
-
-    @property
-    def kept(self) -> float | None:
-        """The student's share of the teacher's figure."""
-        return self.student / self.teacher if self.teacher and self.student is not None else None
+    source: str = ""  # where the command of a listed run stands
 
 
 def compare(folders: Sequence[str], output: str = ".") -> str:
     """The table of the runs in these folders; the plot is written to `output`.
 
     Args:
-        folders: outputs of distil, finetune or embed.
+        folders: outputs of distil, finetune or embed, or JSON files that list runs.
         output: folder of compare.png.
 
     Raises:
-        UserError: a folder holds no finished run, or `output` cannot be written.
+        UserError: a folder holds no finished run, a file no list of runs, or `output` cannot be
+            written.
     """
-    lines = [line for folder in folders for line in _lines(folder)]
+    lines = [line for folder in folders for line in (
+        _listed(folder) if folder.endswith(".json") else _lines(folder))]
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
         plotted = _plot([line for line in lines if line.kept and line.faster], Path(output, PLOT))
@@ -71,9 +71,54 @@ def _lines(folder: str) -> Iterator[Line]:
                         "the --output of one")
 
 
+def _listed(path: str) -> Iterator[Line]:
+    """The runs in a JSON file: a list of objects that are each a Line."""
+    try:
+        entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {first_line(error)}") from error
+    fields = {field.name: field.default is dataclasses.MISSING
+              for field in dataclasses.fields(Line)}
+    for number, entry in enumerate(entries if isinstance(entries, list) else [entries], 1):
+        where = f"{path}, run {number}"
+        if not isinstance(entry, dict):
+            raise UserError(f"{where} is {entry!r}: an object is expected")
+        for name in entry:
+            choose(name, fields, f"figure in {where}:")
+        if missing := [name for name, needed in fields.items() if needed and name not in entry]:
+            raise UserError(f"{where} lacks {', '.join(missing)}")
+        for name, value in entry.items():
+            _check(f"{where}: {name}", name, value)
+        yield Line(**entry)
+
+
+def _check(what: str, name: str, value: Any) -> None:
+    """Raise a UserError unless a figure of a listed run is what a Line has there."""
+    if name in ("interval", "layers"):
+        if not isinstance(value, list) or len(value) != 2 or not all(map(_is_number, value)):
+            raise UserError(f"{what} is {value!r}, no pair of numbers")
+    elif name in ("run", "figure", "source"):
+        if not isinstance(value, str):
+            raise UserError(f"{what} is {value!r}, no text")
+    elif not _is_number(value):
+        raise UserError(f"{what} is {value!r}, no number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _kept(student: float | None, teacher: float | None) -> float | None:
+    """The student's share of the teacher's figure."""
+    return student / teacher if teacher and student is not None else None
+
+
 def _masked(folder: str, models: dict[str, Any]) -> Iterator[Line]:
     teacher, student = models["teacher"], models["student"]
     yield Line(run=folder, figure="top-1", teacher=teacher["top1"], student=student["top1"],
+               kept=_kept(student["top1"], teacher["top1"]),
                interval=student.get("retention_interval"),
                layers=(teacher["layers"], student["layers"]), parameters=student["parameters"],
                faster=teacher["latency"] / student["latency"])
@@ -87,7 +132,8 @@ def _task(folder: str, found: dict[str, Any]) -> Iterator[Line]:
             yield Line(
                 run=folder if role in ("distilled", "model") else f"{folder}, {role}",
                 figure=f"{found['task']}: {', '.join(found['score'])}", teacher=teacher,
-                student=dev[role]["score"], interval=dev[role].get("retention_interval"),
+                student=dev[role]["score"], kept=_kept(dev[role]["score"], teacher),
+                interval=dev[role].get("retention_interval"),
                 layers=tuple(size[name]["layers"] for name in ("teacher", role) if name in size),
                 parameters=size[role]["parameters"],
                 faster=speed["teacher"] / speed[role] if "teacher" in speed else None)
@@ -99,6 +145,7 @@ def _sentences(folder: str, found: dict[str, Any]) -> Iterator[Line]:
         yield Line(
             run=folder, figure=f"Spearman {name}", teacher=part["teacher"]["value"],
             student=part["student"]["value"],
+            kept=_kept(part["student"]["value"], part["teacher"]["value"]),
             interval=part["student"].get("retention_interval"),
             layers=(size["teacher"]["layers"], size["student"]["layers"]),
             parameters=size["student"]["parameters"],
@@ -110,7 +157,7 @@ def _row(line: Line) -> tuple[str, ...]:
     if kept and line.interval:
         kept += " ({:.2%} to {:.2%})".format(*line.interval)
     return (line.run, line.figure, _percent(line.teacher), _percent(line.student), kept,
-            " → ".join(map(str, line.layers)), f"{line.parameters:,}",
+            " → ".join(map(str, line.layers)), f"{line.parameters:,}" if line.parameters else "",
             f"{line.faster:.2f}" if line.faster else "")
 
 
@@ -124,18 +171,21 @@ def _plot(lines: list[Line], path: Path) -> bool:
 
     if not lines:
         return False
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4 + 0.2 * len(lines)), layout="constrained")
     axes = figure.subplots()
     for line in lines:
         kept = 100 * line.kept
         low, high = (100 * x for x in line.interval or (line.kept, line.kept))
         # An interval by bootstrap need not hold the figure itself.
         error = [[max(0.0, kept - low)], [max(0.0, high - kept)]]
-        axes.errorbar(line.faster, kept, yerr=error, fmt="o", capsize=3, label=(
-            f"{Path(line.run).name}, {line.figure}, {' → '.join(map(str, line.layers))} layers"))
+        axes.errorbar(
+            line.faster, kept, yerr=error if line.interval else None, fmt="o", capsize=4,
+            fillstyle="full" if line.interval else "none", label=(
+                f"{Path(line.run).name}, {line.figure}, {' → '.join(map(str, line.layers))} "
+                "layers" + ("" if line.interval else "; no interval")))
     axes.axhline(100, color="grey", linewidth=1)
     axes.set(xlabel="times as fast as the teacher", ylabel="kept of the teacher's figure [%]")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center")
     figure.savefig(path, dpi=120)
     return True

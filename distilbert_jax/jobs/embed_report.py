@@ -258,7 +258,8 @@ def model_card(config: EmbedConfig, found: dict[str, Any], origin: str) -> str:
         f"- cosine to the teacher's vectors, {near['count']:,} held-out sentences: mean "
         f"{near['mean']:.4f}, worst {near['worst']:.4f}\n" + "".join(f"{x}\n" for x in lines)
         + f"- corpus: {', '.join(map(sources.published, config.corpus))}\n- {report.versions()}")
-    results = [Result("spearmanr", "Spearman of cosines", name, part["student"]["value"])
+    results = [Result("spearmanr", "Spearman of cosines", name, part["student"]["value"],
+                      part["student"]["interval"])
                for name, part in found["pairs"].items() if part["student"]["value"] is not None]
     layers = found["size"]["student"]["layers"]
     return card("sentence-similarity", f"A student of {layers} layers in the space of {teacher}",

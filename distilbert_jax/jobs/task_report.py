@@ -53,10 +53,14 @@ def model_card(task: "TaskInput", role: str, config: "FinetuneConfig",
     if judged:
         first = {name: value for name, value in judged[role]["seeds"][0].items()
                  if name in task.task.metrics and value is not None}
+        # The interval is of the mean of the metrics, over all seeds.
+        alone = len(task.task.metrics) == len(judged[role]["seeds"]) == 1
+        ends = judged[role]["interval"] if alone else None
         results = [Result(METRICS[name].hub or name, METRICS[name].text, f"{task.name}, dev",
-                          value) for name, value in first.items()]
+                          value, ends) for name, value in first.items()]
+        said = f" (95 % interval {between(ends)})" if ends else ""
         text += "".join(f"- {METRICS[name].text} on {len(task.parts['dev']):,} dev examples: "
-                        f"{100 * value:.2f}\n" for name, value in first.items())
+                        f"{100 * value:.2f}{said}\n" for name, value in first.items())
         if kept := judged[role].get("retention"):
             text += (f"- kept of the teacher's score: {_percent(kept)} % (95 % interval "
                      f"{between(judged[role]['retention_interval'])}; {len(judged[role]['seeds'])}"

@@ -1,28 +1,35 @@
-"""Figures of each step → metrics.jsonl and TensorBoard, cut back where a run goes on.
+"""Figures of each step → metrics.jsonl and a board, cut back where a run goes on.
 
-Beside the loop (train.py), which says what is logged, and when; here is how it reaches the disk.
+Beside the loop (train.py), which says what is logged, and when; here is how it reaches the disk. A
+board (boards.py) shows the figures while the run goes on.
 """
 
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from distilbert_jax.errors import UserError
 from distilbert_jax.machine import store
 from distilbert_jax.machine.progress import say
+from distilbert_jax.training.boards import BOARDS
 
 
 class MetricsLog:
-    """The figures of a run, in OUTPUT/metrics.jsonl and OUTPUT/tensorboard; use it in `with`.
+    """The figures of a run, in OUTPUT/metrics.jsonl and on a board; use it in `with`.
 
     Of several processes the first alone writes. Under gs:// nothing can be appended to a file, so
     the bucket holds what there was when `publish` was called last.
     """
 
-    def __init__(self, output: str | Path, start: int, seen: int, on_save_error: str = "stop"):
+    def __init__(
+        self, output: str | Path, start: int, seen: int, on_save_error: str = "stop",
+        log_to: str = "tensorboard", settings: Mapping[str, Any] | None = None,
+    ):
         """Open the log, and remove the lines of updates after `start`.
 
         Args:
@@ -31,6 +38,11 @@ class MetricsLog:
             seen: real tokens of those updates.
             on_save_error: where a line cannot be written, "stop" raises a UserError, "continue"
                 prints it and keeps the line for the next attempt.
+            log_to: row of BOARDS.
+            settings: of the run, which a board may show.
+
+        Raises:
+            UserError: the board cannot be reached.
         """
         first, self._output = jax.process_index() == 0, output
         self._path = fetch_metrics(output) if first else Path(os.devnull)
@@ -42,10 +54,7 @@ class MetricsLog:
             with store.whole_file(self._path) as new:
                 new.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = self._path.open("ab", buffering=0)
-        from tensorboardX import SummaryWriter  # slow to import
-
-        self._board = SummaryWriter(str(store.local(output) / "tensorboard"),
-                                    purge_step=start + bool(start), write_to_disk=first)
+        self._board = BOARDS[log_to](output, start, settings or {}, first)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -83,8 +92,7 @@ class MetricsLog:
                 raise UserError(f"{text}; when there is room, the same command goes on") from error
             say(text)
             return
-        for name, value in figures.items():
-            self._board.add_scalar(name, value, step)
+        self._board.add(step, figures)
 
     def publish(self) -> None:
         """Upload the log where the run's folder is under gs://.
@@ -96,7 +104,7 @@ class MetricsLog:
             return
         self._board.flush()
         try:
-            store.upload(self._output, "metrics.jsonl", "tensorboard")
+            store.upload(self._output, "metrics.jsonl", self._board.name)
         except UserError as error:
             if self._stops:
                 raise

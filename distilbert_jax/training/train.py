@@ -78,7 +78,8 @@ def train(run: Run, state: TrainState, teachers: dict[str, Any]) -> TrainState:
         state = place(state, layout) if restored is None else restored
         start = int(state.step)
         seen = run.batches.tokens_before(start)
-        with (MetricsLog(run.output, start, seen, config.on_save_error) as log,
+        with (MetricsLog(run.output, start, seen, config.on_save_error, config.log_to,
+                         config.meaning()) as log,
               bar(total=run.steps, initial=start, desc=run.label, unit=" updates") as progress,
               Prefetch(_reader(run), range(start, run.steps)) as batches,
               Watch() as watch):
