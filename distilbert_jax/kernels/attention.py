@@ -109,16 +109,15 @@ def _gpu(
 def _gpu_lacks(query: Query, mask: AttentionMask, capability: str, drops: bool) -> str:
     """Say why the kernels for NVIDIA decline a call; empty if they accept.
 
-    The rules of cuDNN are those that jax 0.10.2 checks. Ours takes the same dtypes: in float32 its
-    blocks do not fit into a GPU's registers.
+    The rules of cuDNN are those that jax 0.10.2 checks. Ours takes the same dtypes.
     """
     length, _, size = query.shape[1:]
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return str(query.dtype)
     if drops and size not in (16, 32, 64, 128):
         return f"dropout in heads of {size} (16, 32, 64 or 128)"
-    if drops and length % 128:
-        return f"dropout of {length} positions (multiples of 128)"
+    if drops and length % 64:
+        return f"dropout of {length} positions (multiples of 64)"
     if size % 8 or size > 128:
         return f"heads of {size} (multiples of 8 up to 128)"
     if length % 2:

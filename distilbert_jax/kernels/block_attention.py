@@ -24,9 +24,9 @@ from distilbert_jax.kernels.attention_mask import AttentionMask, sees
 from distilbert_jax.kernels.dropout import kept
 from distilbert_jax.kernels.products import wide
 
-OWN = 128  # positions of one program
-OTHERS = 64  # positions that it takes at a time
-WARPS = 8  # of a program
+OWN = 64  # positions of one program
+OTHERS = 32  # positions that it takes at a time; 64 would spill registers in heads of 128
+WARPS = 4  # of a program
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
