@@ -45,6 +45,13 @@ def splash(pallas, monkeypatch):
 
 
 @pytest.fixture
+def blocks(monkeypatch):
+    """The GPU's kernel for dropout, interpreted, as the CPU's own, in every dtype."""
+    kernel = functools.partial(KERNELS["gpu"][0], interpret=True)
+    monkeypatch.setitem(KERNELS, "cpu", (kernel, lambda *_: ""))
+
+
+@pytest.fixture
 def drop():
     return Dropout(0.3, jax.random.bits(jax.random.key(1), (ROWS, 2), "uint32"))
 
@@ -94,7 +101,7 @@ def test_cudnn_is_given_the_mask(rows, rule, monkeypatch):
     given = {}
     monkeypatch.setattr(
         jax.nn, "dot_product_attention", lambda *_, **options: given.update(options) or vectors[0])
-    module._cudnn(*vectors, AttentionMask(segments, **RULES[rule]))
+    KERNELS["gpu"][0](*vectors, AttentionMask(segments, **RULES[rule]))
     assert given.pop("implementation") == "cudnn" and set(given) == {"mask"}
     np.testing.assert_array_equal(given["mask"], seen(segments, **RULES[rule])[:, None])
 
@@ -107,12 +114,12 @@ def assert_close(found, expected, tolerance):
 
 
 @pytest.mark.parametrize("shape", ["1x1", "2x2", "4x1", "2x4"])  # 4 do not divide the heads
-@pytest.mark.parametrize("kernel", ["pallas", "splash", "dropout", "masked"])
+@pytest.mark.parametrize("kernel", ["pallas", "splash", "dropout", "masked", "blocks"])
 def test_kernels_equal_xla(rows, drop, shape, kernel, request):
-    drop = drop if kernel == "dropout" else None
+    drop = drop if kernel in ("dropout", "blocks") else None
     rule = RULES["both"] if kernel == "masked" else {}
     plain = contexts_and_gradients(*rows, drop, **rule)
-    request.getfixturevalue("splash" if kernel == "splash" else "pallas")
+    request.getfixturevalue(kernel if kernel in ("splash", "blocks") else "pallas")
     if jax.device_count() != 8 and shape != "1x1":
         pytest.skip("needs 8 devices (JAX_NUM_CPU_DEVICES=8)")
     with jax.set_mesh(mesh_of(shape)):
@@ -120,36 +127,38 @@ def test_kernels_equal_xla(rows, drop, shape, kernel, request):
     assert_close(found, plain, 2e-5)
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("kernel, rate", [("pallas", 0.0), ("pallas", 0.3), ("blocks", 0.3)])
 @pytest.mark.parametrize("rule", RULES)
-def test_row_kernel_reads_the_mask(rule, rate, drop, pallas):
+def test_kernels_read_the_mask(rule, kernel, rate, drop, request):
     """Two blocks of queries; documents and padding on both sides of where the blocks meet."""
     random, drop = np.random.default_rng(0), drop._replace(rate=rate) if rate else None
     *vectors, weights = jnp.asarray(random.normal(size=(4, ROWS, 256, HEADS, SIZE)), "float32")
     lengths = [[256], [100, 120, 36], [128, 20, 108], [7, 113, 136]]  # the last is padding
     segments = jnp.asarray([np.repeat([*range(1, len(row)), 0], row) for row in lengths], jnp.int32)
+    plain = contexts_and_gradients(vectors, segments, weights, drop, **RULES[rule])
+    request.getfixturevalue(kernel)
     found = contexts_and_gradients(vectors, segments, weights, drop, **RULES[rule])
-    with pytest.MonkeyPatch.context() as without:
-        without.delitem(KERNELS, "cpu")
-        plain = contexts_and_gradients(vectors, segments, weights, drop, **RULES[rule])
     assert_close(found, plain, 2e-5)
 
 
-@pytest.mark.parametrize("length, heads, size, dtype, tolerance", [
-    (384, 4, 64, "float32", 2e-5),  # two blocks of heads, three of queries
-    (128, 3, 64, "float32", 2e-5),  # all heads at once, as no smaller number fills the lanes
-    (128, 2, 128, "float32", 2e-5),
-    (128, 8, 32, "float32", 2e-5),
-    (256, 2, 64, "bfloat16", 1e-2)])
-def test_row_kernel_drops_the_same(length, heads, size, dtype, tolerance, drop, pallas):
-    """Each block of the row kernel drops the elements that XLA drops in the whole row."""
+@pytest.mark.parametrize("kernel, length, heads, size, dtype, tolerance", [
+    ("pallas", 384, 4, 64, "float32", 2e-5),  # two blocks of heads, three of queries
+    ("pallas", 128, 3, 64, "float32", 2e-5),  # all at once, as no smaller number fills the lanes
+    ("pallas", 128, 2, 128, "float32", 2e-5),
+    ("pallas", 128, 8, 32, "float32", 2e-5),
+    ("pallas", 256, 2, 64, "bfloat16", 1e-2),
+    ("blocks", 192, 3, 64, "float32", 2e-5),
+    ("blocks", 128, 2, 128, "float32", 2e-5),
+    ("blocks", 128, 8, 16, "float32", 2e-5),
+    ("blocks", 256, 2, 64, "bfloat16", 1e-2)])
+def test_kernels_drop_the_same(kernel, length, heads, size, dtype, tolerance, drop, request):
+    """Each block of a kernel drops the elements that XLA drops in the whole row."""
     random = np.random.default_rng(0)
     *vectors, weights = jnp.asarray(random.normal(size=(4, ROWS, length, heads, size)), dtype)
     segments = jnp.asarray(np.sort(random.integers(0, 4, (ROWS, length))), jnp.int32)
+    plain = contexts_and_gradients(vectors, segments, weights, drop)
+    request.getfixturevalue(kernel)
     found = contexts_and_gradients(vectors, segments, weights, drop)
-    with pytest.MonkeyPatch.context() as without:
-        without.delitem(KERNELS, "cpu")
-        plain = contexts_and_gradients(vectors, segments, weights, drop)
     assert_close(found, plain, tolerance)
 
 
@@ -206,11 +215,13 @@ def test_only_splash_declines_causal_and_windowed_masks(platform, length, rule):
         "a causal or windowed mask of 2048 positions (up to 1024)" if declines else "")
 
 
-@pytest.mark.parametrize("platform, length, reason", [
-    ("gpu", 512, "attention dropout"), ("tpu", 1024, ""),
-    ("tpu", 1152, "dropout of 1152 positions (up to 1024)")])
-def test_what_kernels_lack_for_dropout(platform, length, reason):
-    query = jax.ShapeDtypeStruct((2, length, 4, 64), jnp.bfloat16)
+@pytest.mark.parametrize("platform, length, size, reason", [
+    ("gpu", 512, 64, ""), ("gpu", 2048, 16, ""),
+    ("gpu", 480, 64, "dropout of 480 positions (multiples of 64)"),
+    ("gpu", 512, 48, "dropout in heads of 48 (16, 32, 64 or 128)"), ("tpu", 1024, 64, ""),
+    ("tpu", 1152, 64, "dropout of 1152 positions (up to 1024)")])
+def test_what_kernels_lack_for_dropout(platform, length, size, reason):
+    query = jax.ShapeDtypeStruct((2, length, 4, size), jnp.bfloat16)
     mask = AttentionMask(jnp.ones((2, length), jnp.int32))
     assert KERNELS[platform][1](query, mask, "9.0", True) == reason
 
@@ -218,6 +229,8 @@ def test_what_kernels_lack_for_dropout(platform, length, reason):
 @pytest.mark.parametrize("platform, length, rule, rate, calls", [
     ("cuda", 512, "plain", 0.0,
      ["__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"]),
+    ("cuda", 512, "plain", 0.1, ["__gpu$xla.gpu.triton"] * 2),
+    ("cuda", 512, "both", 0.1, ["__gpu$xla.gpu.triton"] * 2),
     ("tpu", 512, "plain", 0.0, ["tpu_custom_call"]),
     ("tpu", 512, "plain", 0.1, ["tpu_custom_call"]),
     ("tpu", 512, "both", 0.1, ["tpu_custom_call"]),

@@ -302,7 +302,7 @@ def test_an_absent_card_is_one_that_cudnn_attends_on():
         jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device))
     query = jax.ShapeDtypeStruct((1, 128, 2, 64), "bfloat16")
     mask = attention.AttentionMask(jnp.ones((1, 128), jnp.int32))
-    assert platform == "gpu" and not attention._cudnn_lacks(query, mask, capability, drops=False)
+    assert platform == "gpu" and not attention._gpu_lacks(query, mask, capability, drops=False)
 
 
 def test_float32_has_no_known_peak_on_gpus(monkeypatch):
@@ -399,20 +399,34 @@ class TestTPU:
         assert float(needs) > 15.75 and int(accumulate) > 1
 
 
-# Attention on one card, as the kernel of the platform does it.
+# Attention on one card, as the kernel of the platform does it; its gradient where it drops out.
 ATTEND = """
 import sys
 import jax
 from distilbert_jax.benchmark import hlo
 from distilbert_jax.benchmark.chips import topology
 from distilbert_jax.kernels.attention import AttentionMask, attention
+from distilbert_jax.kernels.dropout import Dropout
 from distilbert_jax.machine.sharding import make_mesh, on_mesh, replicated
-mesh = make_mesh("1x1", topology(sys.argv[1])[1])
-query = jax.ShapeDtypeStruct((2, 128, 4, 64), "bfloat16")
-segments = jax.ShapeDtypeStruct((2, 128), "int32")
-attend = on_mesh(lambda x, segments: attention(x, x, x, AttentionMask(segments)), mesh)
-text = jax.jit(attend, in_shardings=replicated(mesh)).lower(query, segments).compile().as_text()
-print(mesh.devices.flat[0].device_kind, "__cudnn$fmha" in text, hlo.read(text).flops, sep="; ")
+name, size, rate = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+mesh = make_mesh("1x1", topology(name)[1])
+query = jax.ShapeDtypeStruct((2, 256, 4, size), "bfloat16")
+segments = jax.ShapeDtypeStruct((2, 256), "int32")
+seeds = jax.ShapeDtypeStruct((2, 2), "uint32")
+
+def attend(x, segments, seeds):
+    return attention(x, x, x, AttentionMask(segments), Dropout(rate, seeds) if rate else None)
+
+def gradient(x, segments, seeds):
+    return jax.grad(lambda x: (attend(x, segments, seeds) ** 2).sum().astype("float32"))(x)
+
+call = on_mesh(gradient if rate else attend, mesh)
+traced = jax.jit(call, in_shardings=replicated(mesh)).trace(query, segments, seeds)
+text = traced.lower().compile().as_text()
+program = hlo.read(text, hlo.kernel_flops(traced.jaxpr))
+scores = [shape for shape in program.shapes if shape[-2:] == (256, 256)]
+print(mesh.devices.flat[0].device_kind, text.count('target="__cudnn$fmha'),
+      text.count('target="__gpu$xla.gpu.triton"'), len(scores), program.flops, sep="; ")
 """
 
 
@@ -423,10 +437,20 @@ class TestGPU:
 
     @pytest.mark.parametrize("kind", [kind for kind in CHIPS if CHIPS[kind].card])
     def test_cudnn_attends_on_every_card(self, kind):
-        done = compiled("-c", ATTEND, f"{kind}:1")
+        """It is given the mask as a matrix."""
+        done = compiled("-c", ATTEND, f"{kind}:1", 64, 0.0)
         assert not done.returncode, done.stderr
         assert done.stdout.splitlines()[-1] == (
-            f"{CHIPS[kind].card.name}; True; {2 * 2 * 2 * 4 * 128 * 128 * 64}")
+            f"{CHIPS[kind].card.name}; 1; 0; 1; {2 * 2 * (2 * 4 * 256 * 256 * 64)}")
+
+    @pytest.mark.parametrize("size", [64, 128])
+    @pytest.mark.parametrize("kind", [kind for kind in CHIPS if CHIPS[kind].card])
+    def test_our_kernel_drops_out_on_every_card(self, kind, size):
+        """No scores are in memory; it has two products forward and seven backward."""
+        done = compiled("-c", ATTEND, f"{kind}:1", size, 0.1)
+        assert not done.returncode, done.stderr
+        assert done.stdout.splitlines()[-1] == (
+            f"{CHIPS[kind].card.name}; 0; 2; 0; {9 * 2 * (2 * 4 * 256 * 256 * size)}")
 
     @pytest.fixture
     def command(self, tmp_path):

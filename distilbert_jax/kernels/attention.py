@@ -1,9 +1,10 @@
 """One attention call for every model: queries, keys, values [B, T, N, H] in, contexts out.
 
 A packed row holds several documents; an `AttentionMask` says who sees whom, and every backend
-reads it. The platform chooses the backend: XLA everywhere, cuDNN's flash attention on NVIDIA; on
-TPU our own kernel (`row_attention.py`) for rows of up to LONGEST positions, and splash attention
-(Pallas) for longer ones. What a backend cannot do, it declines with a reason, and XLA does it.
+reads it. The platform chooses the backend: XLA everywhere; on NVIDIA our own kernel
+(`block_attention.py`) where probabilities are dropped, cuDNN's flash attention where not; on TPU
+our own (`row_attention.py`) for rows of up to LONGEST positions, splash attention (Pallas) for
+longer ones. What a backend cannot do, it declines with a reason, and XLA does it.
 """
 
 import functools
@@ -92,18 +93,31 @@ def _xla(
     return context.astype(value.dtype).transpose(0, 2, 1, 3)
 
 
-def _cudnn(query: Array, key: Array, value: Array, mask: AttentionMask) -> Array:
-    return jax.nn.dot_product_attention(
-        query, key, value, mask=mask.matrix()[:, None], implementation="cudnn")
+def _gpu(
+    query: Array, key: Array, value: Array, mask: AttentionMask,
+    seeds: UInt32[Array, "B 2"] | None = None, heads: Int[Array, " N"] | None = None,
+    rate: float = 0.0, interpret: bool = False,
+) -> Array:
+    if not rate:
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=mask.matrix()[:, None], implementation="cudnn")
+    from distilbert_jax.kernels.block_attention import block_attention  # slow to import
+
+    return block_attention(query, key, value, mask, seeds, heads, rate, interpret)
 
 
-def _cudnn_lacks(query: Query, mask: AttentionMask, capability: str, drops: bool) -> str:
-    """Say why cuDNN declines a call, by the rules that jax 0.10.2 checks; empty if it accepts."""
+def _gpu_lacks(query: Query, mask: AttentionMask, capability: str, drops: bool) -> str:
+    """Say why the kernels for NVIDIA decline a call; empty if they accept.
+
+    The rules of cuDNN are those that jax 0.10.2 checks. Ours takes the same dtypes.
+    """
     length, _, size = query.shape[1:]
-    if drops:
-        return "attention dropout"
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return str(query.dtype)
+    if drops and size not in (16, 32, 64, 128):
+        return f"dropout in heads of {size} (16, 32, 64 or 128)"
+    if drops and length % 64:
+        return f"dropout of {length} positions (multiples of 64)"
     if size % 8 or size > 128:
         return f"heads of {size} (multiples of 8 up to 128)"
     if length % 2:
@@ -113,7 +127,7 @@ def _cudnn_lacks(query: Query, mask: AttentionMask, capability: str, drops: bool
     return "" if modern else f"compute capability {capability} (8.0 or later)"
 
 
-def _pallas(
+def _tpu(
     query: Array, key: Array, value: Array, mask: AttentionMask,
     seeds: UInt32[Array, "B 2"] | None = None, heads: Int[Array, " N"] | None = None,
     rate: float = 0.0, interpret: bool = False,
@@ -145,7 +159,7 @@ def _splash(
     return jax.vmap(kernel)(*heads_first, segments).transpose(0, 2, 1, 3)
 
 
-def _pallas_lacks(query: Query, mask: AttentionMask, device: str, drops: bool) -> str:
+def _tpu_lacks(query: Query, mask: AttentionMask, device: str, drops: bool) -> str:
     """Say why the kernels for TPU decline a call; empty if they accept."""
     length, _, size = query.shape[1:]
     if query.dtype not in (jnp.bfloat16, jnp.float32):
@@ -166,7 +180,7 @@ def _pallas_lacks(query: Query, mask: AttentionMask, device: str, drops: bool) -
 # whether there is dropout) → why the kernel declines.
 KERNELS: dict[
     str, tuple[Callable[..., Array], Callable[[Query, AttentionMask, str, bool], str]]
-] = {"gpu": (_cudnn, _cudnn_lacks), "tpu": (_pallas, _pallas_lacks)}
+] = {"gpu": (_gpu, _gpu_lacks), "tpu": (_tpu, _tpu_lacks)}
 
 
 def _device(mesh: AbstractMesh) -> tuple[str, str]:
