@@ -285,7 +285,7 @@ class DistilConfig(TrainConfig):
         "against", nargs="+", metavar="DIR", **BY_CONTENT)
     teacher_weights: float | Sequence[float] = option(
         (), "models", "how much each --teacher counts; they are divided by their sum, so that "
-        "--alpha-... mean the same with any number of teachers; default: all alike", nargs="+",
+        "the weights of the losses keep their meaning; default: all alike", nargs="+",
         type=float, **BY_CONTENT)
     student_layers: str | int | Sequence[int] = option(
         "", "models", "how many of the teacher's layers to keep (evenly chosen), or which, "
