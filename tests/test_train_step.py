@@ -174,7 +174,8 @@ def test_six_updates_equal_torch(x64, models, from_torch, batch_of, vocabulary):
     settings = TrainConfig(learning_rate=2e-3, warmup=0.5, weight_decay=0.1, clip=30.0)
     tx = make_optimizer(settings, steps)
     graphs = (graphdef(c, "float64", "float64") for c in (config, teacher_config))
-    step = jax.jit(make_train_step(*graphs, tx, objective, masked()))
+    own, theirs = graphs
+    step = jax.jit(make_train_step(own, {"teacher": theirs}, tx, objective, masked()))
     state = init_state({"student": jax.tree.map(jnp.asarray, params), "projections": {}}, tx, 3)
 
     matrices = [p for p in student.parameters() if p.ndim > 1]
