@@ -14,6 +14,7 @@ import pytest
 
 import distilbert_jax as dj
 from distilbert_jax.commands.distil import settings
+from distilbert_jax.jobs.sentence_model import Named
 from distilbert_jax.recipes import recipes
 
 EXAMPLES = Path(__file__).parents[1] / "experiments" / "examples"
@@ -154,3 +155,34 @@ def test_the_example_of_a_sentence_encoder(toy, tmp_path, capsys):
     assert f"mean {near:.3f}" in capsys.readouterr().out
     vectors = result.predictor().embed(["ba be", "bu"])
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
+
+
+def test_the_example_of_a_smaller_vocabulary(toy, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("Ba BABE ba babe\nbabe dabe dabe\n" * 9)
+    example("smaller_vocabulary")([
+        str(toy / "teacher"), str(tmp_path / "text.txt"), "--words", "16", "--layers", "1",
+        "--pooling", "mean", "--output", str(tmp_path / "start")])
+    made, teacher = Named.read(str(tmp_path / "start")), Named.read(str(toy / "teacher"), "mean")
+    (own, words), (theirs, known) = (
+        (named.params["embeddings"]["word"]["embedding"], named.tokenizer.get_vocab())
+        for named in (made, teacher))
+    shared = words.keys() & known.keys()
+    assert {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ba", "##b", "##e"} <= shared
+    for word in shared:
+        np.testing.assert_array_equal(own[words[word]], theirs[known[word]], err_msg=word)
+    split = {"babe": ["ba", "##b", "##e"], "##be": ["##b", "##e"]}
+    assert not split.keys() & known.keys()
+    for word, pieces in split.items():
+        mean = theirs[[known[piece] for piece in pieces]].mean(0)
+        np.testing.assert_allclose(own[words[word]], mean, rtol=1e-6, err_msg=word)
+    assert made.tokenizer.tokenize("BABE") == ["babe"]
+    np.testing.assert_array_equal(made.params["layers"][0]["attention"]["query"]["kernel"],
+                                  teacher.params["layers"][1]["attention"]["query"]["kernel"])
+    assert f"start: {len(words)} words, {len(shared)} of them" in capsys.readouterr().out
+    result = dj.embed(
+        teacher=toy / "teacher", corpus=toy / "corpus.txt", pooling="mean",
+        student=tmp_path / "start", output=tmp_path / "embed", valid_share=0.1, max_length=16,
+        **SMALL | {"steps": 1})
+    trained = Named.read(str(result.student))
+    assert trained.tokens == made.tokens and len(own) == trained.shape.vocab_size
+    assert np.abs(trained.params["embeddings"]["word"]["embedding"] - own).max() > 0
