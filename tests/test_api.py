@@ -160,7 +160,7 @@ def test_the_example_of_a_sentence_encoder(toy, tmp_path, capsys):
 def test_the_example_of_a_smaller_vocabulary(toy, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("Ba BAUE ba baue\nbaue daue daue\n" * 9)
     example("smaller_vocabulary")([
-        str(toy / "teacher"), str(tmp_path / "text.txt"), "--words", "17", "--layers", "1",
+        str(toy / "teacher"), str(tmp_path / "text.txt"), "--words", "17", "--layers", "1,",
         "--pooling", "mean", "--output", str(tmp_path / "start")])
     made, teacher = Named.read(str(tmp_path / "start")), Named.read(str(toy / "teacher"), "mean")
     (own, words), (theirs, known) = (

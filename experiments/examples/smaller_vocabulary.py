@@ -34,7 +34,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("teacher", help="folder of a sentence encoder with a WordPiece vocabulary")
     parser.add_argument("corpus", nargs="+", help="texts, named as for embed's --corpus")
     parser.add_argument("--words", type=int, default=8000, help="tokens at most (default: 8000)")
-    parser.add_argument("--layers", default="", help="of the teacher, e.g. 0,4,5 (default: half)")
+    parser.add_argument("--layers", default="",
+                        help="how many of the teacher's to keep, or which: 0,4,5 (default: half)")
     parser.add_argument("--pooling", default="", help="of a teacher without modules.json")
     parser.add_argument("--output", default="output/smaller", help="folder (default: %(default)s)")
     given = parser.parse_args(argv)
