@@ -81,19 +81,13 @@ def learn_words(
 
 
 def pieces_of(words: Sequence[str], vocabulary: dict[str, int]) -> list[list[int]]:
-    """The tokens of a WordPiece vocabulary that each word consists of: itself if it is one."""
-    def model(known: dict[str, int], prefix: str) -> tokenizers.models.WordPiece:
-        return tokenizers.models.WordPiece(
-            known | {"[UNK]": vocabulary["[UNK]"]}, unk_token="[UNK]",
-            continuing_subword_prefix=prefix)
+    """The tokens of a WordPiece vocabulary that each word consists of: itself if it is one.
 
-    whole = model(vocabulary, "##")
-    inner = model({word[2:]: number for word, number in vocabulary.items()
-                   if word.startswith("##")}, "")
+    An inner piece is divided likewise, as the signs before it are part of the tokens too.
+    """
+    model = tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]")
     return [[vocabulary[word]] if word in vocabulary else
-            [piece.id for piece in (
-                inner.tokenize(word[2:]) if word.startswith("##") else whole.tokenize(word))]
-            for word in words]
+            [piece.id for piece in model.tokenize(word)] for word in words]
 
 
 if __name__ == "__main__":
