@@ -1,6 +1,6 @@
 """The Optax chain: clip, AdamW or Muon with decay on matrices, warm-up and linear decay.
 
-Each update is told whether loss and gradient are `finite`; where they are not, no state changes.
+Where the loss or the gradient of an update is not finite (`finite`), no state changes.
 """
 
 from typing import Any
