@@ -95,7 +95,8 @@ def _adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtra
     """optax.scale_by_adam, its state unchanged where an update is not finite.
 
     The update is taken from the state that is kept. Taken from moments that a later choice may
-    discard, XLA's CPU compiler computes these twice and copies the old ones: 5 times as long.
+    discard, XLA's CPU compiler computes these twice and copies the old ones, in up to 5 times as
+    long.
     """
     inner = optax.scale_by_adam(b1, b2, eps)
 
