@@ -381,7 +381,7 @@ FLAGS = [  # (words, parts of the message), with every file as it should be
     ("--steps", ["--steps: expected one argument"]),
     ("--corpus", ["--corpus: expected at least one argument"]),
     ("--steps 1 stray", ["unrecognized arguments: stray"]),
-    ("--teacher=", ["--teacher is missing"]),
+    ("--teacher=", ["--teacher is empty"]),
 ]
 
 
