@@ -65,6 +65,22 @@ def test_both_sides_train_the_same(padded, tiny):
             np.testing.assert_allclose(found[name], value, rtol=1e-4, err_msg=f"{name} {number}")
 
 
+def test_states_that_are_kept(tiny):
+    """The same masks and losses as with the teacher in the update, whose layers do not count."""
+    problem = given.problem_of(dataclasses.replace(tiny, dtype="float32"))
+    before = training._given(training.KEPT, problem, [])
+    live, kept = training.Ours(problem), training.Ours(before)
+    for number in (0, 1):
+        expected, found = live.update(number), kept.update(number)
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, rtol=2e-2, err_msg=f"{name} {number}")
+    assert list(kept._fixed[0]["teacher"]) == ["embeddings", "mlm_head"]
+    full = [given.flops(each, each.ours) for each in (problem, before)]
+    assert full[0] - full[1] == given.flops(problem, problem.ours) - given.flops(
+        dataclasses.replace(problem, teacher=dataclasses.replace(
+            problem.teacher, num_hidden_layers=0)), problem.ours) > 0
+
+
 def test_operations_are_counted(tiny):
     """Against the sum over each product of matrices, document by document."""
     config = dataclasses.replace(TINY, num_hidden_layers=2)

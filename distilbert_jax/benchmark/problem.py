@@ -50,20 +50,23 @@ def flops(problem: Problem, given: list[Batch]) -> float:
 
     A product of [m, k] and [k, n] has 2 m k n. The teacher goes forward once, the student forward
     and backward, which is three times as much; attention counts within documents. Embeddings,
-    softmaxes and the optimizer do not count.
+    softmaxes and the optimizer do not count, nor does what was computed before: the layers of a
+    teacher whose states are kept.
     """
     sizes = np.concatenate([
         np.bincount(batch["segment_ids"][row], minlength=2)[1:]
         for batch in given for row in range(len(batch["segment_ids"]))]).astype(float)
 
-    def forward(shape: EncoderConfig) -> float:
+    def forward(shape: EncoderConfig, layers: int) -> float:
         width, words = shape.hidden_size, shape.vocab_size
         layer = (8 * width**2 + 4 * width * shape.intermediate_size) * sizes.sum() + (
             4 * width * (sizes**2).sum())
         head = (2 * width**2 + 2 * width * words) * sizes.sum()
-        return shape.num_hidden_layers * layer + head
+        return layers * layer + head
 
-    return forward(problem.teacher) + 3 * forward(problem.student)
+    live = 0 if problem.config.kept_maskings else problem.teacher.num_hidden_layers
+    return forward(problem.teacher, live) + 3 * forward(
+        problem.student, problem.student.num_hidden_layers)
 
 
 def problem_of(config: TrainBenchmark) -> Problem:

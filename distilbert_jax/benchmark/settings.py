@@ -47,8 +47,9 @@ class TrainBenchmark(HeadBenchmark):
     sides: tuple[str, ...] = option(
         ("ours", "torch", "torch-memory"), "devices", "what is measured, ours first; torch is "
         "eager, as one types it; torch-memory and torch.compile keep freed memory, as ours does, "
-        "by glibc's variables (default: ours torch torch-memory)",
-        choices=("ours", "torch", "torch-memory", "torch.compile"), nargs="+")
+        "by glibc's variables; ours-kept has the teacher's states computed before (default: ours "
+        "torch torch-memory)",
+        choices=("ours", "ours-kept", "torch", "torch-memory", "torch.compile"), nargs="+")
     sweep: bool = option(
         False, "output", "plot tokens per second over batch, row length, layers and devices")
     output: str = option("benchmark", "output", "folder for figures and plots", metavar="DIR")

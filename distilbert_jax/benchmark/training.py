@@ -1,6 +1,7 @@
 """Our update beside one in PyTorch: the same documents, losses and shapes, in turn, in one run.
 
-Ours is the trainer's step on all its devices; PyTorch's is torch_loop.py.
+Ours is the trainer's step on all its devices, with the teacher in it or its states computed before
+(as they are kept on the disk, which is not read here); PyTorch's is torch_loop.py.
 """
 
 import dataclasses
@@ -41,6 +42,7 @@ from distilbert_jax.training.labels import Vocabulary, mask_tokens, vocabulary
 from distilbert_jax.training.train_step import label_keys
 
 PRODUCT = 2048  # rows and columns of the matrices whose product is timed
+KEPT = "ours-kept"  # the side whose teacher's states are computed before
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
@@ -95,9 +97,16 @@ class Ours:
         self._key = jax.device_get(state.key)
         self._words = vocabulary(problem.counts, problem.special_ids, problem.mask_id)
         self._state = place(state, shardings(state, mesh))
-        self._fixed = (assembly.place(self.teachers),
-                       jax.device_put(self._words, replicated(mesh)))
+        words = jax.device_put(self._words, replicated(mesh))
+        self._fixed = (assembly.place(assembly.taught(self.teachers)), words)
         self._batches = [place_rows(batch, mesh, config.batch_size) for batch in problem.ours]
+        if config.kept_maskings:
+            teachers = assembly.place(self.teachers)
+            states = jax.jit(assembly.states_step)
+            for batch in self._batches:
+                batch["masking"] = batch["epoch"]
+                batch["teacher_states"] = states(teachers, words, self._state.key, batch).astype(
+                    assembly.states_like(teachers, words, batch).dtype)
         lowered = assembly.jitted(self._state, self._fixed[0]).lower(
             self._state, *self._fixed, self._batches[0])
         began = time.perf_counter()
@@ -147,7 +156,7 @@ class _Timed:
     def __init__(self, side: str, problem: Problem, began: float):
         """Build it, and make its first update; `began` is when its process was started."""
         self._masked, self._compiling = None, 0.0
-        if side == "ours":
+        if side in ("ours", KEPT):
             keep_memory()
             # What is compiled is timed, and so not looked up.
             jax.config.update("jax_enable_compilation_cache", False)
@@ -199,7 +208,7 @@ def measure(problem: Problem, sides: Sequence[str], rounds: int) -> Measured:
         problem: the same for all.
         sides: "ours", which has to be the first, and any of "torch" (as one types it),
             "torch-memory" (the same, and its C library keeps freed memory, as that of ours does),
-            "torch.compile" (that too).
+            "torch.compile" (that too), KEPT.
         rounds: how often each of them goes through its batches.
 
     Raises:
@@ -209,10 +218,10 @@ def measure(problem: Problem, sides: Sequence[str], rounds: int) -> Measured:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     load = os.getloadavg()[0]
     running: dict[str, Side] = {}
+    given: dict[str, Problem] = {}
     for name in sides:
-        given = problem if name == "ours" else dataclasses.replace(
-            problem, ours=[], theirs=running["ours"].ready[1])
-        running[name] = Side(functools.partial(_Timed, name, given),
+        given[name] = _given(name, problem, running["ours"].ready[1] if running else [])
+        running[name] = Side(functools.partial(_Timed, name, given[name]),
                              name in ("torch-memory", "torch.compile"))
         if (own := running[name].ready[0]) != (first := running["ours"].ready[0]):
             raise UserError(f"ours runs on {first}, {name} on {own}: install both for the same "
@@ -224,12 +233,21 @@ def measure(problem: Problem, sides: Sequence[str], rounds: int) -> Measured:
     product = max(statistics.median(rate for _, rate in times) for times in timed.values())
     figures = {}
     for name, side in running.items():
-        given = problem.ours if name == "ours" else problem.theirs
-        tokens = sum(int((batch["segment_ids"] > 0).sum()) for batch in given)
+        batches = given[name].ours or problem.theirs
+        tokens = sum(int((batch["segment_ids"] > 0).sum()) for batch in batches)
         speeds = [tokens / seconds for seconds, _ in timed[name]]
         median = statistics.median(speeds)
         figures[name] = Figures(
             tokens_per_second=median, rounds=speeds, padding=1 - tokens / sum(
-                width(batch) * len(batch["input_ids"]) for batch in given),
-            utilisation=median * flops(problem, given) / tokens / product, **side.end())
+                width(batch) * len(batch["input_ids"]) for batch in batches),
+            utilisation=median * flops(given[name], batches) / tokens / product, **side.end())
     return Measured(figures, product, load)
+
+
+def _given(name: str, problem: Problem, masked: list[Batch]) -> Problem:
+    """What a side is given: ours packed rows, PyTorch's the documents that ours has masked."""
+    if name == KEPT:
+        return dataclasses.replace(
+            problem, config=dataclasses.replace(problem.config, kept_maskings=1))
+    return problem if name == "ours" else dataclasses.replace(
+        problem, ours=[], theirs=masked)
