@@ -163,5 +163,19 @@ def any_platform() -> contextlib.AbstractContextManager:
 
 def platform_here() -> str:
     """The platform that the code being traced will run on: "cpu", "gpu", "tpu", or "any"."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.devices()[0].platform
+    return device_here()[0]
+
+
+def device_here() -> tuple[str, str]:
+    """That platform, and the compute capability (GPU) or kind of its device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    if device.platform == "gpu":
+        # Of a card that is not here the name alone is known: those of benchmark/chips.py have 8.0.
+        return "gpu", getattr(jax.devices()[0], "compute_capability", "8.0")
+    return device.platform, device.device_kind
+
+
+def runs_triton(capability: str) -> bool:
+    """Whether a GPU of this compute capability runs our Pallas kernels: NVIDIA's from 8.0 on."""
+    major = capability.split(".")[0]  # AMD's are called gfx90a
+    return major.isdigit() and int(major) >= 8
