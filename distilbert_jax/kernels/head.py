@@ -207,11 +207,10 @@ def _losses_by_kernel(kernel, logits, words, at, scales, temperature, shares, dt
     """What `_losses` gives, of logits that are filled up beyond `words`, the gradient in `dtype`.
     """
     weights = {name: at.label_weights if name == "mlm" else at.soft_weights for name in scales}
-    weights |= {"ce": temperature**2 * at.soft_weights} if "ce" in scales else {}
-    values, cotangent = kernel(
-        logits, words, at.labels, {name: scales[name] * weights[name] for name in scales},
-        temperature, shares, dtype)
-    return {name: (weights[name] * values[name]).sum() for name in scales}, cotangent
+    sizes = {name: temperature**2 if name == "ce" else 1.0 for name in scales}
+    factors = {name: sizes[name] * scales[name] * weights[name] for name in scales}
+    values, cotangent = kernel(logits, words, at.labels, factors, temperature, shares, dtype)
+    return {name: sizes[name] * (weights[name] * values[name]).sum() for name in scales}, cotangent
 
 
 def _at_labels(head: Head, labels: Int[Array, " P"]) -> Float[Array, " P"]:
