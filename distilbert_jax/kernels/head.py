@@ -177,20 +177,30 @@ def _over_chunks(
         if not with_gradients:
             return (total,), None
         narrow = cotangent.astype(student.states.dtype)
-        of_words = carry[0] + transposed_product(states[0], narrow)  # [D, V]
-        return ((total, of_words, carry[1] + column_sums(cotangent)),
-                product(narrow, embeddings[0]))
+        if kernel:  # columns of 1 beside the states: their products are the bias's gradient
+            ones = jnp.ones((len(narrow), ALIGNMENT), narrow.dtype)
+            beside = jnp.concatenate([states[0], ones], 1)
+            found = [transposed_product(beside, narrow)]  # [D + 8, V]
+        else:
+            found = [transposed_product(states[0], narrow), column_sums(cotangent)]  # [D, V], [V]
+        return (total, *map(jnp.add, carry, found)), product(narrow, embeddings[0])
 
     carry = ({name: jnp.zeros((), dtype) for name in scales},)
-    if with_gradients:
-        carry += jnp.zeros((shape[-1], words + filled), dtype), jnp.zeros(words + filled, dtype)
+    if kernel:
+        carry += (jnp.zeros((shape[-1] + ALIGNMENT, words + filled), dtype),)
+    elif with_gradients:
+        carry += jnp.zeros((shape[-1], words), dtype), jnp.zeros(words, dtype)
     chunks = _cut(([model.states for model in models], targets))
     carry, states = jax.lax.scan(chunk, carry, chunks)
     carry = _added(carry, row_axes)
     if not with_gradients:
         return carry[0], None
+    if kernel:
+        of_words, of_bias = carry[1][:shape[-1], :words], carry[1][shape[-1], :words]
+    else:
+        _, of_words, of_bias = carry
     states = _added(states.reshape(-1, shape[-1])[:math.prod(shape[:-1])], word_axis)
-    return carry[0], Head(states.reshape(shape), carry[1].T[:words], carry[2][:words])
+    return carry[0], Head(states.reshape(shape), of_words.T, of_bias)
 
 
 def _kernel(dtype: jnp.dtype) -> Callable[..., Any] | None:
