@@ -469,6 +469,26 @@ large = [kernel.bytes for kernel in program.kernels if kernel.bytes > 512 * 5120
 print(mesh.devices.flat[0].device_kind, len(large), max(large), program.flops, sep="; ")
 """
 
+# The gradient of layer normalization on one card.
+NORMALISE = """
+import sys
+import jax
+from distilbert_jax.benchmark import hlo
+from distilbert_jax.benchmark.chips import topology
+from distilbert_jax.kernels.layer_norm import layer_norm
+from distilbert_jax.machine.sharding import make_mesh, on_mesh, replicated
+mesh, size = make_mesh("1x1", topology(sys.argv[1])[1]), int(sys.argv[2])
+x = jax.ShapeDtypeStruct((8, 100, size), "bfloat16")
+scale = jax.ShapeDtypeStruct((size,), "float32")
+
+def pull(x, cotangent, scale, bias):
+    return jax.vjp(lambda *a: layer_norm(*a, 1e-12), x, scale, bias)[1](cotangent)
+
+call = jax.jit(on_mesh(pull, mesh), in_shardings=replicated(mesh))
+program = hlo.read(call.lower(x, x, scale, scale).compile().as_text())
+print(mesh.devices.flat[0].device_kind, max(each.bytes for each in program.kernels), sep="; ")
+"""
+
 
 class TestGPU:
     pytestmark = [pytest.mark.gpu_compile, pytest.mark.skipif(
@@ -503,6 +523,16 @@ class TestGPU:
             f"{CHIPS[kind].card.name}; 3; {2 * logits + logits // 2 + 7 * numbers}; "
             f"{4 * 2 * 32 * 256 * 5120 * 64}")
         assert "0 bytes spill stores, 0 bytes spill loads" in assembled(tmp_path, "row_losses")
+
+    @pytest.mark.parametrize("size", [768, 1024])
+    @pytest.mark.parametrize("kind", [kind for kind in CHIPS if CHIPS[kind].card])
+    def test_our_gradient_of_layer_norm_on_every_card(self, kind, size, tmp_path):
+        """It reads two arrays and writes a third, and what its 13 programs leave."""
+        done = compiled("-c", NORMALISE, f"{kind}:1", size, XLA_FLAGS=f"--xla_dump_to={tmp_path}")
+        assert not done.returncode, done.stderr
+        assert done.stdout.splitlines()[-1] == (
+            f"{CHIPS[kind].card.name}; {3 * 800 * size * 2 + size * 4 + 2 * 13 * size * 4}")
+        assert "0 bytes spill stores, 0 bytes spill loads" in assembled(tmp_path, "layer_norm")
 
     @pytest.fixture
     def command(self, tmp_path):
