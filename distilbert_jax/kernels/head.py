@@ -20,9 +20,8 @@ from jaxtyping import Array, Float, Int
 
 from distilbert_jax.kernels.products import (
     column_sums,
-    device_here,
+    has_triton,
     product,
-    runs_triton,
     transposed_product,
     wide,
 )
@@ -150,7 +149,7 @@ def _over_chunks(
     shape, words = student.states.shape, len(student.embedding)
     dtype = wide(student.states.dtype)
     models = [student, *teachers]
-    kernel = None if others or word_axis or not with_gradients else _kernel(dtype)
+    kernel = None if others or word_axis or not with_gradients else _kernel(student.states.dtype)
     filled = -words % WORDS if kernel else 0
     embeddings = [jnp.pad(model.embedding.astype(model.states.dtype), ((0, filled), (0, 0)))
                   for model in models]
@@ -177,36 +176,25 @@ def _over_chunks(
         if not with_gradients:
             return (total,), None
         narrow = cotangent.astype(student.states.dtype)
-        if kernel:  # columns of 1 beside the states: their products are the bias's gradient
-            ones = jnp.ones((len(narrow), ALIGNMENT), narrow.dtype)
-            beside = jnp.concatenate([states[0], ones], 1)
-            found = [transposed_product(beside, narrow)]  # [D + 8, V]
-        else:
-            found = [transposed_product(states[0], narrow), column_sums(cotangent)]  # [D, V], [V]
-        return (total, *map(jnp.add, carry, found)), product(narrow, embeddings[0])
+        of_words = carry[0] + transposed_product(states[0], narrow)  # [D, V]
+        return ((total, of_words, carry[1] + column_sums(cotangent)),
+                product(narrow, embeddings[0]))
 
     carry = ({name: jnp.zeros((), dtype) for name in scales},)
-    if kernel:
-        carry += (jnp.zeros((shape[-1] + ALIGNMENT, words + filled), dtype),)
-    elif with_gradients:
-        carry += jnp.zeros((shape[-1], words), dtype), jnp.zeros(words, dtype)
+    if with_gradients:
+        carry += jnp.zeros((shape[-1], words + filled), dtype), jnp.zeros(words + filled, dtype)
     chunks = _cut(([model.states for model in models], targets))
     carry, states = jax.lax.scan(chunk, carry, chunks)
     carry = _added(carry, row_axes)
     if not with_gradients:
         return carry[0], None
-    if kernel:
-        of_words, of_bias = carry[1][:shape[-1], :words], carry[1][shape[-1], :words]
-    else:
-        _, of_words, of_bias = carry
     states = _added(states.reshape(-1, shape[-1])[:math.prod(shape[:-1])], word_axis)
-    return carry[0], Head(states.reshape(shape), of_words.T, of_bias)
+    return carry[0], Head(states.reshape(shape), carry[1].T[:words], carry[2][:words])
 
 
 def _kernel(dtype: jnp.dtype) -> Callable[..., Any] | None:
-    """The kernel for the losses in CLOSED of logits of `dtype`, where the platform has one."""
-    platform, capability = device_here()
-    if platform != "gpu" or not runs_triton(capability) or dtype != jnp.float32:
+    """The kernel for the losses in CLOSED of states of `dtype`, where the platform has one."""
+    if not has_triton(dtype):
         return None
     from distilbert_jax.kernels.row_losses import row_losses  # slow to import
 

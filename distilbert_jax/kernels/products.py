@@ -180,3 +180,10 @@ def runs_triton(capability: str) -> bool:
     """Whether a GPU of this compute capability runs our Pallas kernels: NVIDIA's from 8.0 on."""
     major = capability.split(".")[0]  # AMD's are called gfx90a
     return major.isdigit() and int(major) >= 8
+
+
+def has_triton(dtype: jnp.dtype) -> bool:
+    """Whether the code being traced will run where our Pallas kernels for GPUs do, which compute
+    in float32 what is of `dtype`."""
+    platform, capability = device_here()
+    return platform == "gpu" and runs_triton(capability) and wide(dtype) == jnp.float32

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from distilbert_jax.kernels.attention import AttentionMask, attention
 from distilbert_jax.kernels.dropout import RowKeys, dropout, dropped
-from distilbert_jax.kernels.products import affine, device_here, runs_triton, wide
+from distilbert_jax.kernels.products import affine, has_triton, wide
 from distilbert_jax.models.sentence_modules import Sentence
 from distilbert_jax.models.vectors import DENSE_ACTIVATIONS, normalized, pool
 
@@ -426,8 +426,7 @@ class LayerNorm(nnx.LayerNorm):
     """Layer normalization, with its gradient in one kernel where the platform has it."""
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        platform, capability = device_here()
-        if platform != "gpu" or not runs_triton(capability):
+        if not has_triton(x.dtype):
             return super().__call__(x)
         from distilbert_jax.kernels.layer_norm import layer_norm  # slow to import
 
