@@ -56,7 +56,8 @@ def _layer_norm_backward(
     mesh = jax.sharding.get_abstract_mesh()
     free = set(mesh.axis_names) - set(mesh.manual_axes)
     if free and mesh.size > 1:
-        rows = P("data") if "data" in free and len(x) % mesh.shape["data"] == 0 else P()
+        axis = "data" if "data" in free and len(x) % mesh.shape["data"] == 0 else None
+        rows = P(axis)
         gradients = jax.shard_map(gradients, in_specs=(rows, rows, P()), out_specs=(rows,) * 3,
                                   check_vma=False, axis_names=free)
     to_x, to_scale, to_bias = gradients(x, cotangent, scale)
@@ -92,15 +93,15 @@ def _gradients(
 def _kernel(x, cotangent, scale, to_x, to_scale, to_bias, *, number, epsilon):
     size, dtype = scale.shape[0], scale.dtype
     columns = pl.ds(0, pl.next_power_of_2(size))
-    inside = jnp.arange(columns.size, dtype="int32") < size
+    first, inside = pl.program_id(0) * BLOCK, jnp.arange(columns.size, dtype="int32") < size
     weights = triton.load(scale.at[columns], mask=inside, other=0)
 
     def mean(values):
         return values.sum(-1, keepdims=True) * (1 / size)
 
     def add(step, sums):
-        first = pl.program_id(0) * BLOCK + step * ROWS
-        there = (first + jnp.arange(ROWS, dtype="int32") < number)[:, None] & inside
+        positions = first + step * ROWS + jnp.arange(ROWS, dtype="int32")
+        there = (positions < number)[:, None] & inside
         part = pl.ds(step * ROWS, ROWS), columns
         values, pull = (triton.load(each.at[part], mask=there, other=0).astype(dtype)
                         for each in (x, cotangent))
