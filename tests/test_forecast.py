@@ -458,7 +458,7 @@ head = Head(states, jax.ShapeDtypeStruct((5000, 64), "float32"),
 targets = Targets(jax.ShapeDtypeStruct((32, 256), "int32"), weights, weights)
 
 def losses(student, teacher, targets):
-    terms = {name: Term(1.0, weights.size, None) for name in ("ce", "mlm", "mse")}
+    terms = {name: Term(1.0, targets.soft_weights.sum(), None) for name in ("ce", "mlm", "mse")}
     return fused_losses(student, [(1.0, teacher)], targets, terms, 2.0)[0]
 
 call = on_mesh(jax.grad(losses), mesh)
