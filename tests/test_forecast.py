@@ -23,6 +23,7 @@ from distilbert_jax.config import DistilConfig
 from distilbert_jax.errors import UserError
 from distilbert_jax.jobs import forecast
 from distilbert_jax.kernels import attention
+from distilbert_jax.kernels.products import device_here
 from distilbert_jax.machine.sharding import by_rows, make_mesh, replicated, shardings
 from distilbert_jax.models import bert
 
@@ -298,8 +299,9 @@ def test_without_the_compiler(name, extra, monkeypatch):
 def test_an_absent_card_is_one_that_cudnn_attends_on():
     """The devices of this machine say nothing of it."""
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=1, platform="gpu")
-    platform, capability = attention._device(
-        jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device))
+    with jax.sharding.use_abstract_mesh(
+            jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)):
+        platform, capability = device_here()
     query = jax.ShapeDtypeStruct((1, 128, 2, 64), "bfloat16")
     mask = attention.AttentionMask(jnp.ones((1, 128), jnp.int32))
     assert platform == "gpu" and not attention._gpu_lacks(query, mask, capability, drops=False)
@@ -338,9 +340,9 @@ print(json.dumps({
 """
 
 
-def compiled(*arguments):
-    environment = {k: v for k, v in os.environ.items()
-                   if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+def compiled(*arguments, **more):
+    environment = more | {k: v for k, v in os.environ.items()
+                          if k not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
     done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True,
                           cwd=ROOT, env=environment)
     return done
@@ -430,6 +432,64 @@ print(mesh.devices.flat[0].device_kind, text.count('target="__cudnn$fmha'),
 """
 
 
+def assembled(folder, kernel):
+    """What the assembler says of a Pallas kernel in a dump of XLA's."""
+    file, = [each for each in folder.glob("*.ptx") if f".entry {kernel}(" in each.read_text()]
+    tools = find_spec("nvidia.cuda_nvcc").submodule_search_locations[0]
+    target = re.search(r"\.target (\w+)", file.read_text())[1]
+    done = subprocess.run([f"{tools}/bin/ptxas", "-v", f"-arch={target}", file, "-o", "/dev/null"],
+                          capture_output=True, text=True, check=True)
+    return done.stderr
+
+
+# The vocabulary head on one card with all its losses and gradients; words are no round number.
+PROJECT = """
+import sys
+import jax
+from distilbert_jax.benchmark import hlo
+from distilbert_jax.benchmark.chips import topology
+from distilbert_jax.kernels.head import Head, Targets, Term, fused_losses
+from distilbert_jax.machine.sharding import make_mesh, on_mesh, replicated
+mesh = make_mesh("1x1", topology(sys.argv[1])[1])
+states, weights = jax.ShapeDtypeStruct((32, 256, 64), "bfloat16"), jax.ShapeDtypeStruct(
+    (32, 256), "float32")
+head = Head(states, jax.ShapeDtypeStruct((5000, 64), "float32"),
+            jax.ShapeDtypeStruct((5000,), "float32"))
+targets = Targets(jax.ShapeDtypeStruct((32, 256), "int32"), weights, weights)
+
+def losses(student, teacher, targets):
+    terms = {name: Term(1.0, targets.soft_weights.sum(), None) for name in ("ce", "mlm", "mse")}
+    return fused_losses(student, [(1.0, teacher)], targets, terms, 2.0)[0]
+
+call = on_mesh(jax.grad(losses), mesh)
+traced = jax.jit(call, in_shardings=replicated(mesh)).trace(head, head, targets)
+text = traced.lower().compile().as_text()
+program = hlo.read(text, hlo.kernel_flops(traced.jaxpr))
+large = [kernel.bytes for kernel in program.kernels if kernel.bytes > 512 * 5120 * 4]
+print(mesh.devices.flat[0].device_kind, len(large), max(large), program.flops, sep="; ")
+"""
+
+# The gradient of layer normalization on one card.
+NORMALISE = """
+import sys
+import jax
+from distilbert_jax.benchmark import hlo
+from distilbert_jax.benchmark.chips import topology
+from distilbert_jax.kernels.layer_norm import layer_norm
+from distilbert_jax.machine.sharding import make_mesh, on_mesh, replicated
+mesh, size = make_mesh("1x1", topology(sys.argv[1])[1]), int(sys.argv[2])
+x = jax.ShapeDtypeStruct((8, 100, size), "bfloat16")
+scale = jax.ShapeDtypeStruct((size,), "float32")
+
+def pull(x, cotangent, scale, bias):
+    return jax.vjp(lambda *a: layer_norm(*a, 1e-12), x, scale, bias)[1](cotangent)
+
+call = jax.jit(on_mesh(pull, mesh), in_shardings=replicated(mesh))
+program = hlo.read(call.lower(x, x, scale, scale).compile().as_text())
+print(mesh.devices.flat[0].device_kind, max(each.bytes for each in program.kernels), sep="; ")
+"""
+
+
 class TestGPU:
     pytestmark = [pytest.mark.gpu_compile, pytest.mark.skipif(
         not find_spec("jax_cuda12_plugin"),
@@ -451,6 +511,28 @@ class TestGPU:
         assert not done.returncode, done.stderr
         assert done.stdout.splitlines()[-1] == (
             f"{CHIPS[kind].card.name}; 0; 2; 0; {9 * 2 * (2 * 4 * 256 * 256 * size)}")
+
+    @pytest.mark.parametrize("kind", [kind for kind in CHIPS if CHIPS[kind].card])
+    def test_our_kernel_of_the_losses_on_every_card(self, kind, tmp_path):
+        """Of 512 positions and 5,000 words, filled up to 5,120, it reads the logits of both models
+        and writes the gradient; beside the two products nothing has logits in memory."""
+        done = compiled("-c", PROJECT, f"{kind}:1", XLA_FLAGS=f"--xla_dump_to={tmp_path}")
+        assert not done.returncode, done.stderr
+        logits, numbers = 512 * 5120 * 4, 512 * 4
+        assert done.stdout.splitlines()[-1] == (
+            f"{CHIPS[kind].card.name}; 3; {2 * logits + logits // 2 + 7 * numbers}; "
+            f"{4 * 2 * 32 * 256 * 5120 * 64}")
+        assert "0 bytes spill stores, 0 bytes spill loads" in assembled(tmp_path, "row_losses")
+
+    @pytest.mark.parametrize("size", [768, 1024])
+    @pytest.mark.parametrize("kind", [kind for kind in CHIPS if CHIPS[kind].card])
+    def test_our_gradient_of_layer_norm_on_every_card(self, kind, size, tmp_path):
+        """It reads two arrays and writes a third, and what its 13 programs leave."""
+        done = compiled("-c", NORMALISE, f"{kind}:1", size, XLA_FLAGS=f"--xla_dump_to={tmp_path}")
+        assert not done.returncode, done.stderr
+        assert done.stdout.splitlines()[-1] == (
+            f"{CHIPS[kind].card.name}; {3 * 800 * size * 2 + size * 4 + 2 * 13 * size * 4}")
+        assert "0 bytes spill stores, 0 bytes spill loads" in assembled(tmp_path, "layer_norm")
 
     @pytest.fixture
     def command(self, tmp_path):

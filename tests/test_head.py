@@ -11,6 +11,7 @@ from test_sharding import mesh_of
 
 from distilbert_jax.benchmark.head import compare, dense_losses
 from distilbert_jax.kernels import head as fused_head
+from distilbert_jax.kernels import row_losses
 from distilbert_jax.kernels.head import Head, Targets, Term, fused_losses
 from distilbert_jax.training.losses import LOSSES
 
@@ -36,6 +37,20 @@ DEFINITIONS = {"ce": functools.partial(LOSSES["ce"].sum, temperature=TEMPERATURE
 def short_chunks(monkeypatch):
     """104 positions are then five chunks, the last of them not full."""
     monkeypatch.setattr(fused_head, "LEAST", 24)
+
+
+@pytest.fixture(params=["chunks", "kernel"])
+def path(request, monkeypatch):
+    """How the closed losses of a chunk are computed: XLA, or the GPU's kernel, interpreted.
+
+    72 words are then filled up to 128, of which a tile has 48: padding begins in the second, and
+    the third is nothing else and reaches beyond it.
+    """
+    if request.param == "kernel":
+        monkeypatch.setattr(row_losses, "TILE", 48)
+        monkeypatch.setattr(fused_head, "_kernel", lambda dtype: functools.partial(
+            row_losses.row_losses, interpret=True))
+    return request.param
 
 
 def rounded(x, dtype):
@@ -95,7 +110,7 @@ def assert_close(found, expected, tolerance):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("terms", TERMS)
-def test_numbers_of_the_readable_truth(terms, dtype, x64):
+def test_numbers_of_the_readable_truth(terms, dtype, path, x64):
     """Against float64 on the same, rounded, values."""
     problem = make(dtype=dtype)
     found = value_and_gradients(fused_losses, *problem, TERMS[terms], dtype)
@@ -114,7 +129,7 @@ def two_teachers():
 
 
 @pytest.mark.parametrize("terms", ["all", "no closed form"])
-def test_a_weighted_sum_over_teachers(terms, x64):
+def test_a_weighted_sum_over_teachers(terms, path, x64):
     problem = two_teachers()
     found, expected = (value_and_gradients(losses, *problem, TERMS[terms])
                        for losses in (fused_losses, dense_losses))
@@ -177,7 +192,7 @@ def test_no_logits_of_all_positions_of_any_teacher(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_a_student_close_to_its_teacher(dtype, x64):
+def test_a_student_close_to_its_teacher(dtype, path, x64):
     """Where the two softmaxes nearly cancel, and an error of either would show."""
     (student, _), _, targets = make(dtype=dtype)
     random = np.random.default_rng(1)
@@ -188,7 +203,7 @@ def test_a_student_close_to_its_teacher(dtype, x64):
     assert_close(found, expected, TOLERANCE[dtype])
 
 
-def test_what_all_logits_have_in_common(x64):
+def test_what_all_logits_have_in_common(path, x64):
     """An offset of 50 beside the teacher's changes no softmax, and no figure but by rounding.
 
     Of so many words Σ p (t − s) would no longer be exact enough if the offset were in it.
@@ -269,7 +284,7 @@ def test_a_loss_without_closed_form_on_a_mesh(shape, x64):
 
 @pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices (JAX_NUM_CPU_DEVICES=8)")
 @pytest.mark.parametrize("shape", ["8x1", "4x2"])
-def test_rows_divided_by_the_caller(shape, x64):
+def test_rows_divided_by_the_caller(shape, path, x64):
     """Then sums and gradients are those of the device's own rows, and the caller adds them up."""
     (student, _), teacher, targets = make()
     weight = targets.soft_weights.sum()

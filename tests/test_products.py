@@ -44,7 +44,7 @@ def test_products_and_gradients(rows, lead, dtype, x64):
     assert_close(right_gradient, expected.swapaxes(-1, -2) if rows else expected, dtype)
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_gradient_of_a_bias_is_not_summed_in_bfloat16(dtype, platform, monkeypatch, x64):
     monkeypatch.setattr(products, "platform_here", lambda: platform)
@@ -56,9 +56,11 @@ def test_gradient_of_a_bias_is_not_summed_in_bfloat16(dtype, platform, monkeypat
     assert_close(*backward(cotangent), expected, "float32" if dtype == "bfloat16" else dtype)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("narrow", [4, 9])
-def test_affine(narrow, dtype, x64):
+def test_affine(narrow, dtype, platform, monkeypatch, x64):
+    monkeypatch.setattr(products, "platform_here", lambda: platform)
     x, cotangent = normal(dtype, 2, 6, narrow), normal(dtype, 2, 6, 8, seed=3)
     kernel, bias = normal(WIDE[dtype], narrow, 8, seed=1), normal(WIDE[dtype], 8, seed=2)
     found, backward = jax.vjp(affine, x, kernel, bias)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from distilbert_jax.kernels.attention_mask import AttentionMask
 from distilbert_jax.kernels.dropout import Dropout, dropped
-from distilbert_jax.kernels.products import product
+from distilbert_jax.kernels.products import device_here, product, runs_triton
 
 BLOCKS = (512, 384, 256, 128)  # positions that splash attention takes at a time; one divides T
 LONGEST = 1024  # positions that our kernel takes: scores of 128 queries are then 0.5 MB
@@ -56,7 +56,7 @@ def attention(
         Contexts [B, Q, N, H] in the dtype of `value`; the softmax is at least float32.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    platform, device = _device(mesh)
+    platform, device = device_here()
     if at is not None or platform not in KERNELS:
         return _xla(query, key, value, mask, drop, at)
     kernel, lacks = KERNELS[platform]
@@ -122,9 +122,7 @@ def _gpu_lacks(query: Query, mask: AttentionMask, capability: str, drops: bool) 
         return f"heads of {size} (multiples of 8 up to 128)"
     if length % 2:
         return f"{length} positions (even numbers)"
-    major = capability.split(".")[0]  # AMD's are called gfx90a
-    modern = major.isdigit() and int(major) >= 8
-    return "" if modern else f"compute capability {capability} (8.0 or later)"
+    return "" if runs_triton(capability) else f"compute capability {capability} (8.0 or later)"
 
 
 def _tpu(
@@ -181,15 +179,6 @@ def _tpu_lacks(query: Query, mask: AttentionMask, device: str, drops: bool) -> s
 KERNELS: dict[
     str, tuple[Callable[..., Array], Callable[[Query, AttentionMask, str, bool], str]]
 ] = {"gpu": (_gpu, _gpu_lacks), "tpu": (_tpu, _tpu_lacks)}
-
-
-def _device(mesh: AbstractMesh) -> tuple[str, str]:
-    """Platform and compute capability (GPU) or kind of the mesh in context, else of any device."""
-    device = mesh.abstract_device or jax.devices()[0]
-    if device.platform == "gpu":
-        # Of a card that is not here the name alone is known: those of benchmark/chips.py have 8.0.
-        return "gpu", getattr(jax.devices()[0], "compute_capability", "8.0")
-    return device.platform, device.device_kind
 
 
 def _on_mesh(

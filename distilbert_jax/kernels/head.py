@@ -4,6 +4,7 @@ Transformed hidden states of student and teachers and their word embeddings come
 total goes out, and with it, in the same pass over chunks of positions, its gradients. At [B, T, V]
 the logits would be by far the largest tensors of a step. The losses in CLOSED have value and
 gradient written out here and share their exponentials; any other is differentiated, chunk by chunk.
+On NVIDIA's GPUs those in CLOSED are one kernel of their own (`row_losses.py`).
 """
 
 import dataclasses
@@ -17,7 +18,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from distilbert_jax.kernels.products import column_sums, product, transposed_product, wide
+from distilbert_jax.kernels.products import (
+    column_sums,
+    has_triton,
+    product,
+    transposed_product,
+    wide,
+)
 from distilbert_jax.machine.sharding import head_specs
 
 # A device's positions are cut into CHUNKS, which keeps its logits to that share of what they would
@@ -25,6 +32,7 @@ from distilbert_jax.machine.sharding import head_specs
 CHUNKS = 16
 LEAST = 256
 ALIGNMENT = 8  # the positions of a chunk are a multiple of it
+WORDS = 128  # so are the words of one on a GPU, which would else fill them up for every product
 
 CLOSED = ("ce", "mlm", "mse")
 
@@ -141,19 +149,26 @@ def _over_chunks(
     shape, words = student.states.shape, len(student.embedding)
     dtype = wide(student.states.dtype)
     models = [student, *teachers]
-    embeddings = [model.embedding.astype(model.states.dtype) for model in models]
+    kernel = None if others or word_axis or not with_gradients else _kernel(student.states.dtype)
+    filled = -words % WORDS if kernel else 0
+    embeddings = [jnp.pad(model.embedding.astype(model.states.dtype), ((0, filled), (0, 0)))
+                  for model in models]
+    biases = [jnp.pad(model.bias, (0, filled)) for model in models]
     if word_axis:  # a label of other devices' words is out of range here
         labels = targets.labels - words * jax.lax.axis_index(word_axis)
         targets = targets._replace(labels=labels)
 
     def chunk(carry, taken):
         states, at = taken  # [P, D] of each model, [P]
-        heads = [Head(x, embedding, model.bias)
-                 for x, embedding, model in zip(states, embeddings, models, strict=True)]
+        heads = [Head(*parts) for parts in zip(states, embeddings, biases, strict=True)]
         logits = [product(head.states, head.embedding, rows=True) + head.bias for head in heads]
-        at_label = _at_labels(heads[0], at.labels) if "mlm" in scales else None
-        sums, cotangent = _losses(
-            logits, at_label, at, scales, temperature, shares, word_axis)  # [P, V]
+        if kernel:
+            sums, cotangent = _losses_by_kernel(
+                kernel, logits, words, at, scales, temperature, shares, student.states.dtype)
+        else:
+            at_label = _at_labels(heads[0], at.labels) if "mlm" in scales else None
+            sums, cotangent = _losses(
+                logits, at_label, at, scales, temperature, shares, word_axis)  # [P, V]
         for name, definition in others.items():
             sums[name], of_logits = _differentiated(definition, logits, at, shares, word_axis)
             cotangent += scales[name] * of_logits
@@ -167,14 +182,33 @@ def _over_chunks(
 
     carry = ({name: jnp.zeros((), dtype) for name in scales},)
     if with_gradients:
-        carry += jnp.zeros(student.embedding.T.shape, dtype), jnp.zeros(words, dtype)
+        carry += jnp.zeros((shape[-1], words + filled), dtype), jnp.zeros(words + filled, dtype)
     chunks = _cut(([model.states for model in models], targets))
     carry, states = jax.lax.scan(chunk, carry, chunks)
     carry = _added(carry, row_axes)
     if not with_gradients:
         return carry[0], None
     states = _added(states.reshape(-1, shape[-1])[:math.prod(shape[:-1])], word_axis)
-    return carry[0], Head(states.reshape(shape), carry[1].T, carry[2])
+    return carry[0], Head(states.reshape(shape), carry[1].T[:words], carry[2][:words])
+
+
+def _kernel(dtype: jnp.dtype) -> Callable[..., Any] | None:
+    """The kernel for the losses in CLOSED of states of `dtype`, where the platform has one."""
+    if not has_triton(dtype):
+        return None
+    from distilbert_jax.kernels.row_losses import row_losses  # slow to import
+
+    return row_losses
+
+
+def _losses_by_kernel(kernel, logits, words, at, scales, temperature, shares, dtype):
+    """What `_losses` gives, of logits that are filled up beyond `words`, the gradient in `dtype`.
+    """
+    weights = {name: at.label_weights if name == "mlm" else at.soft_weights for name in scales}
+    sizes = {name: temperature**2 if name == "ce" else 1.0 for name in scales}
+    factors = {name: sizes[name] * scales[name] * weights[name] for name in scales}
+    values, cotangent = kernel(logits, words, at.labels, factors, temperature, shares, dtype)
+    return {name: sizes[name] * (weights[name] * values[name]).sum() for name in scales}, cotangent
 
 
 def _at_labels(head: Head, labels: Int[Array, " P"]) -> Float[Array, " P"]:

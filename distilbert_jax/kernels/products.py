@@ -1,7 +1,8 @@
 """Matrix products and affine maps with their gradients, in the form each platform is fast at.
 
 Compilers for TPU and GPU find that form themselves, so plain products and their derivatives are
-left to them. XLA's CPU compiler (jax 0.10.2) calls its fast library, the only code that knows a
+left to them; but XLA adds a bias in the kernel of a GPU's product only before that is rounded (jax
+0.10.2). XLA's CPU compiler (jax 0.10.2) calls its fast library, the only code that knows a
 CPU's bfloat16, if the rows of both factors are contiguous and the result is float32; so on CPU
 products and their gradients are written out in that form. A model that is exported goes to machines
 that are not known, so within `any_platform` everything is plain.
@@ -101,9 +102,9 @@ def affine(
         kernel: [D, F].
         bias: [F]; its gradient is summed over *B in at least float32, whatever the dtype of x.
     """
-    if platform_here() != "cpu":
-        return _add_bias(x @ kernel.astype(x.dtype), bias)
-    return _affine_on_cpu(x.reshape(-1, x.shape[-1]), kernel, bias).reshape(*x.shape[:-1], -1)
+    if platform_here() in ("cpu", "gpu"):
+        return _affine(x.reshape(-1, x.shape[-1]), kernel, bias).reshape(*x.shape[:-1], -1)
+    return _add_bias(x @ kernel.astype(x.dtype), bias)
 
 
 @jax.custom_vjp
@@ -125,24 +126,24 @@ _add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 @jax.custom_vjp
-def _affine_on_cpu(x: Array, kernel: Array, bias: Array) -> Array:
+def _affine(x: Array, kernel: Array, bias: Array) -> Array:
     """Compute `affine` of x [P, D]; the gradients of kernel and bias are never in x.dtype."""
-    result = _on_cpu(x, kernel.astype(x.dtype), False)
+    result = product(x, kernel.astype(x.dtype))
     return (result + bias.astype(result.dtype)).astype(x.dtype)
 
 
 def _affine_forward(x: Array, kernel: Array, bias: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _affine_on_cpu(x, kernel, bias), (x, kernel, bias)
+    return _affine(x, kernel, bias), (x, kernel, bias)
 
 
 def _affine_backward(saved: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
     x, kernel, bias = saved
-    return (_on_cpu(cotangent, kernel.astype(x.dtype), True).astype(x.dtype),
+    return (product(cotangent, kernel.astype(x.dtype), rows=True).astype(x.dtype),
             transposed_product(x, cotangent).astype(kernel.dtype),
             column_sums(cotangent).astype(bias.dtype))
 
 
-_affine_on_cpu.defvjp(_affine_forward, _affine_backward)
+_affine.defvjp(_affine_forward, _affine_backward)
 
 
 def wide(dtype: jnp.dtype) -> jnp.dtype:
@@ -163,5 +164,26 @@ def any_platform() -> contextlib.AbstractContextManager:
 
 def platform_here() -> str:
     """The platform that the code being traced will run on: "cpu", "gpu", "tpu", or "any"."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.devices()[0].platform
+    return device_here()[0]
+
+
+def device_here() -> tuple[str, str]:
+    """That platform, and the compute capability (GPU) or kind of its device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    if device.platform == "gpu":
+        # Of a card that is not here the name alone is known: those of benchmark/chips.py have 8.0.
+        return "gpu", getattr(jax.devices()[0], "compute_capability", "8.0")
+    return device.platform, device.device_kind
+
+
+def runs_triton(capability: str) -> bool:
+    """Whether a GPU of this compute capability runs our Pallas kernels: NVIDIA's from 8.0 on."""
+    major = capability.split(".")[0]  # AMD's are called gfx90a
+    return major.isdigit() and int(major) >= 8
+
+
+def has_triton(dtype: jnp.dtype) -> bool:
+    """Whether the code being traced will run where our Pallas kernels for GPUs do, which compute
+    in float32 what is of `dtype`."""
+    platform, capability = device_here()
+    return platform == "gpu" and runs_triton(capability) and wide(dtype) == jnp.float32

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from distilbert_jax.kernels.attention import AttentionMask, attention
 from distilbert_jax.kernels.dropout import RowKeys, dropout, dropped
-from distilbert_jax.kernels.products import affine, wide
+from distilbert_jax.kernels.products import affine, has_triton, wide
 from distilbert_jax.models.sentence_modules import Sentence
 from distilbert_jax.models.vectors import DENSE_ACTIVATIONS, normalized, pool
 
@@ -422,8 +422,19 @@ def _linear(
     return Linear(rows, columns, kernel_init=init, rngs=rngs, **dtypes)
 
 
-def _layer_norm(config: EncoderConfig, dtypes: dict[str, Any], rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
+class LayerNorm(nnx.LayerNorm):
+    """Layer normalization, with its gradient in one kernel where the platform has it."""
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        if not has_triton(x.dtype):
+            return super().__call__(x)
+        from distilbert_jax.kernels.layer_norm import layer_norm  # slow to import
+
+        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
+
+
+def _layer_norm(config: EncoderConfig, dtypes: dict[str, Any], rngs: nnx.Rngs) -> LayerNorm:
+    return LayerNorm(
         config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs,
         **dtypes,
     )
