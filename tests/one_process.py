@@ -15,6 +15,7 @@ def small(patch):
 
 
 if __name__ == "__main__":
+    sys.modules["torch"] = None  # transformers would import it, and nothing here needs it
     from distilbert_jax.commands.main import run
     from distilbert_jax.machine import processes
 
