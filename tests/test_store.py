@@ -4,6 +4,7 @@ The bucket is a fake one (fake_gcs.py) that gcsfs and Orbax's tensorstore really
 """
 
 import dataclasses
+import json
 import shutil
 import sys
 import time
@@ -22,6 +23,7 @@ from distilbert_jax.data import sources
 from distilbert_jax.data.prepare import prepare
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
+from distilbert_jax.evaluation import report
 from distilbert_jax.jobs.kept_layers import kept_layers
 from distilbert_jax.machine import store
 from distilbert_jax.models import hub
@@ -330,9 +332,12 @@ def test_a_model_trained_in_the_bucket_is_a_teacher_there(toy, bucket, run, tmp_
     jobs.pretrain(config)
     after = in_bucket(bucket, run)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a third one"))
-    jobs.pretrain(dataclasses.replace(config, steps=9, finish="last"))  # of a run of nine
+    drawn = []
+    monkeypatch.setattr(report, "plot", lambda metrics, *_: drawn.extend(metrics))
+    jobs.pretrain(dataclasses.replace(config, steps=9, finish="last"))
     early = in_bucket(bucket, run)
     assert b"this is update 1 of 9, its last checkpoint." in early["model/README.md"]
+    assert drawn == [json.loads(line) for line in after["metrics.jsonl"].splitlines()]
     for name in ("model/model.safetensors", "metrics.jsonl", *(
             name for name in after if name.startswith("checkpoints/"))):
         assert early[name] == after[name], name
