@@ -609,32 +609,23 @@ def command(script, *words, **environment):
                           text=True, stdin=subprocess.DEVNULL, env=os.environ | environment)
 
 
-@pytest.mark.parametrize("script, groups", [
-    ("run.py", ("data", "models", "losses", "training", "devices", "output")),
-    ("pretrain.py", ("data", "models", "training", "devices", "output")),
-    ("prepare.py", ("data", "models", "output")),
-    ("finetune.py", ("data", "models", "losses", "training", "devices", "output")),
-    ("evaluate.py", ("data", "models", "devices", "output"))])
-def test_help(script, groups, place):
-    done = command(script, "--help")
+def test_help(place):
+    """Of a script; what stands in it is seen in test_config.py."""
+    done = command("run.py", "--help")
     assert done.returncode == 0 and not done.stderr
-    assert all(f"\n{group}:\n" in done.stdout for group in groups)
-    listed = " ".join(done.stdout.split())
-    assert (f"(known: {', '.join(sorted(recipes()))})" in listed) == (script == "run.py")
+    assert all(f"\n{group}:\n" in done.stdout for group in (
+        "data", "models", "losses", "training", "devices", "output"))
+    assert f"(known: {', '.join(sorted(recipes()))})" in " ".join(done.stdout.split())
 
 
-@pytest.mark.parametrize("made, words, message", [
-    (None, "--corpus hf:nobody/nothing", "hf:nobody/nothing: cannot be read: Couldn't reach"),
-    # without the type checker of the tests, which would find it first
-    (with_config(hidden_size=None), "", "teacher: config.json: hidden_size None is not a positive"),
-])
-def test_an_error_in_a_process_of_its_own(made, words, message, place):
-    if made:
-        made()
+def test_an_error_in_a_process_of_its_own(place):
+    """Without the type checker of the tests, which would find it first."""
+    with_config(hidden_size=None)()
     before = tree(place)
-    done = command("run.py", *once(TEACHER, words))
-    assert done.returncode == 2 and tree(place) == before
-    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+    done = command("run.py", *once(TEACHER))
+    assert done.returncode == 2 and tree(place) == before and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(
+        "error: teacher: config.json: hidden_size None is not a positive")
 
 
 def test_a_platform_that_is_not_there(place):

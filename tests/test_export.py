@@ -20,41 +20,66 @@ from distilbert_jax.models.families import FAMILIES
 from distilbert_jax.models.student import student_config, student_params
 
 TEXTS = ["ba be bu da", "fa fe", "unheard words, ba"]
-# What an older transformers and a browser's library make of a folder. .ci/run installs both.
+# What an older transformers and a browser's library make of all folders. .ci/run installs both.
 TRANSFORMERS_4 = '''
 import json, sys, transformers
-folder, texts = sys.argv[1], sys.argv[2:]
-tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-model, info = transformers.AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
-fill = transformers.pipeline("fill-mask", model=model, tokenizer=tokenizer)
-print(json.dumps({
-    "version": transformers.__version__, "keys": sum(map(list, info.values()), []),
-    "ids": [tokenizer(text)["input_ids"] for text in texts],
-    "logits": [model(**tokenizer(text, return_tensors="pt")).logits[0].tolist() for text in texts],
-    "best": fill(f"ba {tokenizer.mask_token} bu")[0]["score"]}))
+root, names, texts = sys.argv[1], sys.argv[2].split(), sys.argv[3:]
+found = {}
+for name in names:
+    folder = f"{root}/{name}/model"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model, info = transformers.AutoModelForMaskedLM.from_pretrained(
+        folder, output_loading_info=True)
+    fill = transformers.pipeline("fill-mask", model=model, tokenizer=tokenizer)
+    found[name] = {
+        "version": transformers.__version__, "keys": sum(map(list, info.values()), []),
+        "ids": [tokenizer(text)["input_ids"] for text in texts],
+        "logits": [model(**tokenizer(text, return_tensors="pt")).logits[0].tolist()
+                   for text in texts],
+        "best": fill(f"ba {tokenizer.mask_token} bu")[0]["score"]}
+print(json.dumps(found))
 '''
 TRANSFORMERS_JS = '''
 import { createRequire } from "module";
-const [modules, folder, ...texts] = process.argv.slice(1);
+const [modules, root, names, ...texts] = process.argv.slice(1);
 const { AutoTokenizer, env } = createRequire(modules + "/")("@huggingface/transformers");
-env.allowRemoteModels = false; env.localModelPath = folder;
-const tokenizer = await AutoTokenizer.from_pretrained("model");
-console.log(JSON.stringify(texts.map(text => tokenizer.encode(text))));
+env.allowRemoteModels = false; env.localModelPath = root;
+const found = {};
+for (const name of names.split(" ")) {
+  const tokenizer = await AutoTokenizer.from_pretrained(name + "/model");
+  found[name] = texts.map(text => tokenizer.encode(text));
+}
+console.log(JSON.stringify(found));
 '''
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def exported(request, toy, tmp_path_factory):
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """The folder of all that is exported: FAMILY/model."""
+    return tmp_path_factory.mktemp("exported")
+
+
+@pytest.fixture(scope="module")
+def every(toy, root):
+    """Name of the family → what is exported of it; see exported."""
+    return {name: exported_as(name, toy, root / name / "model") for name in FAMILIES}
+
+
+@pytest.fixture(params=FAMILIES)
+def exported(request, every):
     """Folder, config, params, family and tokenizer of the toy teacher or a student of it."""
-    teacher, family = hub.load(str(toy / "teacher")), FAMILIES[request.param]
+    return every[request.param]
+
+
+def exported_as(name, toy, folder):
+    teacher, family = hub.load(str(toy / "teacher")), FAMILIES[name]
     config, params = teacher.config, teacher.params
-    if request.param == "distilbert":
+    if name == "distilbert":
         _, config = student_config(bert.FAMILY, config, 1, dropout=0.25)
         params = student_params(params, [1])
     elif family is not teacher.family:  # the teacher's numbers, as if it were of this family
         config = dataclasses.replace(config, **family.fixed)
     tokenizer = load_tokenizer(str(toy / "teacher"), config.vocab_size)
-    folder = tmp_path_factory.mktemp("exported") / "model"
     for card in ("old", "new"):
         export(folder, params, config, family, tokenizer, card)
         (folder / f"stray-{card}").touch()
@@ -154,11 +179,23 @@ def printed(*command, **environment):
     return json.loads(done.stdout)
 
 
-def test_transformers_4_gives_our_logits(exported):
+@pytest.fixture(scope="module")
+def by_transformers_4(every, root):
     pytest.importorskip("torch", reason="PyTorch is the reference here")
-    folder, config, params, _, tokenizer = exported
-    found = printed(sys.executable, "-c", TRANSFORMERS_4, folder, *TEXTS,
-                    PYTHONPATH=installed("TRANSFORMERS_4"))
+    return printed(sys.executable, "-c", TRANSFORMERS_4, root, " ".join(every), *TEXTS,
+                   PYTHONPATH=installed("TRANSFORMERS_4"))
+
+
+@pytest.fixture(scope="module")
+def by_transformers_js(every, root):
+    modules = installed("TRANSFORMERS_JS")
+    return printed("node", "--input-type=module", "-e", TRANSFORMERS_JS, modules, root,
+                   " ".join(every), *TEXTS)
+
+
+def test_transformers_4_gives_our_logits(exported, by_transformers_4):
+    _, config, params, family, tokenizer = exported
+    found = by_transformers_4[family.model_type]
     assert found["version"].startswith("4.5") and not found["keys"]
     assert 0 < found["best"] <= 1
     for text, ids, logits in zip(TEXTS, found["ids"], found["logits"], strict=True):
@@ -170,9 +207,6 @@ def test_transformers_4_gives_our_logits(exported):
         np.testing.assert_allclose(np.asarray(logits), ours, atol=2e-5)
 
 
-def test_transformers_js_gives_our_ids(exported):
-    folder, tokenizer = exported[0], exported[-1]
-    modules = installed("TRANSFORMERS_JS")
-    found = printed("node", "--input-type=module", "-e", TRANSFORMERS_JS, modules, folder.parent,
-                    *TEXTS)
-    assert found == [tokenizer(text)["input_ids"] for text in TEXTS]
+def test_transformers_js_gives_our_ids(exported, by_transformers_js):
+    family, tokenizer = exported[-2:]
+    assert by_transformers_js[family.model_type] == [tokenizer(text)["input_ids"] for text in TEXTS]

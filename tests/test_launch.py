@@ -12,7 +12,7 @@ import pytest
 
 from distilbert_jax.commands import launch
 
-EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -30,12 +30,14 @@ def test_a_program_from_the_cache_trains_the_same_bytes(toy, tmp_path):
     shutil.copytree(toy, tmp_path / "toy")
     students, kept = [], []
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"} | {
-        "XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_NUM_CPU_DEVICES": "2"}
+        "XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_NUM_CPU_DEVICES": "2",
+        "PYTHONPATH": str(ROOT)}
     for start in ("cold", "warm"):
         done = subprocess.run(
-            [sys.executable, EXPERIMENTS / "run.py", "--teacher", "toy/teacher", "--corpus",
-             "toy/corpus.txt", "--output", start, "--steps", "3", "--sequence-length", "16",
-             "--batch-size", "8"], cwd=tmp_path, capture_output=True, text=True, env=environment)
+            [sys.executable, ROOT / "tests" / "one_process.py", "distil", "--teacher",
+             "toy/teacher", "--corpus", "toy/corpus.txt", "--output", start, "--steps", "3",
+             "--sequence-length", "16", "--batch-size", "8"],
+            cwd=tmp_path, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         students.append((tmp_path / start / "student" / "model.safetensors").read_bytes())
         kept.append({path.name for path in cache.glob("*-cache")})

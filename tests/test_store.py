@@ -3,6 +3,8 @@
 The bucket is a fake one (fake_gcs.py) that gcsfs and Orbax's tensorstore really speak to.
 """
 
+import dataclasses
+import json
 import shutil
 import sys
 import time
@@ -21,6 +23,7 @@ from distilbert_jax.data import sources
 from distilbert_jax.data.prepare import prepare
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
+from distilbert_jax.evaluation import report
 from distilbert_jax.jobs.kept_layers import kept_layers
 from distilbert_jax.machine import store
 from distilbert_jax.models import hub
@@ -314,7 +317,8 @@ def test_two_hosts_without_a_common_disk(toy, alone, bucket, run, tmp_path):  # 
 
 
 def test_a_model_trained_in_the_bucket_is_a_teacher_there(toy, bucket, run, tmp_path, monkeypatch):
-    """The second machine takes the tokenizer that the first one learnt, and finds nothing to do."""
+    """The second machine takes the tokenizer that the first one learnt, and finds nothing to do; a
+    third one ends a longer run at the checkpoint that is there."""
     from distilbert_jax.config import PretrainConfig
     from distilbert_jax.jobs import pretrain as jobs
 
@@ -327,6 +331,16 @@ def test_a_model_trained_in_the_bucket_is_a_teacher_there(toy, bucket, run, tmp_
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
     jobs.pretrain(config)
     after = in_bucket(bucket, run)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a third one"))
+    drawn = []
+    monkeypatch.setattr(report, "plot", lambda metrics, *_: drawn.extend(metrics))
+    jobs.pretrain(dataclasses.replace(config, steps=9, finish="last"))
+    early = in_bucket(bucket, run)
+    assert b"this is update 1 of 9, its last checkpoint." in early["model/README.md"]
+    assert drawn == [json.loads(line) for line in after["metrics.jsonl"].splitlines()]
+    for name in ("model/model.safetensors", "metrics.jsonl", *(
+            name for name in after if name.startswith("checkpoints/"))):
+        assert early[name] == after[name], name
     for name in ("tokenizer/tokenizer.json", "model/model.safetensors", "losses.png"):
         assert name in before and name in after
     assert after["model/model.safetensors"] == before["model/model.safetensors"]

@@ -1,7 +1,7 @@
 """Two processes of four devices are one run of eight: trained, saved, continued, stopped.
 
 Each test starts real processes, on this machine, that find each other as on several hosts; a
-distillation of the toy is what they do. It runs this file as a program.
+distillation of the toy is what they do. What they are compared with is run by this process.
 """
 
 import json
@@ -15,10 +15,17 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from one_process import small
+from test_sharding import mesh_of
+
+from distilbert_jax.commands import main
+from distilbert_jax.jobs import setup
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs 8 devices")
 ROOT = Path(__file__).parents[1]
 STEPS = 6
 # Everything is in float64 but the exported student. In float32 the order in which the network
@@ -32,29 +39,33 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def start(toy, output, processes, *words, devices=8, own=lambda number: {}):
-    """Processes of one distillation of the toy; see started."""
+def command(toy, output, *words):
+    """A distillation of the toy, as one types it."""
     corpus = [] if "--corpus" in words else ["--corpus", toy / "corpus.txt"]
-    return started(
-        processes, "distil", "--teacher", toy / "teacher", *corpus, "--output", output,
-        "--sequence-length", "16", "--batch-size", "8", "--student-layers", "1",
-        "--learning-rate", "0.01", "--steps", STEPS, "--save-every", "2",
-        "--valid-share", "0.1", "--dtype", "float64", *words, devices=devices, own=own)
+    return ["distil", "--teacher", toy / "teacher", *corpus, "--output", output,
+            "--sequence-length", "16", "--batch-size", "8", "--student-layers", "1",
+            "--learning-rate", "0.01", "--steps", STEPS, "--save-every", "2",
+            "--valid-share", "0.1", "--dtype", "float64", *words]
 
 
-def started(processes, *words, devices=8, own=lambda number: {}):
-    """Processes of one program; together they have `devices`, each its `own` environment."""
+def start(toy, output, processes, *words, own=lambda number: {}):
+    """Processes of one distillation of the toy; see started."""
+    return started(processes, *command(toy, output, *words), own=own)
+
+
+def started(processes, *words, own=lambda number: {}):
+    """Processes of one program; together they have 8 devices, each its `own` environment."""
     common = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     common |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
-               "JAX_NUM_CPU_DEVICES": str(devices // processes),
+               "JAX_NUM_CPU_DEVICES": str(8 // processes),
                "JAX_COMPILATION_CACHE_DIR": os.environ["JAX_COMPILATION_CACHE_DIR"],
                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     if processes > 1:
         common |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
                    "JAX_NUM_PROCESSES": str(processes)}
     return [subprocess.Popen(
-        [sys.executable, __file__, *map(str, words)], text=True, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, ROOT / "tests" / "one_process.py", *map(str, words)], text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=common | own(i) | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {}))
         for i in range(processes)]
 
@@ -70,14 +81,27 @@ def ended(running, code=0):
     return said
 
 
-def distil(toy, output, processes, *words, code=0, **options):
-    return ended(start(toy, output, processes, *words, **options), code)
+def alone_here(name, *words):
+    """The command `name`, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        small(patch.setattr)
+        try:
+            main.COMMANDS[name]([str(word) for word in words])
+        finally:
+            jax.config.update("jax_enable_x64", False)  # which the command has switched on
 
 
-def continued(toy, before, output, processes, *words, **options):
+def distil(toy, output, processes, *words):
+    """One distillation of the toy; what each process said, if there are several."""
+    if processes > 1:
+        return ended(start(toy, output, processes, *words))
+    return alone_here(*command(toy, output, *words))
+
+
+def continued(toy, before, output, processes, *words):
     """Copy a run as it was after update 4, and finish it."""
     shutil.copytree(before, output, ignore=shutil.ignore_patterns("6", "student", "report.md"))
-    distil(toy, output, processes, *words, **options)
+    distil(toy, output, processes, *words)
     return output
 
 
@@ -117,20 +141,30 @@ def together(toy, tmp_path_factory):
     return output, distil(toy, output, 2)
 
 
-def test_two_processes_keep_the_same_states(toy, tmp_path):
+def test_two_processes_choose_the_same_layers_and_keep_the_same_states(toy, tmp_path):
     """The rows of a batch are computed, and read again, by the processes that lay them."""
-    kept = ("--kept-maskings", "1", "--state-dtype", "exact", "--states", tmp_path / "states")
-    outputs = [tmp_path / name for name in ("alone", "together", "shared")]
-    distil(toy, outputs[0], 1, *kept)
-    distil(toy, outputs[2], 2, *kept)  # what one process kept
-    shutil.move(tmp_path / "states", tmp_path / "before")
-    said = distil(toy, outputs[1], 2, *kept)
+    words = ("--kept-maskings", "1", "--state-dtype", "exact", "--choose", "greedy")
+    one, two, taken = (tmp_path / name for name in ("one", "two", "taken"))
+    distil(toy, one, 1, *words)
+    said = distil(toy, two, 2, *words)
     assert "gradient" in said[0][1] and "bytes a token" not in said[1][1]
-    for output in outputs[1:]:
-        assert_same(output, outputs[0])
-    one, other = (np.load(tmp_path / name / "00000.npy").view(np.float64)
-                  for name in ("before", "states"))
-    np.testing.assert_allclose(one, other, rtol=0, atol=1e-12)
+    assert_same(two, one)
+    states = [np.load(output / "states" / "00000.npy").view(np.float64)
+              for output in (one, two)]
+    np.testing.assert_allclose(*states, rtol=0, atol=1e-12)
+    chosen = [json.loads((output / "layers.json").read_text()) for output in (one, two)]
+    assert chosen[0]["request"] == chosen[1]["request"]
+    for theirs, ours in zip(*(found["removals"] for found in chosen), strict=True):
+        assert ours["left"] == theirs["left"]
+        assert ours["kl"] == pytest.approx(theirs["kl"], rel=LOSSES)
+
+    # One process takes what two have kept.
+    shutil.copytree(two, taken, ignore=shutil.ignore_patterns("checkpoints", "student"))
+    before = {path: path.stat().st_mtime_ns for path in taken.rglob("*.npy")}
+    distil(toy, taken, 1, *words)
+    assert_same(taken, one)
+    assert before == {path: path.stat().st_mtime_ns for path in taken.rglob("*.npy")}
+    assert json.loads((taken / "layers.json").read_text()) == chosen[1]
 
 
 def test_two_processes_train_the_same(alone, together):
@@ -157,31 +191,17 @@ def test_saved_in_two_finished_early_and_continued_in_one(toy, alone, together, 
     assert_same(two, alone)
 
 
-def test_two_processes_choose_the_same_layers(toy, tmp_path):
-    """And a continuation by one process keeps them."""
-    said, output = [], tmp_path / "run"
-    for processes in (2, 1):
-        distil(toy, output, processes, "--choose", "greedy", "--steps", 2 if processes == 2 else 3)
-        said.append(json.loads((output / "layers.json").read_text()))
-    assert said[0] == said[1]
-    distil(toy, tmp_path / "alone", 1, "--choose", "greedy", "--steps", 1)
-    alone = json.loads((tmp_path / "alone" / "layers.json").read_text())
-    assert said[0]["request"] == alone["request"]
-    for ours, theirs in zip(said[0]["removals"], alone["removals"], strict=True):
-        assert ours["left"] == theirs["left"]
-        assert ours["kl"] == pytest.approx(theirs["kl"], rel=LOSSES)
-
-
-@pytest.mark.parametrize("processes, mesh", [(2, "8x1"), (2, "4x2"), (1, "2x4"), (1, "1x1")])
-def test_saved_in_one_and_continued_elsewhere(processes, mesh, toy, alone, tmp_path):
-    devices = 1 if mesh == "1x1" else 8
-    output = continued(toy, alone, tmp_path / "run", processes, "--mesh", mesh, devices=devices)
+@pytest.mark.parametrize("processes, mesh", [(2, "4x2"), (1, "2x4"), (1, "1x1")])
+def test_saved_in_one_and_continued_elsewhere(processes, mesh, toy, alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(setup, "make_mesh", mesh_of)  # of some of the devices
+    output = continued(toy, alone, tmp_path / "run", processes, "--mesh", mesh)
     assert_same(output, alone)
 
 
 def test_what_the_first_process_refuses_ends_both(toy, tmp_path):
     (tmp_path / "blank.txt").write_text("\n")
-    for _, errors in distil(toy, tmp_path / "run", 2, "--corpus", tmp_path / "blank.txt", code=2):
+    for _, errors in ended(start(
+            toy, tmp_path / "run", 2, "--corpus", tmp_path / "blank.txt"), 2):
         assert "error: no text in" in errors.splitlines()[-1] and "Traceback" not in errors
 
 
@@ -210,8 +230,8 @@ def test_two_processes_distil_a_task_as_one(toy, tmp_path):
     words = ("--model", toy / "teacher", "--train", tmp_path / "train.csv", "--dev",
              tmp_path / "dev.csv", "--distil", "--student-layers", "1", "--augment", "1",
              "--batch-size", "8", "--steps", "4", "--learning-rate", "0.01", "--dtype", "float64")
-    for processes, name in ((1, "alone"), (2, "together")):
-        ended(started(processes, "finetune", *words, "--output", tmp_path / name))
+    alone_here("finetune", *words, "--output", tmp_path / "alone")
+    ended(started(2, "finetune", *words, "--output", tmp_path / "together"))
     ours, theirs = ({path.relative_to(tmp_path / name): path for path in sorted(
         (tmp_path / name).rglob("*")) if path.is_file()} for name in ("together", "alone"))
     kept = [path for path in ours if "tensorboard" not in path.parts]
@@ -234,7 +254,7 @@ def test_two_processes_distil_a_task_as_one(toy, tmp_path):
     ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "localhost:1"},
      "JAX_NUM_PROCESSES two and")])
 def test_an_environment_that_cannot_be(given, message, monkeypatch, capfd):
-    from distilbert_jax.commands import launch, main
+    from distilbert_jax.commands import launch
 
     for name, value in given.items():
         monkeypatch.setenv(name, value)
@@ -243,16 +263,3 @@ def test_an_environment_that_cannot_be(given, message, monkeypatch, capfd):
     error = capfd.readouterr().err
     assert end.value.code == 2 and error.startswith(f"error: {message}")
     assert error.count("\n") == 1
-
-
-if __name__ == "__main__":
-    from distilbert_jax.commands.main import run
-    from distilbert_jax.evaluation import held_out, intervals
-    from distilbert_jax.jobs import distil as job
-    from distilbert_jax.machine import processes
-
-    processes.HEARTBEAT_SECONDS = int(os.environ.get("HEARTBEAT_SECONDS", "60"))
-    job._write_report = lambda *_: None  # seen elsewhere, and slow
-    held_out.BATCH_TOKENS = 256
-    intervals.DRAWS = 50
-    run(sys.argv[1], sys.argv[2:])
