@@ -468,6 +468,7 @@ TASKS_THAT_CANNOT = [  # (program, what is made, words after those of TASK, part
     (evaluate, LABELLED, "--valid corpus.txt", ["--task, --data and --dev labelled data: give"]),
     (evaluate, lambda: (with_classifier()(), with_config(id2label={"no": 0, "yes": 1})()), "",
      ["teacher/config.json: id2label must be an object of numbers and names", "'no': 0"]),
+    (evaluate, with_classifier(num_labels="2"), "", ["num_labels '2' is no whole number"]),
     (evaluate, with_classifier(problem_type="regression"), "", ["2 numbers: one is supported"]),
     (evaluate, with_classifier(), "--output gs://bucket/run", ["written to a folder of this"]),
     (evaluate, LABELLED, "--teacher teacher", ["--teacher teacher is compared on texts"]),

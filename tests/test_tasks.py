@@ -173,6 +173,16 @@ def test_a_trained_model_is_judged_where_not_every_class_occurs(tmp_path, toy):
         assert found.name == "dev"
 
 
+def test_words_of_which_nothing_is_left(tmp_path, toy):
+    files = {name: (str(tmp_path / f"{name}.jsonl"),) for name in ("train", "dev")}
+    for name, word in (("train", "ba"), ("dev", "\u200b")):  # a zero-width space
+        (tmp_path / f"{name}.jsonl").write_text(
+            f'{{"tokens": ["{word}", "{word}"], "tags": ["O", "B-A"]}}\n' * 2)
+    with pytest.raises(UserError, match="the tokenizer leaves no piece of any word of dev"):
+        read_task(FinetuneConfig(model="m"), load_tokenizer(str(toy / "teacher"), None), 24,
+                  **files)
+
+
 def test_numbers_that_are_all_the_same(tmp_path, toy):
     constant = "text,label\nba,0.5\nbe,0.5\n"
     with pytest.raises(UserError, match="all labels of --train are the same"):

@@ -264,6 +264,8 @@ def _check_expected(
         if len(np.unique(numbers[~np.isnan(numbers)])) < 2:
             raise UserError("all labels of --train are the same: there is nothing to learn")
     for part, content in found.parts.items():
+        if not content.examples.starts[-1]:
+            raise UserError(f"the tokenizer leaves no piece of any word of {part}")
         share = content.examples.lengths
         line = (f"{part}: {len(content):,} examples of {share.mean():.1f} tokens on average, the "
                 f"longest of {share.max()}")

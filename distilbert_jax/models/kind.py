@@ -27,7 +27,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds no JSON object")
-    names = raw.get("id2label") or {}
+    names, count = raw.get("id2label") or {}, raw.get("num_labels", 2)
+    if not isinstance(count, int):
+        raise UserError(f"{path}: num_labels {count!r} is no whole number")
     if not isinstance(names, dict) or not all(number.isdecimal() for number in names):
         raise UserError(f"{path}: id2label must be an object of numbers and names, as "
                         f"{{\"0\": \"no\", \"1\": \"yes\"}}; found {str(names)[:60]}")
