@@ -16,6 +16,7 @@ from distilbert_jax.config import (
     Words,
     check,
     check_choose,
+    check_output,
     check_temperature,
     check_weights,
     flag,
@@ -190,6 +191,8 @@ class EvaluateConfig(DataConfig, TaskData):
         super().__post_init__()
         if not self.model:
             raise UserError("--model is missing: give the Hugging Face folder to judge")
+        if self.output:
+            check_output(self.output)
         if self.on_texts and (self.task or self.data or self.dev):
             raise UserError("--corpus and --valid are texts for a masked language model, --task, "
                             "--data and --dev labelled data: give one or the other")

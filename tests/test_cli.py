@@ -466,8 +466,13 @@ TASKS_THAT_CANNOT = [  # (program, what is made, words after those of TASK, part
      ["--output new holds files that were not made by this command"]),
     (evaluate, LABELLED, "", ["teacher is BertForMaskedLM, not trained for a task"]),
     (evaluate, LABELLED, "--valid corpus.txt", ["--task, --data and --dev labelled data: give"]),
+    (evaluate, lambda: (with_classifier()(), with_config(id2label={"no": 0, "yes": 1})()), "",
+     ["teacher/config.json: id2label must be an object of numbers and names", "'no': 0"]),
+    (evaluate, with_classifier(num_labels="2"), "", ["num_labels '2' is no whole number"]),
+    (evaluate, with_classifier(problem_type="regression"), "", ["2 numbers: one is supported"]),
     (evaluate, with_classifier(), "--output gs://bucket/run", ["written to a folder of this"]),
     (evaluate, LABELLED, "--teacher teacher", ["--teacher teacher is compared on texts"]),
+    (evaluate, with_classifier(), "--output a.csv", ["--output a.csv cannot be used: "]),
     (evaluate, with_classifier(), "--dev absent.csv", ["absent.csv: no such file"]),
     (evaluate, with_classifier(), "--kind regress", ["the model chooses among x, y"]),
 ]
@@ -484,11 +489,22 @@ def test_tasks_that_cannot_be(program, made, words, parts, place, capfd):
 EMBED = "--teacher teacher --pooling mean --corpus corpus.txt --output new --steps 1 " \
     "--batch-size 8 --student-layers 1"
 SAME = with_file("same.tsv", b"score\tsentence1\tsentence2\n1\tba\tbe\n1\tbu\tda\n")
+
+
+def described():
+    """The teacher is a sentence encoder."""
+    with_file("teacher/modules.json", b'[{"type": "Transformer", "path": ""}, '
+              b'{"type": "Pooling", "path": "1_Pooling"}]')()
+    with_file("teacher/1_Pooling/config.json", b"{}")()
+
+
 ENCODERS_THAT_CANNOT = [  # (program, what is made, words, parts of the message)
     (embed, None, "--pooling=", ["teacher is a masked language model without modules.json"]),
     (embed, None, "--pooling middle", ["unknown --pooling 'middle'", "cls, max, mean"]),
     (embed, with_file("teacher/modules.json", b"[]"), "", ["leave out --pooling"]),
     (embed, with_file("teacher/modules.json", b"{"), "--pooling=", ["modules.json cannot be read"]),
+    (embed, described, "--pooling= --no-normalize", ["leave out --no-normalize"]),
+    (evaluate, described, "--dev s.tsv", ["modules.json says how vectors are made: leave out"]),
     (embed, with_file("b.txt", b" \n"), "--corpus b.txt", ["no sentences in b.txt"]),
     (embed, None, "--corpus absent.txt", ["'absent.txt': no such file"]),
     (embed, None, "--teacher=", ["--teacher is missing"]),

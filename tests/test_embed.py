@@ -27,8 +27,8 @@ from distilbert_jax.jobs.embed import embed
 from distilbert_jax.jobs.evaluate import evaluate
 from distilbert_jax.jobs.finetune import finetune
 from distilbert_jax.jobs.kept_parts import KeptParts
-from distilbert_jax.jobs.sentence_data import read_pairs, read_titles
-from distilbert_jax.jobs.sentence_model import Named, on_devices
+from distilbert_jax.jobs.sentence_data import read_all_pairs, read_pairs, read_titles
+from distilbert_jax.jobs.sentence_model import Named, on_devices, own_start
 from distilbert_jax.models import bert
 from distilbert_jax.models.convert import from_hf, to_hf
 from distilbert_jax.models.families import FAMILIES
@@ -368,9 +368,19 @@ def test_a_student_of_another_tokenizer_and_width(teacher, data, tiny_model, tmp
     assert len(tokenizer) < len(load_tokenizer(str(teacher), None))
     shape, params = tiny_model(hidden_size=8, mlm_head=False, vocab_size=len(tokenizer), seed=3)
     export(tmp_path / "small", params, shape, bert.FAMILY.bare, tokenizer, "Small.\n")
-    config = settings(teacher, data, tmp_path / "out", student=tmp_path / "small", steps=40,
+    prompted = tmp_path / "teacher"
+    shutil.copytree(teacher, prompted)
+    (prompted / "config_sentence_transformers.json").write_text(
+        '{"prompts": {"all": "da ", "query": "be "}, "default_prompt_name": "all"}')
+    config = settings(prompted, data, tmp_path / "out", student=tmp_path / "small", steps=40,
                       student_layers="", vector_dtype="float16")
+    named = own_start(config, Named.read(str(prompted)))  # it has no modules.json
+    assert named.tokenizer.decode(named.examples(["bu"]).ids[0]) == "[CLS] da bu [SEP]"
+    assert named.facts.max_length == Named.read(str(teacher)).facts.max_length
     folder = embed(config)
+    assert Named.read(str(folder)).facts.modules.prompts == {"all": "da ", "query": "be "}
+    bare = dataclasses.replace(config, teacher=str(teacher), student=str(folder))
+    assert own_start(bare, Named.read(str(teacher))).facts.modules.prompt() == "da "  # its own
     assert (folder / "2_Dense" / "model.safetensors").exists()
     named = Named.read(str(folder))
     assert named.shape.hidden_size == 8 and named.width == 16
@@ -425,6 +435,10 @@ def test_sick_s_layout_and_titles(tmp_path):
     found = read_pairs(str(tmp_path / "sick.tsv"))
     assert found.scores == [4.5, 1] and found.texts == ["a", "b", "c"]
     assert (found.left.tolist(), found.right.tolist()) == ([0, 1], [1, 2])
+    shutil.copy(tmp_path / "sick.tsv", tmp_path / "sick.dev.tsv")
+    names = [str(tmp_path / name) for name in ("sick.tsv", "sick.dev.tsv")]
+    assert [part.name for part in read_all_pairs(names)] == names  # else one replaced the other
+    assert read_all_pairs(names[:1])[0].name == f"{tmp_path.name}/sick"
     (tmp_path / "t.jsonl").write_text('{"title": "a", "text": ""}\n')
     with pytest.raises(UserError, match="t.jsonl:1: no text in the field 'text'"):
         read_titles([str(tmp_path / "t.jsonl")])

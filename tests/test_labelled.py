@@ -71,6 +71,10 @@ def test_tagged_words(tmp_path):
     names = targets.class_names(found)
     assert names == ("O", "B-ORG", "B-PER")
     assert targets.classes(found, names) == [[1, 0], [2]]
+    spaces = "10\u00a0000 CD B-SUM\n\nNew York\t\tB-LOC\t\n \t\nparis\tB-LOC\n"
+    found = read([write(tmp_path / "b.conll", spaces)], Columns(), "train")
+    assert found.texts == [("10\u00a0000",), ("New York",), ("paris",)]
+    assert found.labels == [["B-SUM"], ["B-LOC"], ["B-LOC"]]
 
 
 @pytest.mark.parametrize("labels, kind", [
@@ -96,6 +100,7 @@ BAD = [  # (file, content, columns, parts of the message)
     ("a.csv", "text,label,score\na,x,1\n", Columns(), ["name the column of the label"]),
     ("a.csv", "text,label\na,x\n", Columns(("body",)), ["no column body of --text"]),
     ("a.csv", "text,label\na,x\n", Columns(label="y"), ["no column y"]),
+    ("a.csv", "text,label\na,x\n", Columns(("label",)), ["--text and --label both name the col"]),
     ("a.csv", "text,label\na,x\nb\n", Columns(), ["a.csv:3: 1 columns", "first line has 2"]),
     ("a.csv", "text,label\na,\n", Columns(), ["a.csv:2: no label"]),
     ("a.csv", "text,label\n ,x\n", Columns(), ["a.csv:2: the text is empty"]),
@@ -118,7 +123,7 @@ BAD = [  # (file, content, columns, parts of the message)
     ("a.xlsx", "PK", Columns(), ["labelled data is read from .csv .tsv"]),
     ("a.parquet", "PAR1", Columns(), ["a.parquet: cannot be read"]),
     ("a.csv.gz", b"\x1f\x8b\x08\x00", Columns(), ["a.csv.gz: damaged gzip"]),
-    ("a.conll", "word\n", Columns(), ["a.conll:1: a line has a word and its tag"]),
+    ("a.conll", "word\n", Columns(), ["a.conll:1: a line has a word and its tag", '"tokens"']),
 ]
 
 
@@ -140,6 +145,8 @@ def test_texts_and_pairs_in_one_part(tmp_path):
 def test_labels_that_are_not_asked_for(tmp_path):
     name = write(tmp_path / "a.csv", "text,label,score\na,x,1\n")
     assert read([name], Columns(), "unlabelled", None).labels == [None]
+    name = write(tmp_path / "a.jsonl", '{"text": "a"}\n{"text": "b", "label": "x"}\n')
+    assert read([name], Columns(), "test", False).labels == [None, "x"]  # which is then refused
     name = write(tmp_path / "b.csv", "text,label\na,-1\nb,-1\n")
     assert read([name], Columns(), "test", False).labels == [None, None]  # as in GLUE's test files
     assert read([name], Columns(), "dev").labels == ["-1", "-1"]  # a class like any other

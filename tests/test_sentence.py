@@ -136,6 +136,24 @@ def test_answers_from_the_folder_are_the_same_vectors(way, folders, tmp_path):
                                atol=1e-6 * max(1, abs(ours).max()))
 
 
+def test_the_tokenizer_says_how_long_texts_are_where_nothing_else_does(folders, tmp_path):
+    """As sentence-transformers 6 saves it."""
+    folder = changed(folders("mean")[0], tmp_path, "tokenizer_config.json",
+                     lambda raw: raw | {"model_max_length": 9})
+    assert sentence.load(str(folder)).max_length == 7
+    (folder / "sentence_bert_config.json").write_text('{"transformer_task": "feature-extraction"}')
+    assert sentence.load(str(folder)).max_length == 9
+
+
+def test_a_prompt_that_is_empty_counts(folders, tmp_path):
+    """As in encode_query and encode_document, which leave the default prompt to encode."""
+    folder = changed(folders("mean")[0], tmp_path, "config_sentence_transformers.json",
+                     lambda raw: raw | {"default_prompt_name": "query"})
+    said = sentence.load(str(folder)).modules
+    assert (said.prompt(), said.prompt("document", "query"), said.prompt("passage")) == (
+        "da ", "", "")
+
+
 def test_every_pooling_and_activation_has_its_function():
     assert set(POOLINGS) == set(predict.POOLINGS) == set(sentence_modules.POOLINGS)
     assert set(DENSE_ACTIVATIONS) == set(predict.ACTIVATIONS) == set(sentence_modules.ACTIVATIONS)
@@ -177,6 +195,10 @@ BAD = {
     "activation": ("2_Dense/config.json", lambda raw: raw | {"activation_function": "my.Swish"},
                    "unknown activation in .*'Swish'"),
     "residual": ("2_Dense/config.json", lambda raw: raw | {"use_residual": True}, "without resid"),
+    "longest": ("sentence_bert_config.json", lambda raw: raw | {"max_seq_length": "128"},
+                "of '128' tokens .max_seq_length .*, which is no whole number from 3"),
+    "default": ("config_sentence_transformers.json", lambda raw: raw | {"default_prompt_name": "q"},
+                "default_prompt_name 'q' is none of the prompts"),
     "lower": ("sentence_bert_config.json", lambda raw: raw | {"do_lower_case": True},
               "do_lower_case is not supported"),
 }

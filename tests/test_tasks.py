@@ -63,6 +63,24 @@ def test_metrics_of_a_constant_answer():
     assert constant == {"pearson": None, "spearman": None, "score": None}
 
 
+def test_tags_that_are_not_of_entities_are_judged_word_by_word():
+    """F1 of entities reads NN as the inside of an entity N."""
+    for labels, metrics in ((("O", "B-A"), ("entity_f1", "accuracy_words")),
+                            (("DT", "NN"), ("accuracy_words",)), (("0", "1"), ("accuracy_words",))):
+        own = own_task("tag", Columns(), 128, labels)
+        assert own.metrics == metrics[:1] and TaskInput("own", own, labels, {}).metrics == metrics
+
+
+def test_a_class_that_is_called_as_a_column(tmp_path):
+    labels = ("answer", "question")
+    raw = Labelled([("a",)], ["question"], ["x"])
+    task = TaskInput("own", own_task("classify", Columns(), 128), labels, {
+        "dev": Part(raw, [1], Examples([], [], [], [], [], 0))})
+    task_report.write_predictions(tmp_path / "p.tsv", task, "dev", np.zeros((1, 2)))
+    assert (tmp_path / "p.tsv").read_text() == (
+        "row\tlabel\tanswer\tp(answer)\tquestion\n0\tquestion\tanswer\t0.500000\t0.500000\n")
+
+
 def test_metrics_by_hand():
     assert compute(["f1"], [1, 1, 0, 0], [1, 0, 1, 0])["f1"] == 0.5
     assert compute(["spearman"], [1.0, 2.0, 3.0], [1.0, 3.0, 9.0])["spearman"] == 1.0
@@ -109,6 +127,7 @@ BAD = [  # (train, known labels, settings, part of the message)
     (TRAIN, ("a", "c"), {}, "the labels of the model are a, c, those of the data a, b"),
     (TRAIN, ("a", "b", "c"), {}, "the labels of the model are a, b, c, those of the data a, b"),
     (TRAIN, ("LABEL_0", "LABEL_1"), {}, "the labels of the model are LABEL_0, LABEL_1"),
+    (TRAIN, ("a", "b", "B"), {}, "two labels of the model have one name: a, b, B: give"),
     (TRAIN, (), {"max_length": 25}, "--max-length 25 is beyond the model's 24 positions"),
     (TRAIN, (), {"kind": "tag"}, "holds no tagged words"),
     (TRAIN, (), {"kind": "regress"}, "label 'a' is not a finite number"),
@@ -154,6 +173,16 @@ def test_a_trained_model_is_judged_where_not_every_class_occurs(tmp_path, toy):
         assert found.name == "dev"
 
 
+def test_words_of_which_nothing_is_left(tmp_path, toy):
+    files = {name: (str(tmp_path / f"{name}.jsonl"),) for name in ("train", "dev")}
+    for name, word in (("train", "ba"), ("dev", "\u200b")):  # a zero-width space
+        (tmp_path / f"{name}.jsonl").write_text(
+            f'{{"tokens": ["{word}", "{word}"], "tags": ["O", "B-A"]}}\n' * 2)
+    with pytest.raises(UserError, match="the tokenizer leaves no piece of any word of dev"):
+        read_task(FinetuneConfig(model="m"), load_tokenizer(str(toy / "teacher"), None), 24,
+                  **files)
+
+
 def test_numbers_that_are_all_the_same(tmp_path, toy):
     constant = "text,label\nba,0.5\nbe,0.5\n"
     with pytest.raises(UserError, match="all labels of --train are the same"):
@@ -176,8 +205,9 @@ def test_parts_are_alike(tmp_path, toy):
 
 
 def test_what_is_odd_is_said(tmp_path, toy, capsys):
-    read(tmp_path, toy, TRAIN + "ba,b\n" + "da " * 30 + ",b\n")
+    read(tmp_path, toy, TRAIN + "ba,b\n" + "da " * 30 + ",b\nна,a\n")
     said = capsys.readouterr().err
+    assert "tokens of train are unknown to the tokenizer" in said and "of dev are un" not in said
     assert "warning: 2 of 2 texts of --dev are in --train too" in said
     assert "warning: 1 texts of --train have two labels" in said
     assert "1 were longer and are cut" in said and "text → label; classify: a, b" in said

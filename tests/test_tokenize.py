@@ -11,6 +11,7 @@ import pytest
 from distilbert_jax.data import tokenize
 from distilbert_jax.errors import UserError
 
+tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcde", *(f"##{c}" for c in "abcde")]
@@ -198,3 +199,30 @@ def test_one_token_cannot_be_the_mask_and_something_else(toy, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"mask_token": "[UNK]"}))
     with pytest.raises(UserError, match=r"has one token, \[UNK\], as mask and for something else"):
         tokenize.load_tokenizer(str(tmp_path / "one"), None)
+
+
+def test_words_of_a_list_begin_as_within_a_text(tmp_path):
+    """A byte-level tokenizer marks a space before a word; as it is, none of a list has one."""
+    learnt = tokenizers.Tokenizer(tokenizers.models.BPE())
+    learnt.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    learnt.train_from_iterator(["a dog a fox"], tokenizers.trainers.BpeTrainer(
+        vocab_size=30, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        initial_alphabet=["Ġ", *"adfgox"], show_progress=False))
+    model = json.loads(learnt.to_str())["model"]
+    tokenizer = transformers.RobertaTokenizer(
+        vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
+    assert tokenizer(["a", "dog"], is_split_into_words=True)["input_ids"] != (
+        tokenizer(" a dog")["input_ids"])
+    expected = tokenizer(" a dog")["input_ids"]
+    tokenize.within_texts(tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    for found in (tokenizer, tokenize.load_tokenizer(str(tmp_path), None)):
+        assert found(["a", "dog"], is_split_into_words=True)["input_ids"] == expected
+        assert found("a dog")["input_ids"] == expected  # as pipeline() asks
+
+
+def test_other_tokenizers_stay_as_they_are(folder):
+    tokenizer = tokenize.load_tokenizer(str(folder), None)
+    before = tokenizer.backend_tokenizer.to_str(), dict(tokenizer.init_kwargs)
+    tokenize.within_texts(tokenizer)
+    assert (tokenizer.backend_tokenizer.to_str(), tokenizer.init_kwargs) == before

@@ -109,6 +109,14 @@ def _answered(words: list[int | None] | None) -> tuple[np.ndarray, np.ndarray]:
     return np.array(list(first.values()), np.int32), np.array(list(first), np.int32)
 
 
+def unknown(examples: Examples, tokenizer: "transformers.PreTrainedTokenizerFast") -> float:
+    """Share of the tokens, but for those that the tokenizer adds, that it does not know."""
+    ids = np.concatenate(examples.ids)
+    ordinary = ids[~np.isin(ids, [i for i in tokenizer.all_special_ids
+                                  if i != tokenizer.unk_token_id])]
+    return float(np.mean(ordinary == tokenizer.unk_token_id)) if len(ordinary) else 0.0
+
+
 def lay(lengths: Iterable[int] | np.ndarray, room: int) -> list[list[int]]:
     """Put examples into rows: each into the first row that has room for it.
 

@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import math
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -76,7 +77,8 @@ def read(names: Sequence[str], columns: Columns, split: str, labelled: bool | No
         rows = _sentences(name) if tagged[-1] else _rows(name, columns, split)
         chosen = None
         for place, row in rows:
-            chosen = chosen or _choose(row, columns, place, labelled)
+            if not chosen or not chosen[1]:  # a later record may have a label
+                chosen = _choose(row, columns, place, labelled)
             text, label = chosen
             words = len(text) == 1 and isinstance(row.get(text[0]), list)
             texts.append(_text(row, text, place))
@@ -191,10 +193,13 @@ def _sentences(name: str) -> Iterator[Row]:
     """Sentences of words and tags: a word and, in the last column, its tag a line."""
     words, tags, first = [], [], 0
     for number, line in readers.lines(name):
-        parts = line.split()
+        # A word may hold a space that is no ASCII or, between tabs, any.
+        parts = [part for part in re.split(r"[\t\r\n]" if "\t" in line else r"[ \r\n]", line)
+                 if part.strip()]
         if parts and parts[0] != "-DOCSTART-":
             if len(parts) < 2:
-                raise UserError(f"{name}:{number}: a line has a word and its tag; found {line!r}")
+                raise UserError(f"{name}:{number}: a line has a word and its tag; found {line!r} "
+                                "(words without tags: .jsonl with a list of them as \"tokens\")")
             first = first or number
             words.append(parts[0])
             tags.append(parts[-1])
@@ -215,16 +220,19 @@ def _choose(
         raise UserError(f"{place}: no column {', '.join(sorted(missing))} of --text {known}")
     texts = [t for t in texts if not any(set(t) < set(other) for other in texts)]
     if len(texts) != 1:
-        raise UserError(f"{place}: name the column of the text, or the two of a pair, by --text "
-                        f"{known}")
+        raise UserError(f"{place}: name the column of the text, or the two of a pair, by --text, "
+                        f"or as text, or sentence1 and sentence2, in the header {known}")
     if labelled is None:
         return texts[0], ""
     labels = [columns.label] if columns.label else [label for label in LABELS if label in row]
     if len(labels) > 1:
-        raise UserError(f"{place}: name the column of the label by --label {known}")
+        raise UserError(f"{place}: name the column of the label by --label, or leave one of "
+                        f"{', '.join(labels)} in the file {known}")
     if labelled and not (labels and labels[0] in row):
         raise UserError(f"{place}: no column {labels[0] if labels else 'label'}: name it by "
                         f"--label {known}")
+    if labels and labels[0] in texts[0]:
+        raise UserError(f"{place}: --text and --label both name the column {labels[0]}")
     return texts[0], labels[0] if labels and labels[0] in row else ""
 
 

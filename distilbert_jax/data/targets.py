@@ -18,10 +18,11 @@ def kind_of(examples: Labelled, wish: str = "") -> str:
     """
     if examples.tagged:
         if wish not in ("", "tag"):
-            raise UserError(f"--kind {wish}: {examples.where[0]} holds tagged words")
+            raise UserError(f"{examples.where[0]} holds tagged words, where texts are needed to "
+                            f"{wish}")
         return "tag"
     if wish == "tag":
-        raise UserError(f"--kind tag: {examples.where[0]} holds no tagged words")
+        raise UserError(f"{examples.where[0]} holds no tagged words, as are needed to tag")
     decimals = [isinstance(label, float) or "." in str(label) for label in examples.labels]
     if wish:
         return wish
@@ -35,7 +36,7 @@ def kind_of(examples: Labelled, wish: str = "") -> str:
 def _is_number(label: Any) -> bool:
     try:
         float(label)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last of a whole number of 400 digits
         return False
     return True
 
@@ -48,8 +49,8 @@ def numbers(examples: Labelled) -> list[float]:
     """
     for label, place in zip(examples.labels, examples.where, strict=True):
         if not _is_number(label) or not math.isfinite(float(label)):
-            raise UserError(f"{place}: label {label!r} is not a finite number, as --kind regress "
-                            "needs")
+            raise UserError(f"{place}: label {label!r} is not a finite number, as is needed to "
+                            "regress")
     return [float(label) for label in examples.labels]
 
 

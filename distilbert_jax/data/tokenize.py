@@ -11,7 +11,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -68,6 +68,29 @@ def load_tokenizer(
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def within_texts(tokenizer: "transformers.PreTrainedTokenizerFast") -> None:
+    """Let a byte-level tokenizer (RoBERTa's) put a space before each word of a list.
+
+    As pieces begin within texts, with which the model was pretrained, and as `pipeline` cuts a text
+    into words; without it transformers 4 refuses lists of words. Other tokenizers stay as they are.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    if _spaced(state["pre_tokenizer"]) + _spaced(state["post_processor"]):
+        tokenizer.add_prefix_space = tokenizer.init_kwargs["add_prefix_space"] = True
+        backend = type(tokenizer.backend_tokenizer).from_str(json.dumps(state))
+        for part in ("pre_tokenizer", "post_processor"):
+            setattr(tokenizer.backend_tokenizer, part, getattr(backend, part))
+
+
+def _spaced(state: dict[str, Any] | None) -> int:
+    """Switch the space on in a part of a tokenizer, and count where there was none."""
+    parts = [part for part in [state, *(state or {}).get("pretokenizers", [])] if part]
+    off = [part for part in parts if part.get("add_prefix_space") is False]
+    for part in off:
+        part["add_prefix_space"] = True
+    return len(off)
 
 
 def _check_special(folder: str, tokenizer: "transformers.PreTrainedTokenizerFast") -> None:

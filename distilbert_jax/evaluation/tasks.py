@@ -4,6 +4,7 @@ A row replaces what a user's own data has to say by flags; the metrics go by the
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 from distilbert_jax.data.labelled import Columns
@@ -78,12 +79,11 @@ OWN_METRICS = {"classify": ("accuracy", "f1_macro", "matthews"),
                "regress": ("spearman", "pearson", "mse"), "tag": ("entity_f1", "accuracy_words")}
 
 
-def own_task(kind: str, columns: Columns, max_length: int) -> Task:
-    """The row that stands for a user's own data, which is judged by the first metric of its kind.
+def own_task(kind: str, columns: Columns, max_length: int, labels: Sequence[str] = ()) -> Task:
+    """The row that stands for a user's own data, which is judged by the first metric of its kind;
+    tags that are not of entities (B-PER, I-PER), such as parts of speech, by the share of words.
     """
-    return Task(kind=kind, columns=columns, metrics=OWN_METRICS[kind][:1], max_length=max_length)
-
-
-def names_of(task: Task) -> Sequence[str]:
-    """The names of the task's labels, in order; () where the data tell."""
-    return tuple(name for _, name in task.labels)
+    metrics = OWN_METRICS[kind][:1]
+    if kind == "tag" and not any(re.match("[BIES]-", name) for name in labels):
+        metrics = ("accuracy_words",)
+    return Task(kind=kind, columns=columns, metrics=metrics, max_length=max_length)

@@ -166,8 +166,8 @@ class Predictor:
 
         Args:
             texts: that are embedded.
-            prompts: names, as "query": the first of them for which the folder has a prompt, or else
-                its default prompt, is put before each text.
+            prompts: names, as "query": the first of them for which the folder has a prompt is put
+                before each text; without names its default prompt.
             max_length: tokens of the longest text, if the folder does not say fewer; what is
                 longer is cut.
         """

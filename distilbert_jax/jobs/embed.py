@@ -24,10 +24,11 @@ from distilbert_jax.evaluation.similarity import Embedder, cosines
 from distilbert_jax.export.sentence_folder import export_sentence
 from distilbert_jax.jobs import embed_report
 from distilbert_jax.jobs.kept_layers import kept_layers
-from distilbert_jax.jobs.sentence_data import Pairs, read_pairs, read_titles
+from distilbert_jax.jobs.sentence_data import Pairs, read_all_pairs, read_titles
 from distilbert_jax.jobs.sentence_model import Named, cut_to, on_devices, own_start
 from distilbert_jax.jobs.setup import check_folder
 from distilbert_jax.jobs.ship import check_ship, ship_exported
+from distilbert_jax.jobs.task_data import warn_of_unknown
 from distilbert_jax.jobs.teacher_vectors import vectors_once
 from distilbert_jax.jobs.trials import of_sentences
 from distilbert_jax.machine import store
@@ -87,7 +88,7 @@ def embed(config: EmbedConfig) -> Path:
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     mesh = make_mesh(config.mesh)
-    pairs, titles = [read_pairs(name) for name in config.sts], read_titles(config.retrieval)
+    pairs, titles = read_all_pairs(config.sts), read_titles(config.retrieval)
     sources.check(config.corpus + config.valid, config.output)
     found = texts.read(config.corpus, config.valid, config.valid_share, config.sentences,
                        config.text_field)
@@ -103,6 +104,9 @@ def embed(config: EmbedConfig) -> Path:
 
 def _check(config: EmbedConfig, teacher: Named, start: Named) -> None:
     """Raise a UserError for losses that do not fit the models, or files that would be lost."""
+    if not config.normalize and teacher.facts.described:
+        raise UserError(f"{config.teacher} has a modules.json, which says whether its vectors are "
+                        "scaled: leave out --no-normalize")
     objective = Objective.of(config, start.shape, [teacher.shape])
     if objective.mapped and not teacher.reads_as(start):
         raise UserError(f"--alpha-{objective.mapped[0]} compares states token by token, and "
@@ -125,6 +129,7 @@ def _distil(job: Job, layers: list[int]) -> Path:
         "--corpus": job.sentences.digest, "tokenizer": start.tokens}
     refuse_other_run(config.output, settings)
     examples = start.examples(job.sentences.train, config.max_length)
+    warn_of_unknown("--corpus", examples, start.tokenizer)
     given = _teacher_vectors(job, examples)
     steps = config.steps or max(1, math.ceil(config.epochs * len(examples) / config.batch_size))
     assembly = assemble(config, start.family, start.shape, [job.teacher.shape], job.mesh, steps)
@@ -159,11 +164,10 @@ def _leave(job: Job, start: Named, trained: Named, layers: list[int]) -> Path:
     found = embed_report.judge(models, encode, *trial)
     with first_process_first():
         if jax.process_index() == 0:
-            prompts = job.teacher.facts.modules
             export_sentence(
                 folder, trained.params, trained.shape, trained.family, trained.tokenizer,
                 embed_report.model_card(job.config, found, origin), facts.max_length,
-                prompts.prompts, prompts.default_prompt)
+                facts.modules.prompts, facts.modules.default_prompt)
             embed_report.write(job.config, found, origin)
             if job.config.ship:
                 ship_exported(folder, of_sentences(
@@ -228,7 +232,7 @@ def _evaluator(job: Job, assembly: Assembly, start: Named) -> Any:
     theirs = on_devices(job.config, job.mesh, job.teacher)(
         job.teacher.examples(held, job.config.max_length), "teacher")
     examples = start.examples(held, job.config.max_length)
-    pairs = [(part, start.examples(part.texts)) for part in job.pairs]
+    pairs = [(part, start.examples(part.texts, job.config.max_length)) for part in job.pairs]
 
     def evaluate(params: dict[str, Any]) -> dict[str, float]:
         embedder = Embedder(assembly.graph, params, job.mesh, start.shape.sentence.of_first)

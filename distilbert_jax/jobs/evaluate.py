@@ -1,5 +1,6 @@
 """Judge a model, trained here or elsewhere: on labelled data, or by the words that it guesses."""
 
+import contextlib
 import dataclasses
 import tempfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from distilbert_jax.jobs.judge_sentences import judge_sentences
 from distilbert_jax.jobs.task_data import read_task
 from distilbert_jax.jobs.task_model import answered, check_tokenizers, on_devices, read_json
 from distilbert_jax.machine import seal, store
+from distilbert_jax.machine.lock import hold
 from distilbert_jax.machine.sharding import make_mesh, replicated
 from distilbert_jax.models import hub
 from distilbert_jax.task_config import EvaluateConfig
@@ -38,11 +40,11 @@ def evaluate(config: EvaluateConfig) -> dict[str, float | None]:
         raise UserError(f"--output {config.output}: figures are written to a folder of this "
                         "machine")
     if config.output:
-        store.check_writable(config.output)
         _check_output(config.output)
-    if config.on_texts:
-        return _on_texts(config)
-    return _of_sentences(config) if config.task == "sts" else _on_task(config)
+    judge = _on_texts if config.on_texts else (
+        _of_sentences if config.task == "sts" else _on_task)
+    with hold(config.output) if config.output else contextlib.nullcontext():
+        return judge(config)
 
 
 def _on_task(config: EvaluateConfig) -> dict[str, float | None]:

@@ -7,7 +7,7 @@ from distilbert_jax.data.labelled import Columns
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation.similarity import spearman
 from distilbert_jax.jobs.embed_report import encoders, search, to_teacher
-from distilbert_jax.jobs.sentence_data import read_pairs, read_titles
+from distilbert_jax.jobs.sentence_data import read_all_pairs, read_titles
 from distilbert_jax.jobs.sentence_model import Named
 from distilbert_jax.machine.sharding import make_mesh
 from distilbert_jax.models.sentence_modules import POOLINGS
@@ -28,8 +28,12 @@ def judge_sentences(config: EvaluateConfig) -> tuple[dict[str, float | None], di
     if not (names or config.retrieval):
         raise UserError("--dev is missing: give files of score, sentence1, sentence2, or "
                         "--retrieval")
+    folders = [folder for folder in (config.model, config.teacher) if folder]
+    if config.pooling and all(Path(folder, "modules.json").exists() for folder in folders):
+        raise UserError(f"{' and '.join(folders)}: modules.json says how vectors are made: leave "
+                        "out --pooling")
     columns = Columns(tuple(config.text), config.label)
-    pairs, titles = [read_pairs(name, columns) for name in names], read_titles(config.retrieval)
+    pairs, titles = read_all_pairs(names, columns), read_titles(config.retrieval)
     models = {name: _read(folder, config.pooling) for name, folder in (
         ("teacher", config.teacher), ("model", config.model)) if folder}
     if config.teacher and models["teacher"].width != models["model"].width:

@@ -39,7 +39,8 @@ def read_pairs(name: str, columns: Columns = ANY) -> Pairs:
     """
     found = labelled.read([name], columns, "dev")
     if len(found.texts[0]) != 2 or found.tagged:
-        raise UserError(f"{name} holds single texts: name the two columns of the pair by --text")
+        raise UserError(f"{name} holds single texts: name the two columns of the pair by --text, "
+                        "or as sentence1 and sentence2 in the header")
     scores = targets.numbers(found)
     if len(set(scores)) < 2:
         raise UserError(f"{name}: all {len(scores)} scores are {scores[0]:g}: no correlation with "
@@ -54,6 +55,15 @@ def read_pairs(name: str, columns: Columns = ANY) -> Pairs:
     short = path.name.split(".")[0]
     return Pairs(f"{path.parent.name}/{short}" if path.parent.name else short, list(number),
                  left, right, scores)
+
+
+def read_all_pairs(names: Sequence[str], columns: Columns = ANY) -> list[Pairs]:
+    """Read files of scored pairs; those whose short names are alike are called as they are given.
+    """
+    found = [read_pairs(name, columns) for name in names]
+    short = [part.name for part in found]
+    return [dataclasses.replace(part, name=name) if short.count(part.name) > 1 else part
+            for name, part in zip(names, found, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

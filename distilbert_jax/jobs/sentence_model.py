@@ -88,13 +88,15 @@ def cut_to(named: Named, layers: list[int]) -> Named:
 def own_start(config: EmbedConfig, teacher: Named) -> Named:
     """The model that --student names, whose vectors become as wide as the teacher's.
 
-    Without a modules.json of its own it pools as the teacher does, and is projected by a linear
-    layer that begins at random where the widths differ.
+    Without a modules.json of its own it pools as the teacher does, and reads texts with its prompts
+    and no longer than it does. Where the widths differ, it is projected by a linear layer that
+    begins at random.
     """
     theirs = teacher.shape.sentence
-    folder = Path(config.student)
-    named = Named.read(config.student, "" if (folder / "modules.json").exists() else
-                       theirs.pooling, theirs.normalize)
+    described = Path(config.student, "modules.json").exists()
+    named = Named.read(config.student, "" if described else theirs.pooling, theirs.normalize)
+    if not described:
+        named = _with_texts_of(teacher, named)
     found = named.shape.sentence
     if found.normalize != theirs.normalize:
         raise UserError(f"--student {config.student} and --teacher {config.teacher} differ in "
@@ -107,3 +109,12 @@ def own_start(config: EmbedConfig, teacher: Named) -> Named:
     own = named.params.get("sentence_head", {"dense": {}})["dense"]
     return dataclasses.replace(
         named, shape=shape, params=named.params | {"sentence_head": {"dense": random | own}})
+
+
+def _with_texts_of(teacher: Named, named: Named) -> Named:
+    """A model that reads texts with the teacher's prompts, and no longer than it does."""
+    theirs = teacher.facts
+    modules = dataclasses.replace(named.facts.modules, prompts=theirs.modules.prompts,
+                                  default_prompt=theirs.modules.default_prompt)
+    return dataclasses.replace(named, facts=dataclasses.replace(
+        named.facts, modules=modules, max_length=min(named.facts.max_length, theirs.max_length)))

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distilbert_jax.data import labelled, sources, targets
-from distilbert_jax.data.examples import Examples, encode
+from distilbert_jax.data.examples import Examples, encode, unknown
 from distilbert_jax.data.labelled import Columns, Labelled
+from distilbert_jax.data.tokenize import within_texts
 from distilbert_jax.errors import UserError, choose
+from distilbert_jax.evaluation.report import UNKNOWN
 from distilbert_jax.evaluation.tasks import OWN_METRICS, TASKS, Task, own_task
 from distilbert_jax.machine.progress import say
 from distilbert_jax.task_config import TaskData
@@ -60,7 +62,8 @@ class TaskInput:
     @property
     def metrics(self) -> tuple[str, ...]:
         """All that is reported: first those whose mean is the score."""
-        more = [name for name in OWN_METRICS[self.kind] if name not in self.task.metrics]
+        more = [name for name in OWN_METRICS[self.kind]
+                if name not in self.task.metrics and name != "entity_f1"]  # not of other tags
         return (*self.task.metrics, *more)
 
     def digest(self, *names: str) -> str:
@@ -109,8 +112,10 @@ def read_task(
     length = config.max_length or min(row.max_length if row else 128, positions)
     if length > positions:
         raise UserError(f"--max-length {length} is beyond the model's {positions} positions")
-    task = row or own_task(kind, columns, length)
-    raw, labels = _named(raw, task, kind, known)
+    raw, labels = _named(raw, row.labels if row else (), kind, known)
+    task = row or own_task(kind, columns, length, labels)
+    if kind == "tag":
+        within_texts(tokenizer)
     parts = {}
     for name, part in raw.items():
         numbers, truth = _truth(part, kind, labels)
@@ -118,7 +123,7 @@ def read_task(
     own = Path((files.get("train") or files["dev"])[0]).name.split(".")[0]
     found = TaskInput(config.task or own, task, labels, parts)
     say(f"{first.columns}; {kind}" + (f": {targets.some(labels)}" if labels else ""))
-    _check_expected(found, config.task)
+    _check_expected(found, config.task, tokenizer)
     return found
 
 
@@ -168,22 +173,30 @@ def _held_out(train: Labelled, kind: str) -> dict[str, Labelled]:
 
 
 def _check_overlap(raw: dict[str, Labelled]) -> None:
-    """Say how many texts of the dev part are in the training too, or have two labels there."""
+    """Say how many texts that are judged on are in the training too, or have two labels there."""
     if "train" not in raw:
         return
     labels: dict[tuple[str, ...], set[str]] = {}
     for texts, label in zip(raw["train"].texts, raw["train"].labels, strict=True):
         labels.setdefault(texts, set()).add(str(label))
-    if both := sum(texts in labels for texts in raw.get("dev", Labelled([], [], [])).texts):
-        say(f"warning: {both:,} of {len(raw['dev']):,} texts of --dev are in --train too")
+    for name in ("dev", "test"):
+        texts = raw[name].texts if name in raw else []
+        if both := sum(own in labels for own in texts):
+            say(f"warning: {both:,} of {len(texts):,} texts of --{name} are in --train too")
     if twice := sum(len(found) > 1 for found in labels.values()):
         say(f"warning: {twice:,} texts of --train have two labels")
 
 
 def _named(
-    raw: dict[str, Labelled], task: Task, kind: str, known: Sequence[str]
+    raw: dict[str, Labelled], written: Sequence[tuple[str, str]], kind: str, known: Sequence[str]
 ) -> tuple[dict[str, Labelled], tuple[str, ...]]:
     """Labels under their names, and the names in the order of the logits.
+
+    Args:
+        raw: the parts.
+        written: labels as files of a known task have them, and their names.
+        kind: of the task.
+        known: names of the labels of a model that was trained for it.
 
     Raises:
         UserError: the labels of the model are not those of the data.
@@ -193,8 +206,8 @@ def _named(
             raise UserError(f"the model chooses among {targets.some(known)}, the labels of the "
                             "data are numbers: give --kind classify, or another model")
         return raw, ()
-    written = dict(task.labels)
-    if task.labels:
+    written = dict(written)
+    if written:
         raw = {name: dataclasses.replace(part, labels=[
             written.get(targets.class_name(label), label) for label in part.labels])
             for name, part in raw.items()}
@@ -203,6 +216,9 @@ def _named(
     own = tuple(written.values()) or targets.class_names(first, 1 if judged else 2)
     if not known:
         return raw, own
+    if len({name.lower() for name in known}) < len(known):
+        raise UserError(f"two labels of the model have one name: {targets.some(known)}: give each "
+                        "its own, also in small letters, in id2label of its config.json")
     if {name.lower() for name in known} == {name.lower() for name in own}:
         return raw, tuple(known)
     # Models of some trainers have names that say nothing; numbers in the data mean their order.
@@ -232,7 +248,9 @@ def _truth(part: Labelled, kind: str, labels: tuple[str, ...]) -> tuple[Any, Any
     return numbers, part.labels if kind == "tag" else numbers
 
 
-def _check_expected(found: TaskInput, name: str) -> None:
+def _check_expected(
+    found: TaskInput, name: str, tokenizer: "transformers.PreTrainedTokenizerFast"
+) -> None:
     """Say what was read, and where its numbers are not the published ones."""
     for part, count in found.task.rows.items():
         if part in found.parts and len(found.parts[part]) != count:
@@ -246,9 +264,21 @@ def _check_expected(found: TaskInput, name: str) -> None:
         if len(np.unique(numbers[~np.isnan(numbers)])) < 2:
             raise UserError("all labels of --train are the same: there is nothing to learn")
     for part, content in found.parts.items():
+        if not content.examples.starts[-1]:
+            raise UserError(f"the tokenizer leaves no piece of any word of {part}")
         share = content.examples.lengths
         line = (f"{part}: {len(content):,} examples of {share.mean():.1f} tokens on average, the "
                 f"longest of {share.max()}")
         if content.examples.cut:
             line += f"; {content.examples.cut:,} were longer and are cut"
         say(line)
+        warn_of_unknown(part, content.examples, tokenizer)
+
+
+def warn_of_unknown(
+    part: str, examples: Examples, tokenizer: "transformers.PreTrainedTokenizerFast"
+) -> None:
+    """Say so where the tokenizer does not know many of a part's tokens."""
+    if (share := unknown(examples, tokenizer)) > UNKNOWN:
+        say(f"warning: {share:.1%} of the tokens of {part} are unknown to the tokenizer: is the "
+            "model one of their language?")

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from distilbert_jax.data.tokenize import load_tokenizer, spec
+from distilbert_jax.data.tokenize import load_tokenizer, spec, within_texts
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import answers
 from distilbert_jax.jobs.task_data import TaskInput
@@ -60,6 +60,9 @@ def check_tokenizers(
 ) -> None:
     """Raise a UserError unless the teacher has the model's tokenizer."""
     theirs = load_tokenizer(config.teacher, teacher.config.vocab_size)
+    if teacher.config.task == "tag":  # it may have been left by finetune, which does this
+        within_texts(tokenizer)
+        within_texts(theirs)
     if spec(theirs).fingerprint != spec(tokenizer).fingerprint:
         raise UserError(f"--model {config.model} and --teacher {config.teacher} have different "
                         "tokenizers: a student reads the texts as its teacher does")

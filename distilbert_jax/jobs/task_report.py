@@ -214,7 +214,9 @@ def write_predictions(path: Path, task: "TaskInput", part: str, found: np.ndarra
                 texts, tags or [""] * len(texts), own, strict=True)] + [""]
     else:
         shares = answers.probabilities(found) if task.kind == "classify" else None
-        lines.append("\t".join(["row", "label", "answer", *task.labels]))
+        columns = ["row", "label", "answer"]
+        names = [f"p({name})" if name in columns else name for name in task.labels]
+        lines.append("\t".join([*columns, *names]))
         for row, (label, answer) in enumerate(zip(gold, said, strict=True)):
             name = task.labels[answer] if task.kind == "classify" else f"{answer:.6f}"
             more = [] if shares is None else [f"{share:.6f}" for share in shares[row]]

@@ -16,7 +16,7 @@ from distilbert_jax.evaluation.report import table
 from distilbert_jax.evaluation.similarity import cosines, spearman
 from distilbert_jax.export.sentence_folder import export_sentence
 from distilbert_jax.jobs.embed import RATE, WIDTH
-from distilbert_jax.jobs.sentence_data import Pairs, read_pairs
+from distilbert_jax.jobs.sentence_data import Pairs, read_all_pairs
 from distilbert_jax.jobs.sentence_model import Named, cut_to, on_devices
 from distilbert_jax.machine.progress import say
 from distilbert_jax.machine.sharding import make_mesh
@@ -40,7 +40,7 @@ def time_sentences(config: SentenceBenchmark) -> str:
     start = cut_to(teacher, layers)
     start = dataclasses.replace(start, shape=dataclasses.replace(
         start.shape, hidden_dropout=config.dropout, attention_dropout=config.dropout))
-    pairs = [read_pairs(name) for name in config.sts]
+    pairs = read_all_pairs(config.sts)
     found = texts.read(config.corpus, config.valid, config.valid_share, config.sentences,
                        config.text_field)
     embedder = on_devices(config, make_mesh(config.mesh), teacher)

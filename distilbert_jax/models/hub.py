@@ -63,7 +63,7 @@ def load_task(name: str) -> Pretrained:
 
     Raises:
         UserError: as for load, or there is no such head: its class in config.json is another, its
-            tensors are not there, or it gives each text several labels.
+            tensors are not there, or it gives each text several labels or numbers.
     """
     folder = _resolve(name)
     family, config = _read_shape(folder)
@@ -75,6 +75,8 @@ def load_task(name: str) -> Pretrained:
                         "task: fine-tune it first: distilbert-jax finetune --model "
                         f"{name} ...")
     labels = labels_of(raw)
+    if raw.get("problem_type") == "regression" and len(labels) > 1:
+        raise UserError(f"{folder} gives each text {len(labels)} numbers: one is supported")
     config = dataclasses.replace(config, task=task, num_labels=len(labels))
     try:
         family = family.for_task(task)

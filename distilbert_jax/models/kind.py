@@ -15,7 +15,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The object in a folder's config.json.
 
     Raises:
-        UserError: it is missing, or holds something else.
+        UserError: it is missing, holds something else, or names its labels in another form than
+            transformers.
     """
     path = folder / "config.json"
     try:
@@ -26,6 +27,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {first_line(error)}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds no JSON object")
+    names, count = raw.get("id2label") or {}, raw.get("num_labels", 2)
+    if not isinstance(count, int):
+        raise UserError(f"{path}: num_labels {count!r} is no whole number")
+    if not isinstance(names, dict) or not all(number.isdecimal() for number in names):
+        raise UserError(f"{path}: id2label must be an object of numbers and names, as "
+                        f"{{\"0\": \"no\", \"1\": \"yes\"}}; found {str(names)[:60]}")
     return raw
 
 
@@ -47,7 +54,7 @@ def architecture(raw: Mapping[str, Any]) -> str:
 
 def labels_of(raw: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the labels in the order of the logits; LABEL_0, … where there are only numbers."""
-    if "id2label" not in raw:
+    names = raw.get("id2label")
+    if not names:
         return tuple(f"LABEL_{i}" for i in range(raw.get("num_labels", 2)))
-    names = raw["id2label"] or {}
     return tuple(str(names[key]) for key in sorted(names, key=int))

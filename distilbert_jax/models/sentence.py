@@ -15,6 +15,11 @@ class SentenceModel:
     modules: Modules
     max_length: int  # tokens of the longest text; what is longer is cut
 
+    @property
+    def described(self) -> bool:
+        """Whether a modules.json says how its vectors are made."""
+        return (self.model.folder / "modules.json").exists()
+
 
 def load(name: str, pooling: str = "", normalize: bool = True) -> SentenceModel:
     """Read a sentence encoder.

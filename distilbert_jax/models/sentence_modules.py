@@ -63,11 +63,11 @@ class Modules:
     default_prompt: str | None
 
     def prompt(self, *names: str) -> str:
-        """The first prompt of these names that there is, or else the default one, or ""."""
-        for name in (*names, self.default_prompt):
-            if self.prompts.get(name or ""):
-                return self.prompts[name]
-        return ""
+        """The first prompt of these names that there is, be it empty, or else ""; without names
+        the default one. So does sentence-transformers 6."""
+        found = [self.prompts[name] for name in names or (self.default_prompt,)
+                 if name in self.prompts]
+        return found[0] if found else ""
 
 
 def read_modules(folder: Path, name: str, pooling: str = "", normalize: bool = True) -> Modules:
@@ -105,14 +105,17 @@ def read_modules(folder: Path, name: str, pooling: str = "", normalize: bool = T
     if said.get("do_lower_case"):
         raise UserError(f"{folder / 'sentence_bert_config.json'}: do_lower_case is not supported: "
                         "set it in the tokenizer, and to false here")
+    longest = said.get("max_seq_length")
+    if longest is None:  # sentence-transformers 6 leaves it to the tokenizer
+        longest = _json(folder / "tokenizer_config.json").get("model_max_length")
+    if not (longest is None or isinstance(longest, int) and longest >= 3):
+        raise UserError(f"{name}: the longest text is of {longest!r} tokens (max_seq_length in "
+                        "sentence_bert_config.json), which is no whole number from 3")
     dense = [_dense(folder / place) for kind, place in modules if kind == "Dense"]
-    spoken = _json(folder / "config_sentence_transformers.json")
     return Modules(
         Sentence(_pooling(folder / modules[1][1]), kinds[-1] == "Normalize",
                  tuple(shape for shape, _ in dense)),
-        [params for _, params in dense], said.get("max_seq_length"),
-        {key: str(text) for key, text in (spoken.get("prompts") or {}).items()},
-        spoken.get("default_prompt_name"))
+        [params for _, params in dense], longest, *_prompts(folder))
 
 
 def _listed(path: Path) -> list[tuple[str, str]]:
@@ -125,6 +128,17 @@ def _listed(path: Path) -> list[tuple[str, str]]:
     for kind, _ in found:
         choose(kind, KNOWN, f"module in {path}:")
     return found
+
+
+def _prompts(folder: Path) -> tuple[dict[str, str], str | None]:
+    """The prompts by name, and the name of the default one."""
+    path = folder / "config_sentence_transformers.json"
+    said = _json(path)
+    prompts, default = said.get("prompts") or {}, said.get("default_prompt_name")
+    if not isinstance(prompts, dict) or default is not None and default not in prompts:
+        raise UserError(f"{path}: default_prompt_name {default!r} is none of the prompts "
+                        f"{prompts!r:.80}")
+    return {name: str(text or "") for name, text in prompts.items()}, default
 
 
 def _pooling(folder: Path) -> str:
