@@ -309,6 +309,25 @@ def test_rows_divided_by_the_caller(shape, path, x64):
     assert_close(jax.device_get(found), call(dense_losses, student, teacher, targets), 1e-12)
 
 
+@pytest.mark.parametrize("terms, gradients, calls", [
+    ("all", True, 1), ("all", False, 0), ("no closed form", True, 0)])
+def test_when_the_kernel_is_taken(terms, gradients, calls, monkeypatch):
+    """Lowered without its device. Values alone need no gradient, and other losses need logits."""
+    monkeypatch.setattr(fused_head, "has_triton", lambda dtype: True)
+    (student, _), teacher, targets = make()
+    terms = {name: Term(factor, jnp.ones(()), DEFINITIONS[name])
+             for name, factor in TERMS[terms].items()}
+
+    def loss(student, teacher):
+        return fused_losses(student, [(1.0, teacher)], targets, terms, TEMPERATURE)[0]
+
+    heads = [jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "float32"), head)
+             for head in (student, teacher)]
+    traced = jax.jit(jax.grad(loss) if gradients else loss).trace(*heads)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @__gpu$xla.gpu.triton(") == calls
+
+
 def test_memory(monkeypatch):
     monkeypatch.setattr(fused_head, "LEAST", 256)
     found = compare(rows=32, length=128, words=4096, width=64, dtype="float32", repeats=0)

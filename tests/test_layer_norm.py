@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from test_sharding import mesh_of
 
 from distilbert_jax.kernels import layer_norm as module
 from distilbert_jax.kernels.layer_norm import layer_norm
+from distilbert_jax.models import encoder
 
 TOLERANCE = {"float64": 1e-12, "float32": 2e-6, "bfloat16": 1e-2}
 EPSILON = 1e-3
@@ -80,3 +82,24 @@ def test_every_mesh(rows, shape, x64):
     with jax.set_mesh(mesh_of(shape)):
         ours = jax.device_get(found(*values, "float64"))
     assert_close(ours, by_definition(*values), TOLERANCE["float64"])
+
+
+def test_models_take_it_where_it_runs(monkeypatch):
+    """And it gives them the numbers of Flax."""
+    x, cotangent, scale, bias = problem((2, 7, 24), "float32")
+    norm = encoder.LayerNorm(24, epsilon=EPSILON, use_fast_variance=False, rngs=nnx.Rngs(0))
+    graph, _ = nnx.split(norm)
+
+    def call():
+        parameters = nnx.State({"scale": nnx.Param(jnp.asarray(scale, "float32")),
+                                "bias": nnx.Param(jnp.asarray(bias, "float32"))})
+        result, backward = jax.vjp(lambda x, state: nnx.merge(graph, state)(x),
+                                   jnp.asarray(x, "float32"), parameters)
+        return jax.tree.leaves((result, backward(jnp.asarray(cotangent, "float32"))))
+
+    plain, taken = call(), []
+    monkeypatch.setattr(encoder, "has_triton", lambda dtype: True)
+    monkeypatch.setattr(module, "layer_norm", lambda *arguments: taken.append(arguments) or
+                        layer_norm(*arguments[:4], interpret=True))
+    assert_close(call(), [np.asarray(each) for each in plain], TOLERANCE["float32"])
+    assert taken

@@ -99,3 +99,12 @@ def test_bfloat16_is_not_widened():
     types = [re.search(rf"{re.escape(name.strip())} = (\w+)\[", text)[1]
              for pair in factors for name in pair.split(",") if "%" in name]
     assert len(types) == 2 * 3 and set(types) == {"bf16"}
+
+
+@pytest.mark.parametrize("platform, device, dtype, has", [
+    ("gpu", "9.0", "bfloat16", True), ("gpu", "8.0", "float32", True),
+    ("gpu", "7.5", "bfloat16", False), ("gpu", "gfx90a", "bfloat16", False),
+    ("gpu", "9.0", "float64", False), ("tpu", "9.0", "bfloat16", False)])
+def test_where_our_gpu_kernels_run(platform, device, dtype, has, monkeypatch):
+    monkeypatch.setattr(products, "device_here", lambda: (platform, device))
+    assert products.has_triton(jnp.dtype(dtype)) == has

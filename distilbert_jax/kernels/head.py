@@ -4,7 +4,7 @@ Transformed hidden states of student and teachers and their word embeddings come
 total goes out, and with it, in the same pass over chunks of positions, its gradients. At [B, T, V]
 the logits would be by far the largest tensors of a step. The losses in CLOSED have value and
 gradient written out here and share their exponentials; any other is differentiated, chunk by chunk.
-On NVIDIA's GPUs those in CLOSED are one kernel of their own (`row_losses.py`).
+On NVIDIA's GPUs those in CLOSED are a kernel (`row_losses.py`), unless a mesh divides the words.
 """
 
 import dataclasses
