@@ -11,7 +11,7 @@ from test_sharding import mesh_of
 
 from distilbert_jax.benchmark.head import compare, dense_losses
 from distilbert_jax.kernels import head as fused_head
-from distilbert_jax.kernels import row_losses
+from distilbert_jax.kernels import row_losses, tile_losses
 from distilbert_jax.kernels.head import Head, Targets, Term, fused_losses
 from distilbert_jax.training.losses import LOSSES
 
@@ -39,17 +39,25 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr(fused_head, "LEAST", 24)
 
 
-@pytest.fixture(params=["chunks", "kernel"])
+@pytest.fixture(params=["chunks", "kernel", "tiles"])
 def path(request, monkeypatch):
-    """How the closed losses of a chunk are computed: XLA, or the GPU's kernel, interpreted.
+    """How the closed losses are computed: by XLA, or by the kernel of GPUs or those of TPUs,
+    interpreted.
 
-    72 words are then filled up to 128, of which a tile has 48: padding begins in the second, and
-    the third is nothing else and reaches beyond it.
+    In the GPU's, 72 words are filled up to 128, of which a tile has 48: padding begins in the
+    second, and the third is nothing else and reaches beyond it. In the TPU's, they are three tiles,
+    the last of them not full, and 104 positions two chunks of four blocks, likewise.
     """
     if request.param == "kernel":
         monkeypatch.setattr(row_losses, "TILE", 48)
         monkeypatch.setattr(fused_head, "_kernel", lambda dtype: functools.partial(
             row_losses.row_losses, interpret=True))
+    if request.param == "tiles":
+        monkeypatch.setattr(tile_losses, "BLOCK", 16)
+        monkeypatch.setattr(tile_losses, "TILE", 32)
+        monkeypatch.setattr(tile_losses, "room", lambda models: 64)
+        monkeypatch.setattr(fused_head, "_tiles", lambda models: functools.partial(
+            tile_losses.tile_losses, interpret=True))
     return request.param
 
 

@@ -4,7 +4,8 @@ Transformed hidden states of student and teachers and their word embeddings come
 total goes out, and with it, in the same pass over chunks of positions, its gradients. At [B, T, V]
 the logits would be by far the largest tensors of a step. The losses in CLOSED have value and
 gradient written out here and share their exponentials; any other is differentiated, chunk by chunk.
-On NVIDIA's GPUs those in CLOSED are a kernel (`row_losses.py`), unless a mesh divides the words.
+Unless a mesh divides the words, those in CLOSED are a kernel on NVIDIA's GPUs (`row_losses.py`),
+and on some TPUs two with the products in them (`tile_losses.py`).
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from distilbert_jax.kernels.products import (
     column_sums,
+    device_here,
     has_triton,
     product,
     transposed_product,
@@ -149,7 +151,12 @@ def _over_chunks(
     shape, words = student.states.shape, len(student.embedding)
     dtype = wide(student.states.dtype)
     models = [student, *teachers]
-    kernel = None if others or word_axis or not with_gradients else _kernel(student.states.dtype)
+    takes = with_gradients and not others and not word_axis
+    if takes and (tiles := _tiles(models)):
+        sums, gradients = tiles(student, teachers, targets, scales, temperature, shares)
+        sums, of_words = _added((sums, gradients._replace(states=None)), row_axes)
+        return sums, of_words._replace(states=gradients.states)
+    kernel = _kernel(student.states.dtype) if takes else None
     filled = -words % WORDS if kernel else 0
     embeddings = [jnp.pad(model.embedding.astype(model.states.dtype), ((0, filled), (0, 0)))
                   for model in models]
@@ -166,7 +173,7 @@ def _over_chunks(
             sums, cotangent = _losses_by_kernel(
                 kernel, logits, words, at, scales, temperature, shares, student.states.dtype)
         else:
-            at_label = _at_labels(heads[0], at.labels) if "mlm" in scales else None
+            at_label = at_labels(heads[0], at.labels) if "mlm" in scales else None
             sums, cotangent = _losses(
                 logits, at_label, at, scales, temperature, shares, word_axis)  # [P, V]
         for name, definition in others.items():
@@ -183,7 +190,8 @@ def _over_chunks(
     carry = ({name: jnp.zeros((), dtype) for name in scales},)
     if with_gradients:
         carry += jnp.zeros((shape[-1], words + filled), dtype), jnp.zeros(words + filled, dtype)
-    chunks = _cut(([model.states for model in models], targets))
+    number = min(CHUNKS, math.ceil(math.prod(shape[:-1]) / LEAST))
+    chunks = cut(([model.states for model in models], targets), number, ALIGNMENT)
     carry, states = jax.lax.scan(chunk, carry, chunks)
     carry = _added(carry, row_axes)
     if not with_gradients:
@@ -211,7 +219,17 @@ def _losses_by_kernel(kernel, logits, words, at, scales, temperature, shares, dt
     return {name: sizes[name] * (weights[name] * values[name]).sum() for name in scales}, cotangent
 
 
-def _at_labels(head: Head, labels: Int[Array, " P"]) -> Float[Array, " P"]:
+def _tiles(models: Sequence[Head]) -> Callable[..., tuple[Figures, Head]] | None:
+    """The kernels for TPUs that compute the losses in CLOSED, if they take these models here."""
+    platform, device = device_here()
+    if platform != "tpu":
+        return None
+    from distilbert_jax.kernels.tile_losses import takes, tile_losses  # slow to import
+
+    return tile_losses if takes(models, device) else None
+
+
+def at_labels(head: Head, labels: Int[Array, " P"]) -> Float[Array, " P"]:
     """Logits of the labels; 0 where a label is not among the words."""
     here = (labels >= 0) & (labels < len(head.bias))
     words = jnp.where(here, labels, 0)
@@ -278,41 +296,58 @@ def _losses(logits, at_label, at, scales, temperature, shares, word_axis):
         parts["mse"] = [((logits[0] - x) ** 2).sum(-1) for x in logits[1:]]
     parts = _added(parts, word_axis)
 
-    sums, cotangent = {}, jnp.zeros((), logits[0].dtype)
+    cotangent = jnp.zeros((), logits[0].dtype)
     if "mlm" in scales:
-        nll = largest[0] + jnp.log(parts["mlm"]) - parts["label"]
-        sums["mlm"] = (at.label_weights * nll).sum()
         factor = (scales["mlm"] * at.label_weights)[:, None]
         hot = jnp.arange(logits[0].shape[1]) == at.labels[:, None]
         cotangent += factor / parts["mlm"][:, None] * whole - jnp.where(hot, factor, 0)
     if "ce" in scales:
-        divergences = [apart / total / temperature + jnp.log(parts["ours"] / total)
-                       for apart, total in zip(parts["apart"], parts["theirs"], strict=True)]
-        sums["ce"] = temperature**2 * (at.soft_weights * mixed(shares, divergences)).sum()
         factor = temperature * scales["ce"] * at.soft_weights
         cotangent += ((math.fsum(shares) * factor / parts["ours"])[:, None] * ours
                       - mixed(shares, [(factor / total)[:, None] * each for total, each in zip(
                           parts["theirs"], theirs, strict=True)]))
     if "mse" in scales:
-        sums["mse"] = (at.soft_weights * mixed(shares, parts["mse"])).sum()
         cotangent += 2 * (scales["mse"] * at.soft_weights)[:, None] * mixed(
             shares, [logits[0] - x for x in logits[1:]])
-    return sums, cotangent
+    return sums_of(parts, largest[0], at, temperature, shares), cotangent
 
 
-def _cut(tree: Any) -> Any:
-    """Flatten rows [B, T, ...] into chunks [n, P, ...]; zeros, which weigh nothing, fill the last.
+def sums_of(
+    parts: dict[str, Any], largest: Float[Array, " P"], at: Targets, temperature: float,
+    shares: tuple[float, ...],
+) -> Figures:
+    """The sums of the losses in CLOSED over positions.
+
+    Args:
+        parts: sums over words, as in `_losses`, of the losses that are asked for.
+        largest: the student's largest logits.
+        at, temperature, shares: as in `_losses`.
     """
-    positions = math.prod(jax.tree.leaves(tree)[0].shape[:2])
-    number = min(CHUNKS, math.ceil(positions / LEAST))
-    size = math.ceil(positions / number / ALIGNMENT) * ALIGNMENT
+    sums = {}
+    if "mlm" in parts:
+        nll = largest + jnp.log(parts["mlm"]) - parts["label"]
+        sums["mlm"] = (at.label_weights * nll).sum()
+    if "ours" in parts:
+        divergences = [apart / total / temperature + jnp.log(parts["ours"] / total)
+                       for apart, total in zip(parts["apart"], parts["theirs"], strict=True)]
+        sums["ce"] = temperature**2 * (at.soft_weights * mixed(shares, divergences)).sum()
+    if "mse" in parts:
+        sums["mse"] = (at.soft_weights * mixed(shares, parts["mse"])).sum()
+    return sums
 
-    def cut(x):
+
+def cut(tree: Any, number: int, alignment: int) -> Any:
+    """Flatten rows [B, T, ...] into chunks [number, P, ...], P a multiple of `alignment`; zeros,
+    which weigh nothing, fill the last."""
+    positions = math.prod(jax.tree.leaves(tree)[0].shape[:2])
+    size = math.ceil(positions / number / alignment) * alignment
+
+    def divided(x):
         x = x.reshape(positions, *x.shape[2:])
         x = jnp.pad(x, [(0, number * size - positions), *[(0, 0)] * (x.ndim - 1)])
         return x.reshape(number, size, *x.shape[1:])
 
-    return jax.tree.map(cut, tree)
+    return jax.tree.map(divided, tree)
 
 
 def _added(tree: Any, axes: Any) -> Any:
