@@ -211,6 +211,8 @@ def test_what_is_odd_is_said(tmp_path, toy, capsys):
     assert "warning: 2 of 2 texts of --dev are in --train too" in said
     assert "warning: 1 texts of --train have two labels" in said
     assert "1 were longer and are cut" in said and "text → label; classify: a, b" in said
+    read(tmp_path, toy, "text,label\nba,0.5\nbe,-1200.5\n", dev="text,label\nbu,5000.5\nda,1.5\n")
+    assert "warning: numbers of --train go up to 1200.5, " in capsys.readouterr().err
 
 
 def test_a_tenth_is_held_out_where_no_dev_is_given(tmp_path, toy):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import transformers
 
 DEV_SHARE = 0.1  # of the training examples, where no --dev is given
+LARGE = 20.0  # numbers beyond it are far from where a new head begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +264,9 @@ def _check_expected(
         numbers = np.concatenate(train.examples.labels)
         if len(np.unique(numbers[~np.isnan(numbers)])) < 2:
             raise UserError("all labels of --train are the same: there is nothing to learn")
+        if found.kind == "regress" and (largest := np.abs(numbers).max()) > LARGE:
+            say(f"warning: numbers of --train go up to {largest:g}, and a head begins near 0 and "
+                "moves in small steps: divide them, so that most are below 10")
     for part, content in found.parts.items():
         if not content.examples.starts[-1]:
             raise UserError(f"the tokenizer leaves no piece of any word of {part}")
