@@ -94,10 +94,10 @@ def _kernel(labels, factors, logits, values, gradient, *, words, temperature, sh
 
     def write(number, totals):
         part, indices, there, (own, *theirs) = tile(number)
-        slope = jnp.zeros(TILE, dtype)
+        cotangent = jnp.zeros(TILE, dtype)
         if "mlm" in factors:
             softmax = jnp.exp(own - largest[0]) / sums[0][0]
-            slope += factors["mlm"][0] * (softmax - (indices == labels[0]))
+            cotangent += factors["mlm"][0] * (softmax - (indices == labels[0]))
         if "ce" in factors:
             softmax = jnp.exp((own - largest[0]) * cold[0]) / sums[0][-1]
         for share, x, most, total in zip(shares, theirs, largest[1:], sums[1:], strict=True):
@@ -105,11 +105,11 @@ def _kernel(labels, factors, logits, values, gradient, *, words, temperature, sh
                 soft = jnp.exp((x - most) * cold[0]) / total[0]
                 # Less the maxima before it is summed: what all have in common would not cancel.
                 totals["ce"] += share * (soft * (x - own - (most - largest[0])))
-                slope += factors["ce"][0] * share / temperature * (softmax - soft)
+                cotangent += factors["ce"][0] * share / temperature * (softmax - soft)
             if "mse" in factors:
                 totals["mse"] += share * (own - x)**2
-                slope += factors["mse"][0] * 2 * share * (own - x)
-        triton.store(gradient.at[part], slope.astype(gradient.dtype), mask=there)
+                cotangent += factors["mse"][0] * 2 * share * (own - x)
+        triton.store(gradient.at[part], cotangent.astype(gradient.dtype), mask=there)
         return totals
 
     totals = jax.lax.fori_loop(0, tiles, write, {

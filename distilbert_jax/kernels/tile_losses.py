@@ -204,27 +204,27 @@ def _gradients(chunk, words, changed, results, *, rates, factors, compared):
         largest, *peaks = at["largest"]
         ours, *softs = [_powers(x - most, each) for x, most, each in zip(
             (own, *theirs), at["largest"], rates, strict=True)]
-        slope = jnp.zeros_like(own)
+        cotangent = jnp.zeros_like(own)
         if "mlm" in at:
             word = first + jax.lax.broadcasted_iota(jnp.int32, (1, TILE), 1)
             hot = word == at["word"].astype(jnp.int32)
-            slope += at["mlm"] * ours["mlm"] - jnp.where(hot, at["label"], 0)
+            cotangent += at["mlm"] * ours["mlm"] - jnp.where(hot, at["label"], 0)
         if "ours" in at:
-            slope += at["ours"] * ours["ce"]
+            cotangent += at["ours"] * ours["ce"]
         for n, (x, most, soft) in enumerate(zip(theirs, peaks, softs, strict=True)):
             apart = x - own
             if "ours" in at:
-                slope -= at["theirs"][n] * soft["ce"]
+                cotangent -= at["theirs"][n] * soft["ce"]
                 # Less the maxima before it is summed: what all have in common would not cancel.
                 totals["apart"][n] += (soft["ce"] * (apart - (most - largest))).sum(
                     -1, keepdims=True)
             if "mse" in at:
-                slope -= at["mse"][n] * apart
+                cotangent -= at["mse"][n] * apart
                 totals["mse"][n] += (apart ** 2).sum(-1, keepdims=True)
         _write(parts, rows, totals)
-        narrow = slope.astype(states[0].dtype)
+        narrow = cotangent.astype(states[0].dtype)
         of_words[...] += _contract(narrow, states[0][rows], 0, 0)
-        of_bias[...] += slope.sum(0, keepdims=True)
+        of_bias[...] += cotangent.sum(0, keepdims=True)
         of_states[rows] += _contract(narrow, tables[0][0][...], 1, 0)
 
     _for_each_block(block, parts.shape[0])
