@@ -215,6 +215,15 @@ def test_what_is_odd_is_said(tmp_path, toy, capsys):
     assert "warning: numbers of --train go up to 1200.5, " in capsys.readouterr().err
 
 
+def test_test_texts_that_were_trained_on_are_said(tmp_path, toy, capsys):
+    (tmp_path / "train.csv").write_text(TRAIN)
+    (tmp_path / "test.csv").write_text("text,label\nbu,a\nda,b\n")
+    read_task(FinetuneConfig(model="m"), load_tokenizer(str(toy / "teacher"), None), 24, **{
+        part: (str(tmp_path / f"{name}.csv"),) for part, name in (
+            ("train", "train"), ("dev", "train"), ("test", "test"))})
+    assert "warning: 1 of 2 texts of --test are in --train too" in capsys.readouterr().err
+
+
 def test_a_tenth_is_held_out_where_no_dev_is_given(tmp_path, toy):
     rows = "".join(f"{'ba ' * n}be,{'ab'[n % 2]}\n" for n in range(1, 80))
     found = read(tmp_path, toy, "text,label\n" + rows, dev="")
