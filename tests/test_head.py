@@ -176,27 +176,46 @@ def test_kl_from_several_has_the_gradient_of_kl_from_their_mean(x64):
         real * apart).sum() / real.sum(), rtol=1e-10)
 
 
-def test_no_logits_of_all_positions_of_any_teacher(monkeypatch):
-    """Nor of the student: the largest array of the program has a sixteenth of these positions."""
+ROWS_OF_WORDS = 32, 24, 4096  # rows, positions of one, words
+
+
+def program(names, teachers, monkeypatch):
+    """The text of the compiled gradient of those losses, in chunks of 48 positions."""
     monkeypatch.setattr(fused_head, "LEAST", 24)
-    rows, length, words = 32, 24, 4096
+    rows, length, words = ROWS_OF_WORDS
 
     def head(width):
         return Head(*(jax.ShapeDtypeStruct(shape, "float32") for shape in (
             (rows, length, width), (words, width), (words,))))
 
     def step(student, teachers, targets):
-        terms = {name: Term(1.0, targets.soft_weights.sum(), DEFINITIONS[name])
-                 for name in ("ce", "mlm", "mse", "reverse")}
+        terms = {name: Term(1.0, targets.soft_weights.sum(), DEFINITIONS[name]) for name in names}
+        shares = [1 / len(teachers)] * len(teachers)
         return jax.value_and_grad(fused_losses, has_aux=True)(
-            student, list(zip((0.7, 0.3), teachers, strict=True)), targets, terms, TEMPERATURE)
+            student, list(zip(shares, teachers, strict=True)), targets, terms, 2.0)
 
     weights = jax.ShapeDtypeStruct((rows, length), "float32")
     targets = Targets(jax.ShapeDtypeStruct((rows, length), "int32"), weights, weights)
-    text = jax.jit(step).lower(head(8), [head(8), head(16)], targets).compile().as_text()
+    return jax.jit(step).lower(
+        head(8), [head(width) for width in teachers], targets).compile(
+            {"xla_cpu_use_fusion_emitters": True}).as_text()  # as outside of tests
+
+
+def test_no_logits_of_all_positions_of_any_teacher(monkeypatch):
+    """Nor of the student: the largest array of the program has a sixteenth of these positions."""
+    text = program(("ce", "mlm", "mse", "reverse"), (8, 16), monkeypatch)
     sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(
         r"f32\[([\d,]+)\]", text)]
-    assert max(sizes) == rows * length * words // 16
+    assert max(sizes) == np.prod(ROWS_OF_WORDS) // 16
+
+
+def test_arrays_of_logits_on_a_cpu(monkeypatch):
+    """Of each model: products, logits, powers; and the gradient. No square is kept in memory, nor
+    is it made by another exponential."""
+    text = program(("ce", "mlm"), (8,), monkeypatch)
+    assert len(re.findall(r"f32\[48,4096\]\S* exponential\(", text)) == 2
+    whole = [line for line in text.splitlines() if re.search(r"= f32\[48,4096\]\S* fusion\(", line)]
+    assert len(whole) == 7
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -23,6 +23,7 @@ from distilbert_jax.kernels.products import (
     column_sums,
     device_here,
     has_triton,
+    opaque,
     product,
     transposed_product,
     wide,
@@ -281,11 +282,16 @@ def _losses(logits, at_label, at, scales, temperature, shares, word_axis):
         largest = jax.lax.pmax(largest, word_axis)
     powers = [jnp.exp((x - m[:, None]) * (1 / temperature))
               for x, m in zip(logits, largest, strict=True)]
+    powers[0] = opaque(powers[0])
+
+    def whole(ours):
+        """The student's powers at temperature 1: a square costs less than an exponential."""
+        return ours ** 2 if temperature == 2 else jnp.exp(logits[0] - largest[0][:, None])
+
     parts = {}  # sums over words, [P]
     if "mlm" in scales:
-        # A square instead of another exponential, where that is what it is.
-        whole = powers[0] ** 2 if temperature == 2 else jnp.exp(logits[0] - largest[0][:, None])
-        parts |= {"mlm": whole.sum(-1), "label": at_label}
+        # Opaque again, so that the squares below are not these, kept in memory.
+        parts |= {"mlm": whole(opaque(powers[0])).sum(-1), "label": at_label}
     if "ce" in scales:
         ours, *theirs = powers
         # Less the maxima before it is summed: what all logits have in common would not cancel.
@@ -300,7 +306,7 @@ def _losses(logits, at_label, at, scales, temperature, shares, word_axis):
     if "mlm" in scales:
         factor = (scales["mlm"] * at.label_weights)[:, None]
         hot = jnp.arange(logits[0].shape[1]) == at.labels[:, None]
-        cotangent += factor / parts["mlm"][:, None] * whole - jnp.where(hot, factor, 0)
+        cotangent += factor / parts["mlm"][:, None] * whole(powers[0]) - jnp.where(hot, factor, 0)
     if "ce" in scales:
         factor = temperature * scales["ce"] * at.soft_weights
         cotangent += ((math.fsum(shares) * factor / parts["ours"])[:, None] * ours

@@ -146,6 +146,15 @@ def _affine_backward(saved: tuple[Array, ...], cotangent: Array) -> tuple[Array,
 _affine.defvjp(_affine_forward, _affine_backward)
 
 
+def opaque(x: Array) -> Array:
+    """x, which XLA's CPU compiler takes for an array of which nothing is known.
+
+    It then neither rewrites what is computed of x (the square of an exponential into another
+    exponential, jax 0.10.2) nor keeps it in memory for a second use.
+    """
+    return jax.lax.optimization_barrier(x) if platform_here() == "cpu" else x
+
+
 def wide(dtype: jnp.dtype) -> jnp.dtype:
     """The dtype for sums of numbers of `dtype`: float32, or float64 for float64."""
     return jnp.promote_types(dtype, jnp.float32)
