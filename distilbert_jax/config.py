@@ -413,7 +413,7 @@ class AblationConfig(DistilConfig):
             raise UserError("--finish belongs to distil: give it with the --output of one run")
         if self.states:
             raise UserError(f"--states {self.states} holds the states of one seed: leave it out, "
-                            "so that each run keeps its own")
+                            "and OUTPUT/states keeps those of all runs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,12 @@ import pytest
 import scipy.stats
 from safetensors.numpy import load_file, save_file
 
+from distilbert_jax.benchmark import latency
 from distilbert_jax.config import AblationConfig, DistilConfig
 from distilbert_jax.errors import UserError
 from distilbert_jax.jobs import ablate as job
+from distilbert_jax.jobs.distil import distil
+from distilbert_jax.jobs.teacher_states import TeacherStates
 from distilbert_jax.recipes import recipes
 
 ROWS = {"all losses": {}, "no MLM": {"alphas": {"ce": 5.0, "cos": 1.0}}}
@@ -85,6 +88,56 @@ def test_a_real_run_leaves_what_the_table_needs(config, toy, tmp_path):
     for other in ({"learning_rate": 1e-3}, {"teacher": str(another)}):  # is not read as this one
         with pytest.raises(UserError, match="learning-rate|teacher"):
             job.ablate(dataclasses.replace(config, seeds=1, **other), {"all": {}})
+
+
+def test_runs_that_need_the_same_states_share_one_pass_of_the_teacher(config, monkeypatch):
+    """And a run on states that another one has kept is that on its own."""
+    monkeypatch.setattr(latency, "REPEATS", 1)
+    passes, part = [], TeacherStates._part
+
+    def counted(states, numbers, stopped):
+        passes.append(Path(states.config.output).parent.name)
+        return part(states, numbers, stopped)
+
+    monkeypatch.setattr(TeacherStates, "_part", counted)
+    config = dataclasses.replace(config, seeds=1, kept_maskings=1)
+    rows = {"all": {}, "no-cosine": {"alphas": {"ce": 5.0, "mlm": 2.0}}, "more": {"mask_rate": 0.4}}
+    job.ablate(config, rows)
+    assert passes == ["all", "more"]
+    kept = {path.name: json.loads((path / "request.json").read_text())
+            for path in Path(config.output, "states").iterdir()}
+    assert sorted(each["mask rate"] for each in kept.values()) == [0.15, 0.4]
+    run = job._run(config, "no-cosine", rows["no-cosine"], 7)
+    own = dataclasses.replace(run, corpus=str(Path(config.output, "data")), states="",
+                              output=str(Path(config.output, "own/seed-7")))
+    distil(own)
+    assert passes[2:] == ["own"]
+    for name in ("student/model.safetensors", "states/00000.npy"):
+        one, other = (Path(each.output, name) for each in (run, own))
+        one = one if one.exists() else Path(run.states, "00000.npy")
+        assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize("changes, shared", [
+    ({"learning_rate": 1e-3, "batch_size": 4, "choose": "greedy", "init": "teacher"}, True),
+    ({"alphas": {"mlm": 1.0, "skew": 1.0, "cos": 0.0}, "temperature": 1.0}, True),
+    ({"restrict_ce_to_mask": True}, True),  # the cosine loss reads all positions
+    ({"restrict_ce_to_mask": True, "alphas": {"ce": 1.0}}, False),
+    ({"mask_rate": 0.4}, False), ({"kept_maskings": 2}, False), ({"state_dtype": "exact"}, False),
+    ({"dtype": "float64"}, False), ({"teacher": "another"}, False)])
+def test_which_runs_share_states(changes, shared, config):
+    config = dataclasses.replace(config, kept_maskings=1)
+    one, other = (job._run(config, "row", row, 7).states for row in ({}, changes))
+    assert Path(one).parent == Path(config.output, "states") and (one == other) == shared
+    assert job._run(config, "row", changes, 8).states not in (one, other)
+
+
+def test_states_of_a_row_of_its_own(config):
+    """A row may keep none, or name their folder."""
+    assert not job._run(config, "row", {}, 7).states
+    kept = dataclasses.replace(config, kept_maskings=1)
+    assert not job._run(kept, "row", {"kept_maskings": 0}, 7).states
+    assert job._run(config, "row", {"kept_maskings": 1, "states": "mine"}, 7).states == "mine"
 
 
 @pytest.mark.parametrize("changes, line", [

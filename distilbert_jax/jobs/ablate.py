@@ -1,10 +1,12 @@
 """Ablation: one distillation several times, each row with other settings, and a table of them.
 
 Each run is a distillation in a folder of its own, which goes on where it was stopped; the corpus is
-prepared once for all of them.
+prepared once for all of them, and a teacher's states are kept once for all runs that need the same.
 """
 
 import dataclasses
+import hashlib
+import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +26,8 @@ from distilbert_jax.jobs.task_model import read_json
 from distilbert_jax.machine import seal, store
 from distilbert_jax.machine.lock import hold
 from distilbert_jax.machine.progress import say
+from distilbert_jax.training.losses import LOSSES
+from distilbert_jax.training.objective import Objective
 
 LEVEL = 0.95  # of intervals
 Rows = Mapping[str, Mapping[str, Any]]  # name of a row → the settings that it changes
@@ -80,9 +84,25 @@ def _run(config: AblationConfig, name: str, changes: Mapping[str, Any], seed: in
                         "distil")
     folder = Path(config.output, name.replace(" ", "-").replace("/", "-"), f"seed-{seed}")
     try:
-        return DistilConfig(**known | dict(changes) | {"seed": seed, "output": str(folder)})
+        run = DistilConfig(**known | dict(changes) | {"seed": seed, "output": str(folder)})
     except UserError as error:
         raise UserError(f"row {name}: {error}") from error
+    if not run.kept_maskings or run.states:
+        return run
+    return dataclasses.replace(run, states=str(Path(config.output, "states", _states(run))))
+
+
+def _states(run: DistilConfig) -> str:
+    """The name of the folder of a run's teacher states: one for all runs that need the same.
+
+    It is made of all that states depend on (their request, see TeacherStates) and a row can change.
+    """
+    objective = Objective(weights={name: run.alphas[name] for name in LOSSES
+                                   if run.alphas.get(name)},
+                          restrict_ce_to_mask=run.restrict_ce_to_mask)
+    needed = (run.teacher, run.kept_maskings, run.mask_rate, run.dtype, run.state_dtype,
+              objective.reads)
+    return f"seed-{run.seed}-{hashlib.sha256(json.dumps(needed).encode()).hexdigest()[:12]}"
 
 
 def _data(config: AblationConfig) -> tuple[str, ...]:
