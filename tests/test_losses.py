@@ -213,9 +213,14 @@ def test_packed_relations_are_those_of_separate_rows(x64):
         given = (jnp.asarray(x) for x in (s, t, (segments > 0) + 0.0, segments))
         return losses.relation_sum(*given, relation_heads=2)
 
-    apart = [loss(s[:, :, at], t[:, :, at], np.ones((1, at.stop - at.start), int))
+    both = jax.value_and_grad(loss)
+    value, gradient = both(s, t, segments)
+    apart = [both(s[:, :, at], t[:, :, at], np.ones((1, at.stop - at.start), int))
              for at in (slice(0, 3), slice(3, 7))]
-    np.testing.assert_allclose(loss(s, t, segments), sum(apart), rtol=1e-12)
+    np.testing.assert_allclose(value, sum(value for value, _ in apart), rtol=1e-12)
+    np.testing.assert_allclose(
+        gradient, np.concatenate([*(part for _, part in apart), np.zeros((3, 1, 1, 6))], 2),
+        rtol=0, atol=1e-12)
 
 
 def test_the_backward_pass_of_relations_keeps_no_scores():

@@ -265,6 +265,12 @@ def test_other_states_and_damaged_ones_are_refused(settings, tmp_path, monkeypat
         shutil.rmtree(tmp_path / "other")
     with pytest.raises(UserError, match="kept holds states for another teacher: remove it, or"):
         Pieces(settings(states=kept), teacher_digest=64 * "b")
+    other = shutil.copytree(settings().teacher[0], tmp_path / "teacher")  # makes the same rows
+    words = json.loads((other / "tokenizer.json").read_text())
+    words["model"]["max_input_chars_per_word"] -= 1
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(UserError, match="kept holds states for another tokenizer: remove it, or"):
+        Pieces(settings(states=kept, teacher=other, output=tmp_path / "words"))
     with pytest.MonkeyPatch.context() as patch:  # what does not change them computes none anew
         patch.setattr(TeacherStates, "_states", None)
         Pieces(settings(states=kept, batch_size=16, learning_rate=1e-3, output=tmp_path / "two"))
@@ -307,8 +313,8 @@ def test_what_cannot_be_kept(more, message, settings, toy):
         check_job(settings(**more), teacher.family, [teacher.config])
 
 
-def test_an_ablation_keeps_the_states_of_each_run_apart():
-    with pytest.raises(UserError, match="--states x holds the states of one seed"):
+def test_an_ablation_names_its_states_itself():
+    with pytest.raises(UserError, match="--states x holds the states of one seed: leave it out"):
         AblationConfig(states="x", kept_maskings=1)
 
 
