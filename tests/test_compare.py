@@ -110,7 +110,7 @@ def test_a_list_that_cannot_be_read(content, line, runs):
 
 
 def test_the_students_of_the_front_page():
-    """What each keeps is its figures' ratio, up to their rounding; the place named is there."""
+    """What each keeps is its figures' ratio, up to their rounding; the place named has them."""
     listed = ROOT / "experiments/results/students.json"
     for student in json.loads(listed.read_text()):
         near = pytest.approx(student["student"] / student["teacher"], abs=2e-4)
@@ -118,7 +118,10 @@ def test_the_students_of_the_front_page():
         low, high = student.get("interval", [0, 2])
         assert low < student["kept"] < high
         file, _, heading = student["source"].partition("#")
-        found = [re.sub(r"[^\w -]", "", line.lstrip("# ")).strip().lower().replace(" ", "-")
-                 for line in (ROOT / file).read_text().splitlines() if line.startswith("#")]
-        assert heading in found, (heading, found)
+        sections = {}
+        for section in re.split(r"^#+ ", (ROOT / file).read_text(), flags=re.MULTILINE):
+            title = section.partition("\n")[0]
+            sections[re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-")] = section
+        for model in ("teacher", "student"):
+            assert f"{100 * student[model]:.2f}" in sections[heading], (student, model)
     assert "experiments/results/compare.png" in (ROOT / "README.md").read_text()
