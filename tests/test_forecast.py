@@ -22,7 +22,7 @@ from distilbert_jax.benchmark.chips import CHIPS, topology
 from distilbert_jax.config import DistilConfig
 from distilbert_jax.errors import UserError
 from distilbert_jax.jobs import forecast
-from distilbert_jax.kernels import attention
+from distilbert_jax.kernels import attention, products
 from distilbert_jax.kernels.products import device_here
 from distilbert_jax.machine.sharding import by_rows, make_mesh, replicated, shardings
 from distilbert_jax.models import bert
@@ -307,6 +307,34 @@ def test_an_absent_card_is_one_that_cudnn_attends_on():
     assert platform == "gpu" and not attention._gpu_lacks(query, mask, capability, drops=False)
 
 
+SMALL = dataclasses.replace(
+    bert.BASE, num_hidden_layers=2, hidden_size=128, num_attention_heads=2, intermediate_size=256,
+    vocab_size=1000)
+
+
+@pytest.mark.parametrize("platform, device, kernels", [
+    ("cuda", ("gpu", "9.0"), {
+        "@__cudnn$fmhaScaleBiasSoftmax(": 2, 'name = "_forward"': 1, 'name = "_backward"': 1,
+        'name = "row_losses"': 1, 'name = "layer_norm"': 4}),
+    ("tpu", ("tpu", "TPU v6 lite"), {"@tpu_custom_call(": 6})])
+def test_a_switch_leaves_an_update_without_kernels(platform, device, kernels, monkeypatch):
+    """Lowered without its device; the teacher has two layers, the student one."""
+    inside = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(inside, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(inside, "check_compute_capability", lambda least: True)
+    monkeypatch.setattr(products, "device_here", lambda: device)
+
+    def update():
+        config = DistilConfig(batch_size=16, accumulate=1, dtype="bfloat16")
+        step = forecast._Step(config, bert.FAMILY, [SMALL], CHIPS["h100"], None)
+        return step.trace(2).lower(lowering_platforms=(platform,)).as_text()
+
+    text = update()
+    assert {kernel: text.count(kernel) for kernel in kernels} == kernels
+    monkeypatch.setenv("DISTILBERT_JAX_KERNELS", "xla")
+    assert "custom_call" not in update()
+
+
 def test_float32_has_no_known_peak_on_gpus(monkeypatch):
     monkeypatch.setattr(forecast, "topology", lambda name: (CHIPS["h100"], None))
     with pytest.raises(UserError, match="--dtype float32 is not forecast for GPUs"):
@@ -537,9 +565,7 @@ class TestGPU:
     @pytest.fixture
     def command(self, tmp_path):
         """Of a BERT of two layers; nothing but its config.json is there."""
-        shape = bert.FAMILY.to_hf(dataclasses.replace(
-            bert.BASE, num_hidden_layers=2, hidden_size=128, num_attention_heads=2,
-            intermediate_size=256, vocab_size=1000))
+        shape = bert.FAMILY.to_hf(SMALL)
         (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "bert"}))
         return "experiments/run.py", "--compile-only", "h100:2", "--teacher", tmp_path
 
