@@ -562,6 +562,18 @@ class TestGPU:
             f"{CHIPS[kind].card.name}; {3 * 800 * size * 2 + size * 4 + 2 * 13 * size * 4}")
         assert "0 bytes spill stores, 0 bytes spill loads" in assembled(tmp_path, "layer_norm")
 
+    def test_an_update_has_neither_scores_nor_logits_in_memory(self):
+        """Of BERT-base, but for its layers. cuDNN's mask has a number for each pair of positions."""
+        done = compiled("-c", COMPILE, "h100:1", "1x1", 32)
+        assert not done.returncode, done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
+        words, positions = bert.BASE.vocab_size, found["rows"] * 128
+        logits = [shape for shape in found["shapes"] for size in (words, words + -words % 128)
+                  if size in shape and math.prod(shape) // size >= positions]
+        scores = [shape for shape in found["shapes"]
+                  if shape[-2:] == [128, 128] and math.prod(shape) > positions * 128]
+        assert found["rows"] == 16 and not logits and not scores
+
     @pytest.fixture
     def command(self, tmp_path):
         """Of a BERT of two layers; nothing but its config.json is there."""
