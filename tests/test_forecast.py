@@ -30,6 +30,11 @@ from distilbert_jax.models import bert
 ROOT = Path(__file__).parents[1]
 
 
+SMALL = dataclasses.replace(
+    bert.BASE, num_hidden_layers=2, hidden_size=128, num_attention_heads=2, intermediate_size=256,
+    vocab_size=1000)
+
+
 def test_collectives_count_as_often_as_their_loop_turns():
     mesh, each = make_mesh("4x2"), 6 * 5 * 4  # bytes of a float32 [6, 5]
 
@@ -234,6 +239,18 @@ def test_products_are_counted(accumulate, mesh, problem, vocabulary, x64):
     assert program.flops * (mesh.size if mesh else 1) == expected
 
 
+def test_kept_states_leave_out_the_layers_of_the_teacher():
+    """And no other product of the update."""
+    def flops(maskings):
+        config = DistilConfig(batch_size=16, accumulate=1, kept_maskings=maskings)
+        step = forecast._Step(config, bert.FAMILY, [SMALL], CHIPS["v6e"], None)
+        return hlo.product_flops(step.trace(step.rows).jaxpr)
+
+    width, length = SMALL.hidden_size, 128
+    layer = 4 * 2 * width**2 + 2 * 2 * width * SMALL.intermediate_size + 2 * 2 * width * length
+    assert flops(0) - flops(1) == 16 * length * SMALL.num_hidden_layers * layer
+
+
 def test_kernels_and_branches_are_counted():
     from jax.experimental import pallas as pl
 
@@ -296,6 +313,14 @@ def test_without_the_compiler(name, extra, monkeypatch):
         topology(name)
 
 
+@pytest.mark.parametrize("package", chips.CUDA)
+def test_either_compiler_for_gpus_will_do(package, monkeypatch):
+    monkeypatch.setattr(chips, "find_spec", lambda name: name == package or None)
+    monkeypatch.setattr(chips, "_gpus", lambda card, number: f"{number} of {card.name}")
+    monkeypatch.setattr(jax.config, "update", lambda *setting: None)
+    assert topology("h200:2") == (CHIPS["h200"], "2 of NVIDIA H200")
+
+
 def test_an_absent_card_is_one_that_cudnn_attends_on():
     """The devices of this machine say nothing of it."""
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=1, platform="gpu")
@@ -305,11 +330,6 @@ def test_an_absent_card_is_one_that_cudnn_attends_on():
     query = jax.ShapeDtypeStruct((1, 128, 2, 64), "bfloat16")
     mask = attention.AttentionMask(jnp.ones((1, 128), jnp.int32))
     assert platform == "gpu" and not attention._gpu_lacks(query, mask, capability, drops=False)
-
-
-SMALL = dataclasses.replace(
-    bert.BASE, num_hidden_layers=2, hidden_size=128, num_attention_heads=2, intermediate_size=256,
-    vocab_size=1000)
 
 
 @pytest.mark.parametrize("platform, device, kernels", [
@@ -327,7 +347,7 @@ def test_a_switch_leaves_an_update_without_kernels(platform, device, kernels, mo
     def update():
         config = DistilConfig(batch_size=16, accumulate=1, dtype="bfloat16")
         step = forecast._Step(config, bert.FAMILY, [SMALL], CHIPS["h100"], None)
-        return step.trace(2).lower(lowering_platforms=(platform,)).as_text()
+        return step.trace(step.rows).lower(lowering_platforms=(platform,)).as_text()
 
     text = update()
     assert {kernel: text.count(kernel) for kernel in kernels} == kernels
@@ -563,7 +583,7 @@ class TestGPU:
         assert "0 bytes spill stores, 0 bytes spill loads" in assembled(tmp_path, "layer_norm")
 
     def test_an_update_has_neither_scores_nor_logits_in_memory(self):
-        """Of BERT-base, but for its layers. cuDNN's mask has a number for each pair of positions."""
+        """Of BERT-base, but for its layers; the mask that cuDNN gets has no heads."""
         done = compiled("-c", COMPILE, "h100:1", "1x1", 32)
         assert not done.returncode, done.stderr
         found = json.loads(done.stdout.splitlines()[-1])
