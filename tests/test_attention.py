@@ -243,7 +243,7 @@ def test_kernels_lower_without_their_device(platform, length, rule, rate, calls,
     monkeypatch.setattr(inside, "check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(inside, "check_compute_capability", lambda least: True)
     monkeypatch.setitem(KERNELS, "cpu", KERNELS["gpu" if platform == "cuda" else "tpu"])
-    monkeypatch.setattr(module, "device_here", lambda: ("cpu", "9.0"))
+    monkeypatch.setattr(module, "kernels_here", lambda: ("cpu", "9.0"))
 
     def loss(vectors, segments, seeds):
         drop = Dropout(rate, seeds) if rate else None

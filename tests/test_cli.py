@@ -9,13 +9,16 @@ import shutil
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from distilbert_jax.commands import launch
 from distilbert_jax.commands.main import distil, embed, evaluate, finetune, prepare, pretrain
+from distilbert_jax.kernels import products
 from distilbert_jax.recipes import recipes
 from distilbert_jax.training.train import Interrupted
 
@@ -618,6 +621,26 @@ def test_other_endings(ending, code, said, capfd):
         launch.launch(main, [])
     assert end.value.code == code and capfd.readouterr().err == said
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("platform, said, noted", [
+    ("gpu", "", True), ("tpu", "", True), ("gpu", "xla", False), ("cpu", "", False)])
+def test_an_error_of_a_kernel_names_the_way_out(platform, said, noted, monkeypatch):
+    def main(_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: ptxas failed")
+
+    monkeypatch.setattr(products, "device_here", lambda: (platform, "9.0"))
+    monkeypatch.setenv("DISTILBERT_JAX_KERNELS", said)
+    with pytest.raises(jax.errors.JaxRuntimeError) as error:
+        launch.launch(main, [])
+    notes = "".join(traceback.format_exception(error.value)).splitlines()[-1]
+    assert ("DISTILBERT_JAX_KERNELS=xla before the same command" in notes) == noted
+
+
+def test_an_unknown_value_of_the_switch(place, monkeypatch, capfd):
+    monkeypatch.setenv("DISTILBERT_JAX_KERNELS", "off")
+    error = refused(distil, TEACHER.split(), capfd)
+    assert "DISTILBERT_JAX_KERNELS=off must be xla, which turns the kernels for GPUs" in error
 
 
 def command(script, *words, **environment):

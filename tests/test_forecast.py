@@ -22,12 +22,17 @@ from distilbert_jax.benchmark.chips import CHIPS, topology
 from distilbert_jax.config import DistilConfig
 from distilbert_jax.errors import UserError
 from distilbert_jax.jobs import forecast
-from distilbert_jax.kernels import attention
+from distilbert_jax.kernels import attention, products
 from distilbert_jax.kernels.products import device_here
 from distilbert_jax.machine.sharding import by_rows, make_mesh, replicated, shardings
 from distilbert_jax.models import bert
 
 ROOT = Path(__file__).parents[1]
+
+
+SMALL = dataclasses.replace(
+    bert.BASE, num_hidden_layers=2, hidden_size=128, num_attention_heads=2, intermediate_size=256,
+    vocab_size=1000)
 
 
 def test_collectives_count_as_often_as_their_loop_turns():
@@ -234,6 +239,18 @@ def test_products_are_counted(accumulate, mesh, problem, vocabulary, x64):
     assert program.flops * (mesh.size if mesh else 1) == expected
 
 
+def test_kept_states_leave_out_the_layers_of_the_teacher():
+    """And no other product of the update."""
+    def flops(maskings):
+        config = DistilConfig(batch_size=16, accumulate=1, kept_maskings=maskings)
+        step = forecast._Step(config, bert.FAMILY, [SMALL], CHIPS["v6e"], None)
+        return hlo.product_flops(step.trace(step.rows).jaxpr)
+
+    width, length = SMALL.hidden_size, 128
+    layer = 4 * 2 * width**2 + 2 * 2 * width * SMALL.intermediate_size + 2 * 2 * width * length
+    assert flops(0) - flops(1) == 16 * length * SMALL.num_hidden_layers * layer
+
+
 def test_kernels_and_branches_are_counted():
     from jax.experimental import pallas as pl
 
@@ -296,6 +313,14 @@ def test_without_the_compiler(name, extra, monkeypatch):
         topology(name)
 
 
+@pytest.mark.parametrize("package", ["jax_cuda12_plugin", "jax_cuda13_plugin"])
+def test_either_compiler_for_gpus_will_do(package, monkeypatch):
+    monkeypatch.setattr(chips, "find_spec", lambda name: name == package or None)
+    monkeypatch.setattr(chips, "_gpus", lambda card, number: f"{number} of {card.name}")
+    monkeypatch.setattr(jax.config, "update", lambda *setting: None)
+    assert topology("h200:2") == (CHIPS["h200"], "2 of NVIDIA H200")
+
+
 def test_an_absent_card_is_one_that_cudnn_attends_on():
     """The devices of this machine say nothing of it."""
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=1, platform="gpu")
@@ -305,6 +330,29 @@ def test_an_absent_card_is_one_that_cudnn_attends_on():
     query = jax.ShapeDtypeStruct((1, 128, 2, 64), "bfloat16")
     mask = attention.AttentionMask(jnp.ones((1, 128), jnp.int32))
     assert platform == "gpu" and not attention._gpu_lacks(query, mask, capability, drops=False)
+
+
+@pytest.mark.parametrize("platform, device, kernels", [
+    ("cuda", ("gpu", "9.0"), {
+        "@__cudnn$fmhaScaleBiasSoftmax(": 2, 'name = "_forward"': 1, 'name = "_backward"': 1,
+        'name = "row_losses"': 1, 'name = "layer_norm"': 4}),
+    ("tpu", ("tpu", "TPU v6 lite"), {"@tpu_custom_call(": 6})])
+def test_a_switch_leaves_an_update_without_kernels(platform, device, kernels, monkeypatch):
+    """Lowered without its device; the teacher has two layers, the student one."""
+    inside = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(inside, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(inside, "check_compute_capability", lambda least: True)
+    monkeypatch.setattr(products, "device_here", lambda: device)
+
+    def update():
+        config = DistilConfig(batch_size=16, accumulate=1, dtype="bfloat16")
+        step = forecast._Step(config, bert.FAMILY, [SMALL], CHIPS["h100"], None)
+        return step.trace(step.rows).lower(lowering_platforms=(platform,)).as_text()
+
+    text = update()
+    assert {kernel: text.count(kernel) for kernel in kernels} == kernels
+    monkeypatch.setenv("DISTILBERT_JAX_KERNELS", "xla")
+    assert "custom_call" not in update()
 
 
 def test_float32_has_no_known_peak_on_gpus(monkeypatch):
@@ -534,12 +582,22 @@ class TestGPU:
             f"{CHIPS[kind].card.name}; {3 * 800 * size * 2 + size * 4 + 2 * 13 * size * 4}")
         assert "0 bytes spill stores, 0 bytes spill loads" in assembled(tmp_path, "layer_norm")
 
+    def test_an_update_has_neither_scores_nor_logits_in_memory(self):
+        """Of BERT-base, but for its layers; the mask that cuDNN gets has no heads."""
+        done = compiled("-c", COMPILE, "h100:1", "1x1", 32)
+        assert not done.returncode, done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
+        words, positions = bert.BASE.vocab_size, found["rows"] * 128
+        logits = [shape for shape in found["shapes"] for size in (words, words + -words % 128)
+                  if size in shape and math.prod(shape) // size >= positions]
+        scores = [shape for shape in found["shapes"]
+                  if shape[-2:] == [128, 128] and math.prod(shape) > positions * 128]
+        assert found["rows"] == 16 and not logits and not scores
+
     @pytest.fixture
     def command(self, tmp_path):
         """Of a BERT of two layers; nothing but its config.json is there."""
-        shape = bert.FAMILY.to_hf(dataclasses.replace(
-            bert.BASE, num_hidden_layers=2, hidden_size=128, num_attention_heads=2,
-            intermediate_size=256, vocab_size=1000))
+        shape = bert.FAMILY.to_hf(SMALL)
         (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "bert"}))
         return "experiments/run.py", "--compile-only", "h100:2", "--teacher", tmp_path
 

@@ -339,6 +339,14 @@ def test_run_outlives_the_connection_and_stops_on_request(ready):
     assert (ready.home(0) / "ran").read_text().count("\n") == 2
 
 
+def test_the_switch_of_the_kernels_reaches_the_job(ready):
+    ready.env["DISTILBERT_JAX_KERNELS"] = "xla"
+    ready.jobs("0")
+    ready.good("run")
+    ready.ended()
+    assert all((ready.home(worker) / "kernels").read_text() == "xla\n" for worker in (0, 1))
+
+
 def test_a_job_that_was_killed_is_lost(ready):
     ready.good("run")
     ready.close()

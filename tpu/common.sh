@@ -113,10 +113,10 @@ failure() { # why the queued resource is FAILED, in the words of the service
 }
 
 call_workers() { # WHICH WORD...: tpu/worker with these words on worker WHICH, or on all
-  local bare="refused: \$HOSTNAME is not set up: run tpu/setup"
+  local bare="refused: \$HOSTNAME is not set up: run tpu/setup" kernels=${DISTILBERT_JAX_KERNELS:-}
   call compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker="$1" --command="\
 [ -e code/ready ] || { echo \"$bare\" >&2; exit 2; }; \
-bash code/tpu/worker$(printf ' %q' "${@:2}")"
+${kernels:+$(printf 'DISTILBERT_JAX_KERNELS=%q ' "$kernels")}bash code/tpu/worker$(printf ' %q' "${@:2}")"
 }
 
 on_workers() { call_workers "$@" || die "$(why)"; }

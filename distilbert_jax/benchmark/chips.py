@@ -1,6 +1,7 @@
 """Chips that are not here: their peaks, and what a compiler needs to compile for them.
 
-The compiler for TPUs is in jax[tpu], that for NVIDIA's GPUs in jax[cuda12]; neither needs its chip.
+The compiler for TPUs is in jax[tpu], that for NVIDIA's GPUs in jax[cuda12] and jax[cuda13]; none
+needs its chip.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from distilbert_jax.errors import UserError, choose, first_line
 GIB = 2**30
 SHARE = 0.75  # of a GPU's memory that jax takes, if XLA_PYTHON_CLIENT_MEM_FRACTION says no other
 PER_HOST = 8  # GPUs
+CUDA = "jax_cuda12_plugin", "jax_cuda13_plugin"  # either compiles for all of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +116,8 @@ def topology(name: str) -> tuple[Chip, Any]:
     if chip.card and sizes not in map(str, range(1, PER_HOST + 1)):
         raise UserError(f"--compile-only {name} must say how many GPUs of one host, 1 to "
                         f"{PER_HOST}: {kind}:1")
-    package, extra = ("jax_cuda12_plugin", "cuda12") if chip.card else ("libtpu", "tpu")
-    if not find_spec(package):
+    packages, extra = (CUDA, "cuda12") if chip.card else (("libtpu",), "tpu")
+    if not any(map(find_spec, packages)):
         raise UserError(f"--compile-only {name} needs the compiler for it: pip install "
                         f'"jax[{extra}]"')
     jax.config.update("jax_platforms", "cpu")

@@ -13,6 +13,7 @@ from typing import Any
 
 from distilbert_jax.errors import UserError, first_line
 from distilbert_jax.evaluation import report
+from distilbert_jax.kernels.products import SWITCH, kernels_here, takes_kernels
 from distilbert_jax.machine.memory import keep_memory
 from distilbert_jax.machine.processes import GO_ON, connect, find_loss, give_up
 from distilbert_jax.machine.progress import say
@@ -63,6 +64,7 @@ def _launch(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> No
     # Else transformers warns, as it is imported, that there is no PyTorch; it is not needed here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
+        takes_kernels()  # or refuses
         keep_memory()
         connect()
         keep_compiled()
@@ -80,6 +82,7 @@ def _launch(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> No
             give_up(loss)
         line = str(error) if isinstance(error, UserError) else _missing_platform()
         if not line:
+            _name_way_out(error)
             raise
         print("error:", *line.split("\n"), file=sys.stderr)
         sys.exit(2)
@@ -110,6 +113,13 @@ class _Lasting:
         except OSError:  # no reader, or a full disk: from now on nothing is written
             with open(os.devnull, "w") as nowhere, contextlib.suppress(OSError):
                 os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+def _name_way_out(error: Exception) -> None:
+    """Let the traceback of a run with kernels end with how to do without them."""
+    if kernels_here()[0] in ("gpu", "tpu"):
+        error.add_note(f"If a kernel or the compiler is at fault: {SWITCH}=xla before the same "
+                       "command runs it without kernels, slower and with more memory.")
 
 
 def _missing_platform() -> str:

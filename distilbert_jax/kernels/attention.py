@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from distilbert_jax.kernels.attention_mask import AttentionMask
 from distilbert_jax.kernels.dropout import Dropout, dropped
-from distilbert_jax.kernels.products import device_here, product, runs_triton
+from distilbert_jax.kernels.products import kernels_here, product, runs_triton
 
 BLOCKS = (512, 384, 256, 128)  # positions that splash attention takes at a time; one divides T
 LONGEST = 1024  # positions that our kernel takes: scores of 128 queries are then 0.5 MB
@@ -56,7 +56,7 @@ def attention(
         Contexts [B, Q, N, H] in the dtype of `value`; the softmax is at least float32.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    platform, device = device_here()
+    platform, device = kernels_here()
     if at is not None or platform not in KERNELS:
         return _xla(query, key, value, mask, drop, at)
     kernel, lacks = KERNELS[platform]

@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, Int
 
 from distilbert_jax.kernels.products import (
     column_sums,
-    device_here,
     has_triton,
+    kernels_here,
     opaque,
     product,
     transposed_product,
@@ -222,7 +222,7 @@ def _losses_by_kernel(kernel, logits, words, at, scales, temperature, shares, dt
 
 def _tiles(models: Sequence[Head]) -> Callable[..., tuple[Figures, Head]] | None:
     """The kernels for TPUs that compute the losses in CLOSED, if they take these models here."""
-    platform, device = device_here()
+    platform, device = kernels_here()
     if platform != "tpu":
         return None
     from distilbert_jax.kernels.tile_losses import takes, tile_losses  # slow to import

@@ -5,16 +5,22 @@ left to them; but XLA adds a bias in the kernel of a GPU's product only before t
 0.10.2). XLA's CPU compiler (jax 0.10.2) calls its fast library, the only code that knows a
 CPU's bfloat16, if the rows of both factors are contiguous and the result is float32; so on CPU
 products and their gradients are written out in that form. A model that is exported goes to machines
-that are not known, so within `any_platform` everything is plain.
+that are not known, so within `any_platform` everything is plain. DISTILBERT_JAX_KERNELS=xla leaves
+to XLA what kernels do on GPUs and TPUs, here and in the files beside this one.
 """
 
 import contextlib
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
+
+from distilbert_jax.errors import UserError
+
+SWITCH = "DISTILBERT_JAX_KERNELS"  # an environment variable: xla turns all kernels off
 
 
 def product(
@@ -185,6 +191,24 @@ def device_here() -> tuple[str, str]:
     return device.platform, device.device_kind
 
 
+def takes_kernels() -> bool:
+    """Whether kernels that XLA did not make may be called: ours, splash attention and cuDNN's.
+
+    Raises:
+        UserError: the environment variable that turns them off has an unknown value.
+    """
+    said = os.environ.get(SWITCH, "")
+    if said not in ("", "xla"):
+        raise UserError(f"{SWITCH}={said} must be xla, which turns the kernels for GPUs and TPUs "
+                        "off, or not be set")
+    return not said
+
+
+def kernels_here() -> tuple[str, str]:
+    """`device_here` for the choice of a kernel: platform "xla" where all are turned off."""
+    return device_here() if takes_kernels() else ("xla", "")
+
+
 def runs_triton(capability: str) -> bool:
     """Whether a GPU of this compute capability runs our Pallas kernels: NVIDIA's from 8.0 on."""
     major = capability.split(".")[0]  # AMD's are called gfx90a
@@ -194,5 +218,5 @@ def runs_triton(capability: str) -> bool:
 def has_triton(dtype: jnp.dtype) -> bool:
     """Whether the code being traced will run where our Pallas kernels for GPUs do, which compute
     in float32 what is of `dtype`."""
-    platform, capability = device_here()
+    platform, capability = kernels_here()
     return platform == "gpu" and runs_triton(capability) and wide(dtype) == jnp.float32
