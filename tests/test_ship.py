@@ -15,6 +15,7 @@ from distilbert_jax.commands.main import ship
 from distilbert_jax.config import DistilConfig
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
+from distilbert_jax.evaluation import report
 from distilbert_jax.export import formats, gate, onnx
 from distilbert_jax.export.exportable import Exportable, reference
 from distilbert_jax.jobs import ship as job
@@ -99,12 +100,24 @@ def test_a_page_offers_texts_and_the_answers_of_a_teacher(place, lenient):
 def test_a_copy_leaves_the_model_as_it_is(place):
     with_file("teacher/1_Pooling/config.json", b"{}")()
     before = tree(place / "teacher")
-    folder = shipped(output="out/copy", formats="onnx")
-    assert folder == Path("out/copy") and tree(place / "teacher") == before
-    after = tree(place / "out/copy")
+    launch.launch(ship, ["--model", str(place / "teacher"), "--evaluate", str(
+        place / "corpus.txt"), f"--output={place / 'out' / 'copy'}", "--formats", "onnx"])
+    assert tree(place / "teacher") == before
+    after = tree(place / "out" / "copy")
     assert {name: after[name] for name in before} == before
-    assert (folder / "onnx" / "model.onnx").exists()
+    assert "onnx/model.onnx" in after
     assert [path.name for path in Path("out").iterdir()] == ["copy"]
+    assert_says_no_place(place, after)
+    said = "distilbert-jax ship --model teacher --evaluate corpus.txt --output=copy --formats onnx"
+    assert json.loads(after["report.json"])["command"] == said
+    assert said in after["report.md"].decode() and said in after["report.html"].decode()
+
+
+def assert_says_no_place(place, files):
+    """No file of a folder that may be pushed to the hub says where it was made."""
+    here = [str(place), str(Path(__file__).parents[1])]
+    assert not [name for name, content in files.items() if any(
+        folder.encode() in content for folder in here)]
 
 
 def test_a_copy_s_tokenizer_loads_in_transformers_4_too(place):
@@ -333,13 +346,17 @@ def test_files_that_cannot_be_answered_from(place):
 
 
 def test_a_distillation_ships_its_student(place, lenient):
-    folder = distil(DistilConfig(
-        teacher="teacher", corpus="corpus.txt", output="new", ship=True, steps=1, batch_size=8,
-        sequence_length=16, valid_share=0.2, mesh="8x1"))
+    given = {"teacher": str(place / "teacher"), "corpus": place / "corpus.txt",
+             "output": place / "new"}
+    with report.called(f"distilbert_jax.distil(**{given})"):
+        folder = distil(DistilConfig(
+            **given, ship=True, steps=1, batch_size=8, sequence_length=16, valid_share=0.2,
+            mesh="8x1"))
     found = json.loads((folder / "report.json").read_text())
     assert "documents that the run held out" in found["trial"]
     assert found["formats"]["onnx"]["figures"]["same"] == 1
     assert (folder / "onnx" / "model_quantized.onnx").exists()
+    assert_says_no_place(place, tree(folder))
 
 
 def test_a_training_for_tags_ships_its_model_and_answers(place, lenient):
