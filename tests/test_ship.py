@@ -1,5 +1,6 @@
 """Shipping: what is left in the folder, what is refused, and answers from it without PyTorch."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_card import snippets
 from test_cli import launch, tree, with_classifier, with_config, with_file, without
 
 from distilbert_jax import predict
@@ -116,7 +118,7 @@ def test_a_copy_leaves_the_model_as_it_is(place):
 def assert_says_no_place(place, files):
     """No file of a folder that may be pushed to the hub says where it was made."""
     here = [str(place), str(Path(__file__).parents[1])]
-    assert not [name for name, content in files.items() if any(
+    assert not [name for name, content in files.items() if content and any(
         folder.encode() in content for folder in here)]
 
 
@@ -345,7 +347,7 @@ def test_files_that_cannot_be_answered_from(place):
         predict.load("teacher")
 
 
-def test_a_distillation_ships_its_student(place, lenient):
+def test_a_distillation_ships_its_student(place, lenient, capfd):
     given = {"teacher": str(place / "teacher"), "corpus": place / "corpus.txt",
              "output": place / "new"}
     with report.called(f"distilbert_jax.distil(**{given})"):
@@ -357,9 +359,21 @@ def test_a_distillation_ships_its_student(place, lenient):
     assert found["formats"]["onnx"]["figures"]["same"] == 1
     assert (folder / "onnx" / "model_quantized.onnx").exists()
     assert_says_no_place(place, tree(folder))
+    answered = run_snippet(folder, capfd)
+    [(word, _), *_], = predict.load(folder, "onnx").fill_mask(["A sentence with a [MASK]."])[0]
+    assert answered == f"{word}\n"
 
 
-def test_a_training_for_tags_ships_its_model_and_answers(place, lenient):
+def run_snippet(folder, capfd):
+    """What is printed by that part of a model's card that is for ONNX Runtime alone."""
+    code = snippets((folder / "README.md").read_text())[-1]
+    capfd.readouterr()
+    with contextlib.chdir(folder.parent):
+        exec(code, {})
+    return capfd.readouterr().out
+
+
+def test_a_training_for_tags_ships_its_model_and_answers(place, lenient, capfd):
     words = [("ba", "O"), ("be", "B-x"), ("bu", "I-x"), ("fa", "O")]
     sentence = "".join(f"{word} {tag}\n" for word, tag in words) + "\n"
     other = "fe O\nfa B-x\n\n"
@@ -375,3 +389,5 @@ def test_a_training_for_tags_ships_its_model_and_answers(place, lenient):
     assert [len(tags) for tags in ours] == [4, 1, 40] and ours[2][-1] == "O"
     gold = Path("new/predictions.tsv").read_text().split("\n\n")[0].splitlines()
     assert ours[0] == [line.split("\t")[2] for line in gold]
+    tokens, tags = run_snippet(folder, capfd).split("] [")
+    assert tokens.startswith("['[CLS]', ") and len(tags.split()) == len(tokens.split(", "))

@@ -384,6 +384,7 @@ def test_what_is_published_of_a_word(word, said):
 
 
 def test_what_is_published_of_a_command():
-    given = "distilbert-jax ship --model /a/b --output=../c/d --text x 'two words' --evaluate '/a b/c'"
+    given = ("distilbert-jax ship --model /a/b --output=../c/d --text x 'two words' "
+             "--evaluate '/a b/c'")
     assert sources.published_call(given) == (
         "distilbert-jax ship --model b --output=d --text x 'two words' --evaluate 'c'")
