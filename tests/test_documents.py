@@ -126,7 +126,8 @@ def flags():
     scripts = [path.read_text(encoding="utf-8") for path in (
         *(ROOT / "tpu").glob("[a-z]*"), ROOT / "experiments/chaos.py", *(
             ROOT / "experiments/examples").glob("*.py"))]
-    return {*re.findall(r"--[a-z][\w-]*", helped.getvalue() + "".join(scripts)), *OTHERS}
+    own = re.findall(r"^  (--[\w-]+)(?:, (--[\w-]+))?", helped.getvalue(), flags=re.MULTILINE)
+    return {*sum(own, ()), *re.findall(r"--[a-z][\w-]*", "".join(scripts)), *OTHERS}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
