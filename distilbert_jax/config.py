@@ -298,8 +298,9 @@ class DistilConfig(TrainConfig):
         "teacher", "models", "what the student starts from: the teacher's parameters, or random "
         "ones", choices=("teacher", "random"))
     student: Word = option(
-        "", "models", "Hugging Face folder that the student starts from instead, of any depth "
-        "and width, with the teacher's tokenizer", **BY_CONTENT)
+        "", "models", "Hugging Face folder of a model that the student starts from, in place of "
+        "layers of the teacher: of any depth and width, with the teacher's tokenizer",
+        **BY_CONTENT)
     fold_token_type: bool = option(
         True, "models", "add the teacher's embedding of token type 0 to the student's "
         "positions, so that both begin with equal embeddings; the original drops it")
@@ -310,8 +311,9 @@ class DistilConfig(TrainConfig):
         {"ce": 5.0, "mlm": 2.0, "cos": 1.0}, "losses", "weight of the", each="alpha",
         needs=("labels", "logits", "last", "hidden", "qkv"))
     hidden_map: str = option(
-        "", "losses", "which layers are compared, as student:teacher, counted from 1: 1:4,2:8; "
-        "default: every layer of the student, evenly", metavar="S:T,...")
+        "", "losses", "for --alpha-hidden and --alpha-inner: which layers are compared, as "
+        "student:teacher, counted from 1: 1:4,2:8; default: every layer of the student, with "
+        "layers of the teacher at even distances", metavar="S:T,...")
     relation_heads: int = option(
         0, "losses", "heads that queries, keys and values are cut into for --alpha-relation, of "
         "any number that divides both widths; default: as many as the teacher has attention heads")
@@ -319,9 +321,9 @@ class DistilConfig(TrainConfig):
         False, "losses", "KL and squared error of logits on masked positions only, instead of "
         "all real tokens")
     kept_maskings: int = option(
-        0, "training", "maskings of each row for which the teacher's last states are computed "
-        "once, kept on disk, and used in turn by updates that run without the teacher; default: a "
-        "new masking in every pass, and the teacher in every update")
+        0, "training", "run the teacher once, before the updates, on each row masked in so many "
+        "ways, and keep its last states on disk: the updates read them in turn and do not run the "
+        "teacher; default: 0, the teacher runs in every update, and each pass masks anew")
     state_dtype: str = option(
         "bfloat16", "training", "the states are kept in bfloat16, or exact: in the dtype that the "
         "teacher gives", choices=("bfloat16", "exact"))
@@ -337,7 +339,7 @@ class DistilConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, "relation_heads", self.relation_heads >= 0, "must be at least 1")
+        check(self, "relation_heads", self.relation_heads >= 0, "must be 0 or more")
         check_choose(self, default="even")
         if self.student and (self.student_layers or self.init == "random" or self.greedy):
             raise UserError(f"--student {self.student} is a start of its own: leave out "
@@ -350,8 +352,8 @@ class DistilConfig(TrainConfig):
         check(self, "kept_maskings", self.kept_maskings >= 0, "must be 0 or more")
         self._check_teachers()
         if self.states and not self.kept_maskings:
-            raise UserError(f"--states {self.states} is read by --kept-maskings alone: give 1, or "
-                            "leave it out")
+            raise UserError(f"--states {self.states} is the folder for what --kept-maskings keeps: "
+                            "add --kept-maskings 1, or leave out --states")
         if "://" in self.states:
             raise UserError(f"--states {self.states} must be a folder of this machine")
 

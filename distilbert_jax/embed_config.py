@@ -40,8 +40,8 @@ class EmbedConfig(LoopConfig):
         "one layer after the other, each time the one without which the vectors change least; "
         "default: greedy for layers of the teacher", choices=("even", "greedy"))
     student: Word = option(
-        "", "models", "encoder folder that the student starts from instead, of any width and "
-        "with a tokenizer of its own", **BY_CONTENT)
+        "", "models", "folder of an encoder that the student starts from, in place of layers of "
+        "the teacher: of any width, with a tokenizer of its own", **BY_CONTENT)
     corpus: Words = option(
         (), "data", "texts whose sentences are learnt from, named as for distil", nargs="+",
         **BY_CONTENT)
@@ -61,7 +61,8 @@ class EmbedConfig(LoopConfig):
         "", "data", "folder that keeps the teacher's vectors, for several students; default: "
         "OUTPUT/vectors", **FREE)
     vector_dtype: str = option(
-        "float32", "data", "how they are kept", choices=("float16", "float32"))
+        "float32", "data", "dtype in which --vectors keeps the teacher's vectors",
+        choices=("float16", "float32"))
     sts: Words = option(
         (), "data", "files of score, sentence1, sentence2 on which all models are judged",
         nargs="+", **FREE)
@@ -78,8 +79,9 @@ class EmbedConfig(LoopConfig):
     similarity_temperature: float = option(
         0.05, "losses", "temperature by which cosines within the batch are divided")
     hidden_map: str = option(
-        "", "losses", "which layers are compared, as student:teacher, counted from 1: 1:2,3:6; "
-        "default: every layer of the student, evenly", metavar="S:T,...")
+        "", "losses", "for --alpha-hidden and --alpha-inner: which layers are compared, as "
+        "student:teacher, counted from 1: 1:2,3:6; default: every layer of the student, with "
+        "layers of the teacher at even distances", metavar="S:T,...")
     batch_size: int = option(64, "training", "sentences in an update, over all devices")
     learning_rate: float | None = option(
         None, "training", "peak of the learning rate; default: 5e-4 at 768 units, inversely as the "

@@ -74,10 +74,11 @@ class FinetuneConfig(LoopConfig, TaskData):
         "", "models", "how many layers of --model to keep, or which, counted from 0: 0,3,5; "
         "default: all of them, or half of a teacher's", metavar="N|N,N,...")
     choose: str = option(
-        "", "models", "how the layers that are kept are chosen: even, or greedy, which removes "
-        "one layer after the other, each time the one without which the teacher's answers can "
-        "still be read best from the states that are left; default: greedy where the student "
-        "starts from its teacher", choices=("even", "greedy"))
+        "", "models", "how the layers that are kept are chosen: even, at equal distances; or "
+        "greedy, which removes one layer after the other, each time the one whose loss is felt "
+        "least in the teacher's answers (as a linear map predicts them from the shortened model's "
+        "states); default: greedy where the student starts as layers of its teacher, else even",
+        choices=("even", "greedy"))
     baseline: bool = option(
         True, "models", "with a teacher, also train the student without it, for comparison",
         **FREE)
@@ -106,8 +107,9 @@ class FinetuneConfig(LoopConfig, TaskData):
         {"hard": 0.1, "soft": 0.9}, "losses", "weight of the", each="alpha",
         needs=("targets", "answers", "hidden"))
     hidden_map: str = option(
-        "", "losses", "which layers are compared, as student:teacher, counted from 1: 1:2,3:6; "
-        "default: every layer of the student, evenly", metavar="S:T,...")
+        "", "losses", "for --alpha-hidden and --alpha-inner: which layers are compared, as "
+        "student:teacher, counted from 1: 1:2,3:6; default: every layer of the student, with "
+        "layers of the teacher at even distances", metavar="S:T,...")
     batch_size: int = option(32, "training", "examples in an update, over all devices")
     learning_rate: float | None = option(
         None, "training", "peak of the learning rate; default: 5e-5 at 768 units, inversely as the "

@@ -372,6 +372,7 @@ FLAGS = [  # (words, parts of the message), with every file as it should be
     ("--seed 4294967296", ["--seed 4294967296 must be at most 4294967295"]),
     ("--on-save-error go", ["unknown --on-save-error 'go'", "continue, stop"]),
     ("--keep 0", ["--keep 0 must be at least 1"]),
+    ("--relation-heads -1", ["--relation-heads -1 must be 0 or more"]),
     ("--max-skipped 0", ["--max-skipped 0 must be at least 1"]),
     ("--output s3://bucket/run", ["--output s3://bucket/run must be a folder of this machine, or"
                                   " look like gs://bucket/name"]),
@@ -441,6 +442,10 @@ TASKS_THAT_CANNOT = [  # (program, what is made, words after those of TASK, part
     (finetune, LABELLED, "--unlabelled a.csv", ["--unlabelled needs a teacher"]),
     (finetune, LABELLED, "--hidden-map 1:1", ["--hidden-map needs a teacher"]),
     (finetune, LABELLED, "--teacher teacher", ["teacher is BertForMaskedLM, not trained"]),
+    (finetune, lambda: (with_classifier()(), with_file("a.conll", b"ba x\nbe y\n\n" * 21)()),
+     "--teacher teacher --train a.conll --dev a.conll", [
+         "--teacher teacher was trained with --kind classify, and the labels of --train are read "
+         "as --kind tag: give --kind classify if they are of that kind, or another --teacher"]),
     (finetune, LABELLED, "--distil --teacher t", ["--distil trains its own teacher"]),
     (finetune, LABELLED, "--distil --student-layers 3", ["--student-layers 3: the teacher has 2"]),
     (finetune, LABELLED, "--mesh 3x1", ["--mesh 3x1 needs 3 devices, found 8"]),

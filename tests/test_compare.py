@@ -98,10 +98,12 @@ def test_a_list_of_runs_that_are_gone(runs):
      "unknown figure in gone.json, run 2: 'fastr'; did you mean faster?"),
     (json.dumps([{"run": "gone"}]),
      "gone.json, run 1 lacks figure, teacher, student, kept, layers, faster"),
-    (json.dumps([GONE | {"kept": "88.9 %"}]), "gone.json, run 1: kept is '88.9 %', no number"),
+    (json.dumps([GONE | {"kept": "88.9 %"}]),
+     "gone.json, run 1: kept is '88.9 %': a number is expected"),
     (json.dumps([GONE | {"interval": [0.88]}]),
-     "gone.json, run 1: interval is [0.88], no pair of numbers"),
-    (json.dumps([GONE | {"layers": 3}]), "gone.json, run 1: layers is 3, no pair of numbers")])
+     "gone.json, run 1: interval is [0.88]: two numbers are expected"),
+    (json.dumps([GONE | {"layers": 3}]),
+     "gone.json, run 1: layers is 3: two numbers are expected")])
 def test_a_list_that_cannot_be_read(content, line, runs):
     if content is not None:
         Path("gone.json").write_text(content)

@@ -11,6 +11,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from test_card import files_that_name
 from test_examples import examples
 from test_sharding import mesh_of
 
@@ -19,7 +20,7 @@ from distilbert_jax.data.examples import lay, rows_of
 from distilbert_jax.data.tokenize import load_tokenizer, train_wordpiece
 from distilbert_jax.embed_config import EmbedConfig
 from distilbert_jax.errors import UserError
-from distilbert_jax.evaluation import intervals, similarity
+from distilbert_jax.evaluation import intervals, report, similarity
 from distilbert_jax.export.formats import FORMATS
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.jobs import teacher_vectors
@@ -214,11 +215,11 @@ def test_what_is_left(distilled):
     assert {path.name for path in folder.parent.iterdir()} - {"tensorboard", "lock.json"} == {
         "student", "vectors", "layers.json", "checkpoints", "metrics.jsonl", "metrics.json",
         "report.html", "report.md"}
-    report, card = (folder.parent / "report.md").read_text(), (folder / "README.md").read_text()
+    page, card = (folder.parent / "report.md").read_text(), (folder / "README.md").read_text()
     for row in ("teacher", "student, untrained", "static vectors (model2vec): model2vec is not",
                 "student, trained"):
-        assert f"\n| {row} " in report, row
-    assert "pipeline_tag: sentence-similarity" in card and "recall@10 of the teacher's" in report
+        assert f"\n| {row} " in page, row
+    assert "pipeline_tag: sentence-similarity" in card and "recall@10 of the teacher's" in page
     found = json.loads((folder.parent / "metrics.json").read_text())
     (pairs,) = found["pairs"].values()
     assert pairs["student"]["retention"] == pytest.approx(
@@ -281,8 +282,10 @@ def test_the_student_is_shipped_and_answers_without_jax(teacher, data, tmp_path,
     pytest.importorskip("onnxruntime", reason="pip install 'distilbert_jax[serve]'")
     for name, row in FORMATS.items():  # a noisy toy in 8 bits; the limits are tested elsewhere
         monkeypatch.setitem(FORMATS, name, dataclasses.replace(row, limits={}))
-    folder = embed(settings(teacher, data, tmp_path / "out", steps=2, choose="even", ship=True,
-                            retrieval=data / "titles.jsonl"))
+    with report.called(f"distilbert-jax embed --teacher {teacher}"):
+        folder = embed(settings(teacher, data, tmp_path / "out", steps=2, choose="even", ship=True,
+                                retrieval=data / "titles.jsonl"))
+    assert not files_that_name(folder, teacher.parent, data, tmp_path)
     found = json.loads((folder / "report.json").read_text())
     assert found["output"] == "states" and set(found["formats"]) == {"onnx", "int8"}
     judged = json.loads((tmp_path / "out/metrics.json").read_text())

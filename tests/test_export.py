@@ -93,6 +93,8 @@ def test_what_is_written(exported):
         "README.md", "stray-new"}  # nothing is left of the older folder
     assert (folder / "README.md").read_text() == "new"
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
+    # As the umask has it for any file: others may read the weights, too.
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
 
 
 def test_transformers_gives_our_logits(exported):

@@ -1,5 +1,6 @@
 """Shipping: what is left in the folder, what is refused, and answers from it without PyTorch."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_card import files_that_name, snippets
 from test_cli import launch, tree, with_classifier, with_config, with_file, without
 
 from distilbert_jax import predict
@@ -15,6 +17,7 @@ from distilbert_jax.commands.main import ship
 from distilbert_jax.config import DistilConfig
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
+from distilbert_jax.evaluation import report
 from distilbert_jax.export import formats, gate, onnx
 from distilbert_jax.export.exportable import Exportable, reference
 from distilbert_jax.jobs import ship as job
@@ -99,12 +102,17 @@ def test_a_page_offers_texts_and_the_answers_of_a_teacher(place, lenient):
 def test_a_copy_leaves_the_model_as_it_is(place):
     with_file("teacher/1_Pooling/config.json", b"{}")()
     before = tree(place / "teacher")
-    folder = shipped(output="out/copy", formats="onnx")
-    assert folder == Path("out/copy") and tree(place / "teacher") == before
-    after = tree(place / "out/copy")
+    launch.launch(ship, ["--model", str(place / "teacher"), "--evaluate", str(
+        place / "corpus.txt"), f"--output={place / 'out' / 'copy'}", "--formats", "onnx"])
+    assert tree(place / "teacher") == before
+    after = tree(place / "out" / "copy")
     assert {name: after[name] for name in before} == before
-    assert (folder / "onnx" / "model.onnx").exists()
+    assert "onnx/model.onnx" in after
     assert [path.name for path in Path("out").iterdir()] == ["copy"]
+    assert not files_that_name(place / "out", place)
+    said = "distilbert-jax ship --model teacher --evaluate corpus.txt --output=copy --formats onnx"
+    assert json.loads(after["report.json"])["command"] == said
+    assert said in after["report.md"].decode() and said in after["report.html"].decode()
 
 
 def test_a_copy_s_tokenizer_loads_in_transformers_4_too(place):
@@ -332,24 +340,41 @@ def test_files_that_cannot_be_answered_from(place):
         predict.load("teacher")
 
 
-def test_a_distillation_ships_its_student(place, lenient):
-    folder = distil(DistilConfig(
-        teacher="teacher", corpus="corpus.txt", output="new", ship=True, steps=1, batch_size=8,
-        sequence_length=16, valid_share=0.2, mesh="8x1"))
+def test_a_distillation_ships_its_student(place, lenient, capfd):
+    given = {"teacher": str(place / "teacher"), "corpus": place / "corpus.txt",
+             "output": place / "new"}
+    with report.called(f"distilbert_jax.distil(**{given})"):
+        folder = distil(DistilConfig(
+            **given, ship=True, steps=1, batch_size=8, sequence_length=16, valid_share=0.2,
+            mesh="8x1"))
     found = json.loads((folder / "report.json").read_text())
     assert "documents that the run held out" in found["trial"]
     assert found["formats"]["onnx"]["figures"]["same"] == 1
     assert (folder / "onnx" / "model_quantized.onnx").exists()
+    assert not files_that_name(folder, place)
+    answered = run_snippet(folder, capfd)
+    [(word, _), *_], = predict.load(folder, "onnx").fill_mask(["A sentence with a [MASK]."])[0]
+    assert answered == f"{word}\n"
 
 
-def test_a_training_for_tags_ships_its_model_and_answers(place, lenient):
+def run_snippet(folder, capfd):
+    """What is printed by that part of a model's card that is for ONNX Runtime alone."""
+    code = snippets((folder / "README.md").read_text())[-1]
+    capfd.readouterr()
+    with contextlib.chdir(folder.parent):
+        exec(code, {})
+    return capfd.readouterr().out
+
+
+def test_a_training_for_tags_ships_its_model_and_answers(place, lenient, capfd):
     words = [("ba", "O"), ("be", "B-x"), ("bu", "I-x"), ("fa", "O")]
     sentence = "".join(f"{word} {tag}\n" for word, tag in words) + "\n"
     other = "fe O\nfa B-x\n\n"
     Path("a.conll").write_text((sentence + other) * 8)
     folder = finetune(FinetuneConfig(
-        model="teacher", train="a.conll", dev="a.conll", output="new", ship=True, steps=2,
-        batch_size=8, mesh="8x1", dropout=0.0))
+        model=place / "teacher", train=place / "a.conll", dev="a.conll", output=place / "new",
+        ship=True, steps=2, batch_size=8, mesh="8x1", dropout=0.0))
+    assert not files_that_name(folder, place)
     found = json.loads((folder / "report.json").read_text())
     assert found["output"] == "tag" and found["trial"] == "16 examples of a"
     sentences = [["ba", "be", "bu", "fa"], ["fe"], ["fa"] * 40]
@@ -358,3 +383,5 @@ def test_a_training_for_tags_ships_its_model_and_answers(place, lenient):
     assert [len(tags) for tags in ours] == [4, 1, 40] and ours[2][-1] == "O"
     gold = Path("new/predictions.tsv").read_text().split("\n\n")[0].splitlines()
     assert ours[0] == [line.split("\t")[2] for line in gold]
+    tokens, tags = run_snippet(folder, capfd).split("] [")
+    assert tokens.startswith("['[CLS]', ") and len(tags.split()) == len(tokens.split(", "))

@@ -367,3 +367,24 @@ def test_a_new_source_is_a_function_and_a_row(tmp_path, monkeypatch):
     assert sources.describe([str(tmp_path / "a.loud")])[0][1] == 7
     with pytest.raises(UserError, match="FILE.loud"):
         sources.check(["nowhere"])
+
+
+@pytest.mark.parametrize("word, said", [
+    ("/home/me/my texts/a.txt", "a.txt"), ("../texts/*.gz", "*.gz"), ("a.txt", "a.txt"),
+    ("gs://bucket/texts/a.txt", "a.txt"), ("paragraphs:/home/me/a.txt", "paragraphs:a.txt"),
+    ("python-docs", "python-docs"), ("hf:org/name", "hf:org/name"), ("hf:name:de", "hf:name:de"),
+    ("hf:org/name:de", "hf:org/name:de"), ("hf:/home:de", "hf:home:de"), ("tfds:a/b", "tfds:a/b")])
+def test_what_is_published_of_a_word(word, said):
+    assert sources.published(word) == said
+    for quote in "'\"":
+        assert sources.published_call(f"call(x={quote}{word}{quote}, y=[])") == (
+            f"call(x={quote}{said}{quote}, y=[])")
+    assert (sources.hub_dataset(word) or None) == {
+        "hf:org/name": "org/name", "hf:name:de": "name", "hf:org/name:de": "org/name"}.get(word)
+
+
+def test_what_is_published_of_a_command():
+    given = ("distilbert-jax ship --model /a/b --output=../c/d --text x 'two words' "
+             "--evaluate '/a b/c'")
+    assert sources.published_call(given) == (
+        "distilbert-jax ship --model b --output=d --text x 'two words' --evaluate 'c'")

@@ -304,7 +304,8 @@ def test_other_states_and_damaged_ones_are_refused(settings, tmp_path, monkeypat
     ({"alphas": {"relation": 1.0}}, "--alpha-relation compares states of inner layers"),
     ({"alphas": {"mlm": 1.0}}, "--kept-maskings 2 keeps states that no loss reads"),
     ({"kept_maskings": -1}, "--kept-maskings -1 must be 0 or more"),
-    ({"kept_maskings": 0, "states": "x"}, "--states x is read by --kept-maskings alone"),
+    ({"kept_maskings": 0, "states": "x"}, "--states x is the folder for what --kept-maskings "
+     "keeps: add --kept-maskings 1, or leave out --states"),
     ({"states": "gs://a/b"}, "--states gs://a/b must be a folder of this machine"),
     ({"state_dtype": "float16"}, "unknown --state-dtype 'float16'")])
 def test_what_cannot_be_kept(more, message, settings, toy):

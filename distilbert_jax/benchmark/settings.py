@@ -119,7 +119,7 @@ class ServingBenchmark(Config):
 
     model: Words = option(
         (), "models", "Hugging Face folders; the files that ship leaves in them are timed too",
-        nargs="+")
+        nargs="+", metavar="DIR")
     teacher: Word = option(
         "", "models", "folder of the teacher, in PyTorch; default: ratios are to the first model")
     evaluate: Words = option(
@@ -129,8 +129,8 @@ class ServingBenchmark(Config):
         (), "data", "the column of the text, or the two columns of a pair; default: text, or "
         "sentence1 and sentence2", metavar="COLUMN", nargs="+")
     threads: int | Sequence[int] = option(
-        (1, 2), "devices", "of a product; each number is measured (default: 1 2)",
-        nargs="+", type=int)
+        (1, 2), "devices", "how many threads a runtime computes with; each number is measured "
+        "(default: 1 2)", nargs="+", type=int)
     runtimes: Words = option(
         RUNTIMES, "devices", "which runtimes are measured (default: all)", choices=RUNTIMES,
         nargs="+")

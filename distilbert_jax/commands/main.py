@@ -58,6 +58,7 @@ def embed(argv: Sequence[str]) -> None:
     Examples:
         distilbert-jax embed --teacher DIR --corpus text.jsonl --student-layers 3
         distilbert-jax embed --teacher DIR --pooling mean --corpus text.jsonl --sts pairs.tsv
+        distilbert-jax embed --teacher DIR --student OTHER --corpus text.jsonl --ship
     """
     from distilbert_jax.embed_config import EmbedConfig
     from distilbert_jax.jobs.embed import embed as job
@@ -71,6 +72,7 @@ def ship(argv: Sequence[str]) -> None:
     Examples:
         distilbert-jax ship --model DIR
         distilbert-jax ship --model DIR --formats onnx int8 --evaluate dev.tsv --output shipped
+        distilbert-jax ship --model DIR --demo --teacher DIR --output shipped
     """
     from distilbert_jax.jobs.ship import ship as job
     from distilbert_jax.ship_config import ShipConfig
@@ -99,6 +101,7 @@ def prepare(argv: Sequence[str]) -> None:
 
     Examples:
         distilbert-jax prepare --tokenizer TEACHER --corpus texts/*.jsonl.gz --output prepared
+        distilbert-jax prepare --tokenizer TEACHER --corpus hf:NAME --workers 8 --shard 0/4
         distilbert-jax distil --teacher TEACHER --corpus prepared
     """
     from distilbert_jax.config import PrepareConfig
@@ -125,6 +128,7 @@ def pretrain(argv: Sequence[str]) -> None:
     Examples:
         distilbert-jax pretrain --corpus texts/*.txt --output teacher
         distilbert-jax pretrain --model DIR --corpus texts/*.txt --output adapted
+        distilbert-jax pretrain --corpus hf:NAME --hidden-size 512 --num-hidden-layers 6
     """
     from distilbert_jax.config import PretrainConfig
     from distilbert_jax.jobs.pretrain import pretrain as job
@@ -139,6 +143,8 @@ def ablate(argv: Sequence[str]) -> None:
 
     Examples:
         distilbert-jax ablate --recipe table_4 --teacher DIR --corpus text.jsonl --seeds 5
+        distilbert-jax ablate --recipe three_layers --teacher DIR --corpus text.jsonl
+        distilbert-jax ablate --recipe table_4 --teacher DIR --corpus text.jsonl --steps 500
     """
     from distilbert_jax.config import AblationConfig
     from distilbert_jax.jobs.ablate import ablate as job
@@ -158,6 +164,7 @@ def compare(argv: Sequence[str]) -> None:
     Examples:
         distilbert-jax compare small smaller
         distilbert-jax compare output/* --output compared
+        distilbert-jax compare students.json --output plots
     """
     from distilbert_jax.config import CompareConfig
     from distilbert_jax.jobs.compare import compare as job
@@ -172,6 +179,7 @@ def benchmark(argv: Sequence[str]) -> None:
     Examples:
         distilbert-jax benchmark train
         distilbert-jax benchmark latency --model DIR --teacher DIR
+        distilbert-jax benchmark train --sides ours --dtype bfloat16
     """
     from distilbert_jax.commands import benchmark as command
 

@@ -161,6 +161,11 @@ class Prepared:
     valid: PackedRows
     manifest: dict[str, Any]
 
+    @property
+    def words(self) -> list[str]:
+        """The words of --corpus and --valid that it was prepared from."""
+        return [word for word, _ in self.manifest["documents"]]
+
 
 def load(folder: str | pathlib.Path, verify: bool = True) -> Prepared:
     """Open a prepared folder; rows are read from disk when they are asked for.

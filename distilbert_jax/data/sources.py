@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 
 from distilbert_jax.data import readers
@@ -98,12 +99,35 @@ def check(names: Sequence[str], output: str = "") -> None:
                                 "be read as one: name another --output")
 
 
+def hub_dataset(name: str) -> str:
+    """The name on the Hugging Face hub of a word hf:NAME[:CONFIG]; "" for any other word."""
+    kind, _, where = name.partition(":")
+    dataset = where.partition(":")[0]
+    return dataset if kind == "hf" and not os.path.exists(dataset) else ""
+
+
 def published(name: str) -> str:
     """A word of --corpus without the folders of this machine or bucket that it lies in."""
-    kind, colon, where = name.rpartition(":")
-    if colon and kind in ("hf", "tfds"):
+    kind, colon, where = name.partition(":")
+    if hub_dataset(name) or (colon and kind == "tfds"):
         return name
-    return (f"{kind}:" if kind in SOURCES else "") + pathlib.PurePath(where).name
+    if not colon or kind not in SOURCES:
+        return pathlib.PurePath(name).name
+    return f"{kind}:{pathlib.PurePath(where).name}"
+
+
+def published_call(call: str) -> str:
+    """A command line, or a call in Python, of which each path is published.
+
+    `distilbert-jax ship --model /home/me/small --evaluate 'my texts/a.txt'` becomes
+    `distilbert-jax ship --model small --evaluate 'a.txt'`.
+    """
+    def short(word: re.Match[str]) -> str:
+        quote = word[0][0] if word[0][0] in "'\"" else ""
+        name = word[0].strip(quote or None)
+        return f"{quote}{published(name)}{quote}" if "/" in name else word[0]
+
+    return re.sub(r"""'[^']*'|"[^"]*"|[^\s'",()\[\]{}=]+""", short, call)
 
 
 def describe(names: Sequence[str]) -> list[list[str | int]]:

@@ -1,24 +1,46 @@
 """What is known of a model → its card, README.md, with the front matter that the hub reads."""
 
+import contextlib
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData, metadata_load, try_to_load_from_cache
+
+from distilbert_jax.data import sources
+from distilbert_jax.models import hub
 
 PIPELINE = 'from transformers import pipeline\n\nanswer = pipeline("{kind}", model="{folder}")'
-# What a model is for, in the hub's words → how it is loaded, and which method of `predict` answers.
+# What a model is for, in the hub's words → how it is loaded, which method of `predict` answers, and
+# by ONNX Runtime alone: what is encoded, and what is read from the first output.
 USAGE = {
-    "fill-mask": (PIPELINE, 'fill_mask(["A sentence with a {mask}."])'),
-    "text-classification": (PIPELINE, 'classify(["A text."])'),
-    "token-classification": (PIPELINE, 'tag([["some", "words"]])'),
+    "fill-mask": (
+        PIPELINE, 'fill_mask(["A sentence with a {mask}."])', '"A sentence with a {mask}."',
+        'print(tokenizer.decode([answer[0, text.tokens.index("{mask}")].argmax()]))'),
+    "text-classification": (
+        PIPELINE, 'classify(["A text."])', '"A text."',
+        "print(answer[0])  # a logit for each of id2label in config.json"),
+    "token-classification": (
+        PIPELINE, 'tag([["some", "words"]])', '["some", "words"], is_pretokenized=True',
+        "print(text.tokens, answer[0].argmax(-1))  # numbers of id2label in config.json"),
     "sentence-similarity": (
         "from sentence_transformers import SentenceTransformer\n\n"
         'vectors = SentenceTransformer("{folder}").encode(["A sentence."])',
-        'embed(["A sentence."])')}
+        'embed(["A sentence."])', '"A sentence."',
+        "print(answer[0])  # of each token, to be pooled as 1_Pooling/config.json says")}
+ONNX = """import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+tokenizer = Tokenizer.from_file("{folder}/tokenizer.json")
+text = tokenizer.encode({text})
+known = {{"input_ids": text.ids, "attention_mask": text.attention_mask,
+         "token_type_ids": text.type_ids}}
+model = onnxruntime.InferenceSession("{folder}/onnx/model.onnx")
+answer, = model.run(None, {{one.name: np.array([known[one.name]]) for one in model.get_inputs()}})
+{read}"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +63,7 @@ class Result:
 
 def card(
     kind: str, title: str, text: str, *, folder: str, origin: str, results: Sequence[Result] = (),
-    mask: str = "[MASK]",
+    mask: str = "[MASK]", corpus: Sequence[str] = (),
 ) -> str:
     """The card: front matter, text, and how the model is used.
 
@@ -50,10 +72,11 @@ def card(
         title: of the page.
         text: Markdown.
         folder: the name of the model's own folder.
-        origin: the model that it was made from: a folder, whose own card says its licence and
-            language if there is one, or a hub name; never a path in the result.
+        origin: the model that it was made from: a folder, or a hub name; never a path in the
+            result. Its own card says licence and language, if there is one.
         results: figures of the model.
         mask: its mask token.
+        corpus: the words of --corpus or --train, of which the front matter has the hub's datasets.
     """
     library = "sentence-transformers" if kind == "sentence-similarity" else "transformers"
     data = ModelCardData(
@@ -62,12 +85,16 @@ def card(
             task_type=kind, dataset_type=result.dataset, dataset_name=result.dataset,
             metric_type=result.metric, metric_name=result.text,
             metric_value=round(result.value, 4)) for result in results] or None,
+        datasets=list(dict.fromkeys(filter(None, map(sources.hub_dataset, corpus)))) or None,
         **_inherited(origin))
-    load, answer = (words.format(kind=kind, folder=folder, mask=mask) for words in USAGE[kind])
+    load, answer, given, read = (
+        words.format(kind=kind, folder=folder, mask=mask) for words in USAGE[kind])
+    runtime = ONNX.format(folder=folder, text=given, read=read)
     return (f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n\n```python\n{load}\n```\n\n"
-            "Without PyTorch, by distilbert_jax; after its ship.py also by ONNX Runtime alone "
+            "Without PyTorch, by distilbert_jax; after `distilbert-jax ship` also without JAX "
             '(`runtime="onnx"` or `"int8"`):\n\n```python\nfrom distilbert_jax.predict import load'
-            f'\n\nload("{folder}").{answer}\n```\n')
+            f'\n\nload("{folder}").{answer}\n```\n\nAfter `distilbert-jax ship` by ONNX Runtime '
+            f"and tokenizers alone:\n\n```python\n{runtime}\n```\n")
 
 
 def held_out_results(figures: Mapping[str, Any]) -> list[Result]:
@@ -77,10 +104,18 @@ def held_out_results(figures: Mapping[str, Any]) -> list[Result]:
 
 
 def _inherited(origin: str) -> dict[str, Any]:
-    """Licence and language of the model that another is made from, and its name on the hub."""
-    try:
-        data = ModelCard.load(Path(origin, "README.md"), ignore_metadata_errors=True).data
-    except (OSError, ValueError, yaml.YAMLError):  # none there, or one that cannot be read
-        named = re.fullmatch(r"[\w.-]+/[\w.-]+", origin) and not Path(origin).exists()
-        return {"base_model": origin} if named else {}
-    return {"license": data.license, "language": data.language}
+    """Licence and language of the model that another is made from, and its name on the hub.
+
+    The network is not asked: of a model on the hub the card is read if it is in the cache.
+    """
+    if not origin:
+        return {}
+    named = hub.is_name(origin)
+    found = {"base_model": origin} if named else {}
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):  # no card, or a damaged one
+        path = try_to_load_from_cache(origin, "README.md") if named else Path(
+            origin, "README.md").expanduser()
+        if isinstance(path, (str, Path)):  # else the cache has none
+            data = metadata_load(path) or {}
+            found |= {name: data.get(name) for name in ("license", "language")}
+    return found

@@ -8,6 +8,7 @@ The weights are in it, rows and tokens are free. It is opened without this packa
 """
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,20 @@ def exported(
         return answer(graph, model.config, model.output, params, ids, mask, types)
 
     given = [jax.ShapeDtypeStruct(shape, jnp.int32)] * (3 if model.typed else 2)
-    with any_platform():
+    with any_platform(), _no_source_files():
         return export.export(jax.jit(call), platforms=platforms)(*given)
+
+
+@contextlib.contextmanager
+def _no_source_files() -> Iterator[None]:
+    """A context in which a program does not say in which files of this machine it was written."""
+    name = "jax_hlo_source_file_canonicalization_regex"  # what it matches is cut out of a path
+    before = getattr(jax.config, name)
+    jax.config.update(name, ".*")
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def load(path: Path) -> Run:

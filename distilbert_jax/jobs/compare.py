@@ -98,12 +98,12 @@ def _check(what: str, name: str, value: Any) -> None:
     """Raise a UserError unless a figure of a listed run is what a Line has there."""
     if name in ("interval", "layers"):
         if not isinstance(value, list) or len(value) != 2 or not all(map(_is_number, value)):
-            raise UserError(f"{what} is {value!r}, no pair of numbers")
+            raise UserError(f"{what} is {value!r}: two numbers are expected, as in [1, 2]")
     elif name in ("run", "figure", "source"):
         if not isinstance(value, str):
-            raise UserError(f"{what} is {value!r}, no text")
+            raise UserError(f"{what} is {value!r}: a text is expected")
     elif not _is_number(value):
-        raise UserError(f"{what} is {value!r}, no number")
+        raise UserError(f"{what} is {value!r}: a number is expected")
 
 
 def _is_number(value: Any) -> bool:

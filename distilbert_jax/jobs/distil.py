@@ -264,7 +264,7 @@ def _card(setup: Setup, origin: str, figures: dict[str, Any], params: dict[str, 
         f"- {report.versions()}")
     return card("fill-mask", f"A student of {len(params['layers'])} layers", text,
                 folder="student", origin=config.teacher[0],
-                mask=setup.tokenizer.mask_token,
+                mask=setup.tokenizer.mask_token, corpus=setup.data.words,
                 results=held_out_results(figures))
 
 

@@ -263,7 +263,8 @@ def model_card(config: EmbedConfig, found: dict[str, Any], origin: str) -> str:
                for name, part in found["pairs"].items() if part["student"]["value"] is not None]
     layers = found["size"]["student"]["layers"]
     return card("sentence-similarity", f"A student of {layers} layers in the space of {teacher}",
-                text, folder="student", origin=config.teacher, results=results)
+                text, folder="student", origin=config.teacher, results=results,
+                corpus=config.corpus)
 
 
 def write(config: EmbedConfig, found: dict[str, Any], origin: str) -> None:

@@ -88,9 +88,10 @@ def finetune(config: FinetuneConfig) -> Path:
         raise UserError(f"--batch-size {config.batch_size} is more than the "
                         f"{len(task.parts['train'])} examples of --train")
     if teacher and teacher.config.task != task.kind:
-        raise UserError(f"--teacher {config.teacher} was trained to {teacher.config.task}, the "
-                        f"data are there to {task.kind}: give --kind {teacher.config.task} if they "
-                        "suit it, or another teacher")
+        raise UserError(f"--teacher {config.teacher} was trained with --kind "
+                        f"{teacher.config.task}, and the labels of --train are read as --kind "
+                        f"{task.kind}: give --kind {teacher.config.task} if they are of that kind, "
+                        "or another --teacher")
     layers = _student_layers(config, start, teacher or start)
     rate = config.learning_rate or RATE * WIDTH / start.config.hidden_size
     job = Job(dataclasses.replace(config, learning_rate=rate), task, tokenizer, mesh)

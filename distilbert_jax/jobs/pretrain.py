@@ -91,7 +91,7 @@ def _pretrain(config: PretrainConfig, source: hub.Pretrained | None, family: Fam
     about = card(
         "fill-mask", f"{shape.num_hidden_layers}-layer {family.architecture}", about,
         folder="model", origin=config.model, mask=setup.tokenizer.mask_token,
-        results=held_out_results(figures))
+        corpus=setup.data.words, results=held_out_results(figures))
     with first_process_first():
         if jax.process_index() == 0:
             export(output / "model", trained, shape, family, setup.tokenizer, about)

@@ -13,6 +13,7 @@ from distilbert_jax.benchmark import serving_table
 from distilbert_jax.benchmark.latency import file_latencies
 from distilbert_jax.benchmark.serving import FILES
 from distilbert_jax.config import LoopConfig, cpu_flags
+from distilbert_jax.data import sources
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError, first_line
 from distilbert_jax.evaluation import report
@@ -111,6 +112,8 @@ def ship_into(
 ) -> None:
     """Write formats into the folder of a model, each if it passes the gate, and the report.
 
+    The folder may be pushed to the hub: no path of this machine is written into it.
+
     Args:
         folder: of the model; what else is in it stays.
         model: what is shipped.
@@ -140,7 +143,8 @@ def ship_into(
                "trial": trial.text, "ours": gate.own, "formats": shipped,
                "latency": _latency(folder, model, [
                    name for name in names if not shipped[name]["problems"]]),
-               "command": report.call(), "versions": report.versions()}
+               "command": sources.published_call(report.call()),
+               "versions": report.versions()}
     seal.write_json(folder / REPORT, content)
     write_report(folder, _page(content))
     refused = {name: shipped[name]["problems"] for name in names if shipped[name]["problems"]}
@@ -185,7 +189,8 @@ def _ship_one(folder: Path, row: Format, gate: Gate, options: dict[str, Any]) ->
         try:
             run = row.load(written)
         except Exception as error:  # each runtime has its own
-            figures, problems = {}, [f"its runtime does not load it: {first_line(error)}"]
+            said = first_line(error).replace(f"{waiting}{os.sep}", "")
+            figures, problems = {}, [f"its runtime does not load it: {said}"]
         else:
             figures, problems = gate.judge(run, row.limits, size)
         _remove(place)

@@ -67,7 +67,8 @@ def model_card(task: "TaskInput", role: str, config: "FinetuneConfig",
                      " seeds)\n")
         text += "\n" if first else ""
     return card(kind, task.name, text + report.versions(), folder="model",
-                origin=config.model or config.teacher, results=results)
+                origin=config.model or config.teacher, results=results,
+                corpus=(*config.train, *config.unlabelled))
 
 
 def given(task: "TaskInput", part: str, found: np.ndarray) -> list[Any]:

@@ -155,6 +155,11 @@ def _named(folder: Path, error: Exception) -> UserError:
     return UserError(text if text.startswith(str(folder)) else f"{folder}: {text}")
 
 
+def is_name(name: str) -> bool:
+    """Whether a model of this name is looked for on the hub: NAME or OWNER/NAME, no folder here."""
+    return bool(re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name)) and not os.path.exists(name)
+
+
 def _resolve(name: str) -> Path:
     if not name.isprintable():
         raise UserError(f"model folder {name!r} holds characters that cannot be printed")
@@ -163,11 +168,11 @@ def _resolve(name: str) -> Path:
         return folder
     if os.path.exists(folder):
         raise UserError(f"{name} is a file; give the folder that holds config.json and the weights")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+    if not is_name(name):
         raise UserError(f"model folder {name} does not exist")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.txt", "*.safetensors"]
+    patterns = ["*.json", "*.txt", "*.safetensors", "README.md"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=patterns))
         if not any(folder.glob("*.safetensors")):

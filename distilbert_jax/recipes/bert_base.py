@@ -8,8 +8,8 @@ Score:     the paper: 97 % of BERT-base on GLUE dev (77.0 of 79.5).
 
 Weights 5 / 2 / 1, temperature 2, frozen positions and the optimizer are the reference's documented
 command; batch 4,000 is the paper's "up to 4K examples". Left out: the reference lets a
-random replacement be a special token and starts the MLM transform at random; see masking.py and
-student.py.
+random replacement be a special token and starts the MLM transform at random; see
+training/labels.py and models/student.py.
 """
 
 DISTIL = dict(
