@@ -500,8 +500,19 @@ def test_layers_are_removed_by_what_the_teacher_predicts(toy, idle, tmp_path, mo
     found = json.loads((output / "layers.json").read_text())
     assert [row["left"] for row in found["removals"]] == [[0, 1], [1]]
     assert found["removals"][1]["kl"] < 1e-3 < 0.1 < found["evenly"]
-    table = f"| 0       |           1 |     {found['removals'][1]['kl']:.3f} |"
-    assert table in (output / "report.md").read_text() and table in capsys.readouterr().out
+    table, said = f"| 0       |           1 |     {found['removals'][1]['kl']:.3f} |", (
+        capsys.readouterr())
+    assert table in (output / "report.md").read_text() and table in said.out
+    models = json.loads((output / "report.json").read_text())["models"]
+    teacher, student = (models[name]["parameters"] for name in ("teacher", "student"))
+    rows, held = (np.concatenate([np.load(path)["row"] for path in sorted(
+        (output / "data").glob(f"{part}-*.npy"))]) for part in ("train", "valid"))
+    assert (f"distil: 2 layers with {teacher:,} parameters → 1 layer with {student:,} parameters; "
+            f"2 updates of 16 rows of 16 tokens, {2 * 16 / len(rows):.1f} passes over "
+            f"{len(rows):,} rows; float32 on 8 x cpu, into {output}\n") in said.err
+    last = [m for m in read_metrics(output) if "kl" in m][-1]
+    assert (f"KL {last['kl']:.4f} nats ({min(128, len(held))} of {len(held)} rows)\n"
+            in said.err.split("\nupdate 2: held-out top-1 ")[1])
     assert "started as the teacher's layers 1." in (output / "student" / "README.md").read_text()
     scale = hub.load(str(idle)).params["layers"][1]["output_norm"]["scale"]
     kept = hub.load(str(output / "student")).params["layers"][0]["output_norm"]["scale"]

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import io
 import json
+import re
 import shutil
 
 import jax
@@ -277,12 +278,21 @@ def test_sentence_transformers_reads_the_student(distilled):
         atol=1e-6)
 
 
-def test_the_student_is_shipped_and_answers_without_jax(teacher, data, tmp_path, monkeypatch):
+def test_the_student_is_shipped_and_answers_without_jax(teacher, data, tmp_path, monkeypatch,
+                                                        capsys):
     pytest.importorskip("onnxruntime", reason="pip install 'distilbert_jax[serve]'")
     for name, row in FORMATS.items():  # a noisy toy in 8 bits; the limits are tested elsewhere
         monkeypatch.setitem(FORMATS, name, dataclasses.replace(row, limits={}))
     folder = embed(settings(teacher, data, tmp_path / "out", steps=2, choose="even", ship=True,
                             retrieval=data / "titles.jsonl"))
+    said = capsys.readouterr()
+    sizes = json.loads((tmp_path / "out/metrics.json").read_text())["size"]
+    models = " → ".join(
+        f"{sizes[name]['layers']} layers with {sizes[name]['parameters']:,} parameters"
+        for name in ("teacher", "student"))
+    assert f"embed: {models}; 2 updates of 16 sentences, 0.1 passes over " in said.err
+    assert f"; float32 on 8 x cpu, into {tmp_path / 'out'}\n" in said.err
+    assert re.search(r"\nupdate 2: held out \((\d+) of \1 sentences\) loss \d", said.err)
     found = json.loads((folder / "report.json").read_text())
     assert found["output"] == "states" and set(found["formats"]) == {"onnx", "int8"}
     judged = json.loads((tmp_path / "out/metrics.json").read_text())

@@ -250,7 +250,7 @@ def test_numbers_and_unlabelled_texts_from_a_teacher(toy, tmp_path):
     assert "spearman" in (folder.parent / "metrics.json").read_text()
 
 
-def test_layers_are_chosen_by_what_the_teacher_answers(toy, distilled, data, tmp_path):
+def test_layers_are_chosen_by_what_the_teacher_answers(toy, distilled, data, tmp_path, capsys):
     """A layer that changes nothing goes first, though the even choice keeps it."""
     whole = hub.load_task(str(distilled[1].parent / "seed-56" / "teacher" / "model"))
     path = tmp_path / "teacher"
@@ -266,6 +266,13 @@ def test_layers_are_chosen_by_what_the_teacher_answers(toy, distilled, data, tmp
     finetune(settings(toy, data, tmp_path / "out", **common, student_layers=1))
     found = json.loads((tmp_path / "out" / "layers.json").read_text())
     assert [row["left"] for row in found["removals"]] == [[0, 1], [1]]
+    sizes = json.loads((tmp_path / "out" / "metrics.json").read_text())["size"]
+    teacher, student = (sizes[role]["parameters"] for role in ("teacher", "distilled"))
+    said = capsys.readouterr().err
+    assert (f"distilled, seed 56: 2 layers with {teacher:,} parameters → 1 layer with {student:,} "
+            "parameters; 1 updates of 16 examples, 0.1 passes over 160; rows are " in said)
+    assert f"float32 on 8 x cpu, into {tmp_path / 'out' / 'seed-56' / 'distilled'}\n" in said
+    assert "\nupdate 1: dev (40 of 40 examples) accuracy " in said
     assert found["removals"][-1]["readable"] > found["evenly"] + 0.01
     kept = hub.load_task(str(tmp_path / "out" / "model")).params["layers"][0]
     theirs = hub.load_task(str(path)).params["layers"][1]

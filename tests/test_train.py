@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -239,8 +240,9 @@ def spoilt(job, steps):
     return step
 
 
-def test_skipped_updates_are_counted_and_logged(job, tmp_path, capfd):
+def test_skipped_updates_are_counted_and_logged(job, tmp_path, capfd, monkeypatch):
     """Nothing is saved amid them; a stop there goes back, and counts them again."""
+    monkeypatch.setattr(loop, "ESTIMATE_UPDATES", 3)
     config = dataclasses.replace(job.run.config, max_skipped=3)
     options = dict(train_step=spoilt(job, [2, 3, 5]), config=config)
     state = job.train(tmp_path / "a", **options)
@@ -250,8 +252,29 @@ def test_skipped_updates_are_counted_and_logged(job, tmp_path, capfd):
     said = capfd.readouterr().err
     assert "update 3 skipped: loss nan, gradient norm nan (2 in a row)\n" in said
     assert "update 5 skipped: loss nan, gradient norm nan (1 in a row)\n" in said
+    compiling, compiled = (said.index(f"\n{line}") for line in (
+        "compiling the update, once ...\n", "compiled in "))
+    (left,) = re.finditer(r"\nabout (.*) left: 3 updates of (.*) s\n", said)
+    assert said.index("\nupdate 0: {") < compiling < compiled < left.start()
+    assert left[1].endswith(" seconds") and float(left[2]) > 0
     assert state.step == STEPS and all(
         np.isfinite(x).all() for x in jax.tree.leaves(numbers(state)))
+
+
+def test_how_long_a_run_still_takes(job, capfd, monkeypatch):
+    """By the updates after the one that was compiled: 20, or as many as end in 5 seconds."""
+    def said(seconds, steps):
+        clock = iter([1000.0 + seconds * update for update in range(steps)])
+        monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+        report = loop._Report(dataclasses.replace(job.run, steps=steps), None, None, None)
+        for step in range(31, steps):
+            if not report._estimated:
+                report._estimate(step)
+        return capfd.readouterr().err
+
+    assert said(0.5, 91) == "about 25 seconds left: 50 updates of 0.5 s\n"
+    assert said(0.1, 8051) == "about 13 minutes left: 8,000 updates of 0.1 s\n"
+    assert said(6.0, 6032) == "about 10 hours left: 6,000 updates of 6 s\n"
 
 
 def test_too_many_skipped_updates_in_a_row(job, tmp_path):

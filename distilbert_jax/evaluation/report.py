@@ -26,6 +26,12 @@ def count_parameters(params: dict[str, Any]) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
+def describe_params(params: dict[str, Any]) -> str:
+    """How deep and how large a model is, in words."""
+    layers = len(params["layers"])
+    return (f"{layers} layer{'s' * (layers != 1)} with {count_parameters(params):,} parameters")
+
+
 def model_row(
     name: str, params: dict[str, Any], figures: Mapping[str, Any], teacher_top1: float | None,
     latency: float,
@@ -121,7 +127,8 @@ def held_out_line(figures: Mapping[str, Any]) -> str:
     line = (f"held-out top-1 {_with_ends(figures, 'top1')}, perplexity "
             f"{figures['perplexity']:.3f}")
     if "kl" in figures:
-        line += f"; teacher {figures['teacher_top1']:.2%}, retention {retention(figures)}"
+        line += (f"; teacher {figures['teacher_top1']:.2%}, retention {retention(figures)}; KL "
+                 f"{figures['kl']:.4f} nats")
     return line
 
 

@@ -5,6 +5,7 @@ here, and is left as a folder for sentence-transformers.
 """
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +20,13 @@ from distilbert_jax.data.examples import Examples, Grid
 from distilbert_jax.data.sentences import RULE, Sentences
 from distilbert_jax.embed_config import EmbedConfig
 from distilbert_jax.errors import UserError
-from distilbert_jax.evaluation import report
 from distilbert_jax.evaluation.similarity import Embedder, cosines
 from distilbert_jax.export.sentence_folder import export_sentence
 from distilbert_jax.jobs import embed_report
 from distilbert_jax.jobs.kept_layers import kept_layers
 from distilbert_jax.jobs.sentence_data import Pairs, read_all_pairs, read_titles
 from distilbert_jax.jobs.sentence_model import Named, cut_to, on_devices, own_start
-from distilbert_jax.jobs.setup import check_folder
+from distilbert_jax.jobs.setup import check_folder, models_of_plan, place_of_plan
 from distilbert_jax.jobs.ship import check_ship, ship_exported
 from distilbert_jax.jobs.task_data import warn_of_unknown
 from distilbert_jax.jobs.teacher_vectors import vectors_once
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 RATE, WIDTH = 5e-4, 768  # of the learning rate; narrower models take more, as in finetune
 SAMPLE = 512  # sentences on which layers are chosen
-SHOWN, JUDGED = 500, 2000  # held-out sentences that are judged while training, and in the end
+JUDGED = 2000  # held-out sentences that are judged in the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,14 +135,15 @@ def _distil(job: Job, layers: list[int]) -> Path:
     assembly = assemble(config, start.family, start.shape, [job.teacher.shape], job.mesh, steps)
     grid = Grid(examples, config.batch_size, steps, config.seed,
                 job.mesh.shape["data"] * config.accumulate, given)
-    say(f"{len(layers)} layers with {report.count_parameters(start.params):,} parameters; "
-        f"{steps:,} updates of {config.batch_size} sentences of {examples.lengths.mean():.1f} "
-        f"tokens on average, {examples.cut:,} of which are cut; rows are "
-        f"{grid.filled(min(steps, 100)):.0%} full; learning rate {config.learning_rate:.2g}; "
-        f"{assembly.dtype}")
+    say(f"embed: {models_of_plan(start.params, job.teacher.params)}; {steps:,} updates of "
+        f"{config.batch_size} sentences, {steps * config.batch_size / len(examples):.1f} passes "
+        f"over {len(examples):,} of {examples.lengths.mean():.1f} tokens on average, "
+        f"{examples.cut:,} of which are cut; rows are {grid.filled(min(steps, 100)):.0%} full; "
+        f"learning rate {config.learning_rate:.2g}; {place_of_plan(assembly)}")
     run = Run(config=config, steps=steps, settings=settings, output=config.output, batches=grid,
               vocabulary=None, label="embed", assembly=assembly,
-              evaluate=_evaluator(job, assembly, start), describe=embed_report.line)
+              evaluate=_evaluator(job, assembly, start),
+              describe=functools.partial(embed_report.line, len(job.sentences.valid)))
     teachers = {}
     if assembly.teacher_graphs:
         teachers = assembly.place(assembly.teachers(job.teacher.params))
@@ -228,7 +229,7 @@ def _choose_layers(job: Job, count: int) -> list[int]:
 
 def _evaluator(job: Job, assembly: Assembly, start: Named) -> Any:
     """A function from parameters to figures on held-out sentences and scored pairs."""
-    held = job.sentences.valid[:SHOWN]
+    held = job.sentences.valid[:embed_report.SHOWN]
     theirs = on_devices(job.config, job.mesh, job.teacher)(
         job.teacher.examples(held, job.config.max_length), "teacher")
     examples = start.examples(held, job.config.max_length)

@@ -38,12 +38,13 @@ from distilbert_jax.task_config import EvaluateConfig
 FILES = ("metrics.json", *REPORTS)
 NAMES = {"teacher": "teacher", "untrained": "student, untrained", "student": "student, trained",
          "static": "static vectors (model2vec)", "int8": "student, trained, int8 in ONNX Runtime"}
+SHOWN = 500  # held-out sentences that are judged while training
 LENGTHS, ROWS = (16, 128), 32  # tokens and sentences of the batches that are timed
 
 
-def line(figures: dict[str, float]) -> str:
-    """Figures in words, for the terminal while training."""
-    return "held out " + ", ".join(
+def line(sentences: int, figures: dict[str, float]) -> str:
+    """Figures in words, for the terminal while training, of so many sentences or the first."""
+    return f"held out ({min(SHOWN, sentences):,} of {sentences:,} sentences) " + ", ".join(
         f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
 
 

@@ -23,15 +23,17 @@ if TYPE_CHECKING:
 
 COLUMNS = ("model", "layers", "parameters", "score", "min to max", "95 % interval", "retention",
            "latency [ms]")
+SHOWN = 1000  # dev examples that are judged while training
 FILES = ("metrics.json", "predictions.tsv", "test_predictions.tsv", "submission.tsv",
          "confusion.png", "calibration.png", *REPORTS)
 NAMES = {"teacher": "teacher", "plain": "student, fine-tuned plainly",
          "distilled": "student, distilled", "model": "model"}
 
 
-def line(figures: dict[str, float]) -> str:
-    """Figures in words, for the terminal while training."""
-    return "dev " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+def line(examples: int, figures: dict[str, float]) -> str:
+    """Figures in words, for the terminal while training, of so many dev examples or a sample."""
+    return f"dev ({min(SHOWN, examples):,} of {examples:,} examples) " + ", ".join(
+        f"{name} {value:.4f}" for name, value in figures.items())
 
 
 def seconds(folder: Path) -> float:
