@@ -191,6 +191,27 @@ def test_a_signal_saves_and_stops(number, job, straight, tmp_path):
     assert read_metrics(tmp_path)[-1]["seconds"] > seconds
 
 
+def test_a_second_ctrl_c_loses_what_is_not_saved(job, straight, tmp_path, capfd):
+    """And the error says from which update the run goes on."""
+    class Log(loop.MetricsLog):
+        def write(self, step, figures):
+            super().write(step, figures)
+            if step == 4 and "train_loss" in figures:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "MetricsLog", Log)
+        patch.setattr(loop.Checkpoints, "poll", loop.Checkpoints.wait)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            job.train(tmp_path)
+    signal.signal(signal.SIGINT, before)
+    assert stopped.value.__notes__ == ["the same command goes on from update 3"]
+    assert "to save; press again to lose 1 update\n" in capfd.readouterr().err
+    assert_same(tmp_path, job.train(tmp_path), straight)
+
+
 def test_fewer_steps_than_are_done(job, straight, tmp_path, capfd):
     output = shutil.copytree(straight[0], tmp_path / "copy")
     assert job.train(output, steps=4).step == STEPS

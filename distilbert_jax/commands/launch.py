@@ -11,12 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from distilbert_jax.errors import UserError, first_line
+from distilbert_jax.errors import Interrupted, UserError, first_line
 from distilbert_jax.evaluation import report
 from distilbert_jax.machine.memory import keep_memory
 from distilbert_jax.machine.processes import GO_ON, connect, find_loss, give_up
 from distilbert_jax.machine.progress import say
-from distilbert_jax.training.train import Interrupted
 
 
 def keep_compiled() -> None:

@@ -24,6 +24,7 @@ from distilbert_jax.evaluation.similarity import Embedder, cosines
 from distilbert_jax.export.sentence_folder import export_sentence
 from distilbert_jax.jobs import embed_report
 from distilbert_jax.jobs.kept_layers import kept_layers
+from distilbert_jax.jobs.provenance import next_steps, note_call
 from distilbert_jax.jobs.sentence_data import Pairs, read_all_pairs, read_titles
 from distilbert_jax.jobs.sentence_model import Named, cut_to, on_devices, own_start
 from distilbert_jax.jobs.setup import check_folder, models_of_plan, place_of_plan
@@ -128,6 +129,7 @@ def _distil(job: Job, layers: list[int]) -> Path:
         "--teacher": fingerprint(job.teacher.params), "--student": fingerprint(start.params),
         "--corpus": job.sentences.digest, "tokenizer": start.tokens}
     refuse_other_run(config.output, settings)
+    note_call(config.output)
     examples = start.examples(job.sentences.train, config.max_length)
     warn_of_unknown("--corpus", examples, start.tokenizer)
     given = _teacher_vectors(job, examples)
@@ -176,7 +178,17 @@ def _leave(job: Job, start: Named, trained: Named, layers: list[int]) -> Path:
                 embed_report.write(job.config, embed_report.with_int8(
                     found, folder, job.config.max_length, trained, encode["teacher"], *trial),
                     origin)
+            if commands := _next(job.config):
+                print(next_steps(*commands))
     return folder
+
+
+def _next(config: EmbedConfig) -> list[list[str]]:
+    """Commands that take the student on."""
+    pairs = ["--evaluate", *config.sts] if config.sts else []
+    ship = ["ship", "--model", str(Path(config.output, "student")), *pairs]
+    # compare.py shows what the students do on scored pairs.
+    return ([] if config.ship else [ship]) + ([["compare", config.output]] if pairs else [])
 
 
 def _teacher_vectors(job: Job, examples: Examples) -> np.ndarray:

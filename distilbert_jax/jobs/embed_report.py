@@ -28,14 +28,16 @@ from distilbert_jax.evaluation.similarity import (
 from distilbert_jax.export import predict
 from distilbert_jax.export.card import Result, card
 from distilbert_jax.export.onnx_runtime import OnnxModel
+from distilbert_jax.jobs.provenance import provenance
 from distilbert_jax.jobs.sentence_data import Encode, Pairs, Titles
 from distilbert_jax.jobs.sentence_model import Named, on_devices
 from distilbert_jax.machine import seal
 from distilbert_jax.machine.progress import say
 from distilbert_jax.models.encoder import graphdef
 from distilbert_jax.task_config import EvaluateConfig
+from distilbert_jax.training.metrics_log import read_metrics
 
-FILES = ("metrics.json", *REPORTS)
+FILES = ("metrics.json", "losses.png", *REPORTS)
 NAMES = {"teacher": "teacher", "untrained": "student, untrained", "student": "student, trained",
          "static": "static vectors (model2vec)", "int8": "student, trained, int8 in ONNX Runtime"}
 SHOWN = 500  # held-out sentences that are judged while training
@@ -277,8 +279,10 @@ def write(config: EmbedConfig, found: dict[str, Any], origin: str) -> None:
              f"{config.max_length} tokens. Speed: batches of {ROWS} in float32, without the "
              "tokenizer (static vectors: with theirs).")
     more = _search_table(found["retrieval"]) if "retrieval" in found else ""
+    report.plot_runs({"student": read_metrics(output)},
+                     ("cosine", "cosine to the teacher's vectors, held out"),
+                     output / "losses.png", f"{Path(config.teacher).name} → student")
     write_report(
         output, f"# A smaller encoder in the space of {Path(config.teacher).name}\n\n{table}\n\n"
-        f"{where}{more}\n\n## Provenance\n\n`{report.call()}`\n\n"
-        f"{report.versions()}\n")
+        f"{where}\n\n![losses](losses.png){more}\n\n{provenance(config)}")
     print(f"\n{table}\n\n{where}\n\nmodel: {output / 'student'}\nreport: {output / 'report.html'}")

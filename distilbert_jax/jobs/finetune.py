@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from distilbert_jax.config import flag
 from distilbert_jax.data.examples import Grid
 from distilbert_jax.data.tokenize import load_tokenizer, spec
 from distilbert_jax.errors import UserError
@@ -21,6 +22,7 @@ from distilbert_jax.evaluation import answers
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.jobs import task_report
 from distilbert_jax.jobs.lessons import Lessons, check_output, choose_layers, lessons_of
+from distilbert_jax.jobs.provenance import next_steps, note_call
 from distilbert_jax.jobs.setup import check_folder, models_of_plan, place_of_plan
 from distilbert_jax.jobs.ship import check_ship, ship_exported
 from distilbert_jax.jobs.task_data import read_task
@@ -127,6 +129,7 @@ def _compare(job: Job, start: hub.Pretrained, teacher: hub.Pretrained | None, la
              ) -> Path:
     """Train every model of the comparison, for every seed, and report."""
     config, runs = job.config, {}
+    note_call(config.output)
     if config.distil:
         whole = list(range(start.config.num_hidden_layers))
         runs["teacher"] = [_train(job, start, whole, config.seed, "teacher")]
@@ -153,7 +156,20 @@ def _compare(job: Job, start: hub.Pretrained, teacher: hub.Pretrained | None, la
             task_report.write(config, job.task, runs, main)
             if config.ship:
                 ship_exported(output / "model", of_task(job.task, job.task.labels, job.task.name))
+            print(next_steps(*_next(config)))
     return output / "model"
+
+
+def _next(config: FinetuneConfig) -> list[list[str]]:
+    """Commands that take the model on."""
+    labelled = []
+    if config.dev:
+        labelled = ["--evaluate", *config.dev]
+        for name in ("task", "text", "label"):
+            if value := getattr(config, name):
+                labelled += [flag(name), *([value] if isinstance(value, str) else value)]
+    ship = ["ship", "--model", str(Path(config.output, "model")), *labelled]
+    return ([] if config.ship else [ship]) + [["compare", config.output]]
 
 
 def _train(job: Job, source: hub.Pretrained, layers: list[int], seed: int, role: str,

@@ -136,6 +136,7 @@ class StopSignal:
     def __init__(self, mesh: Mesh):
         self.unsaved = 0  # updates that a second signal loses
         self._signal = 0
+        self._again = False  # a second one came before Python could handle the first
         self._sharding = one_each(mesh)
         self._largest = jax.jit(jnp.max, out_shardings=replicated(mesh))
         self._asked: jax.Array | None = None
@@ -178,14 +179,20 @@ class StopSignal:
     def _note(self, number: int, _: object) -> None:
         self._signal = number
         signal.signal(number, self._before[number])  # a second one acts at once
+        if self._again:
+            signal.raise_signal(number)
 
     def _answer(self, numbers: int) -> None:
-        """Say, at the first signal whose number comes through this pipe, what will happen."""
+        """Say what the first signal whose number comes through this pipe will do; see a second."""
+        answered = False
         with open(numbers, "rb", buffering=0) as pipe:
             while number := pipe.read(1):
-                if number[0] in self._before:
+                if number[0] not in self._before:
+                    continue
+                if not answered:
+                    answered = True
                     lost = f"lose {self.unsaved:,} update{'s' * (self.unsaved != 1)}"
-                    # Not by print, which may be about to write.
-                    os.write(2, b"\nstopping after this update, to save; press again to "
-                             + (lost if self.unsaved else "stop at once").encode() + b"\n")
-                    return
+                    os.write(2, ("\nstopping after this update, to save; press again to "
+                                 f"{lost if self.unsaved else 'save nothing'}\n").encode())
+                elif not self._signal:
+                    self._again = True

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from distilbert_jax.config import LoopConfig
 from distilbert_jax.data.batches import Batches, Prefetch
-from distilbert_jax.errors import UserError
+from distilbert_jax.errors import Interrupted, UserError
 from distilbert_jax.machine.processes import StopSignal, Watch
 from distilbert_jax.machine.progress import bar, say
 from distilbert_jax.machine.sharding import (
@@ -33,10 +33,6 @@ from distilbert_jax.training.train_step import TrainState
 LOG_EVERY = 10  # updates
 # After so many updates without compilation, or seconds of them, the time that is left is said.
 ESTIMATE_UPDATES, ESTIMATE_SECONDS = 20, 5
-
-
-class Interrupted(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
 
 
 @dataclasses.dataclass(frozen=True)
