@@ -34,7 +34,7 @@ class Result:
     student: Path
     report: dict[str, Any] = dataclasses.field(repr=False)
 
-    def _repr_html_(self) -> str:
+    def _repr_html_(self) -> str | None:
         """The table and the curves of the report, as a notebook shows a result."""
         from distilbert_jax.evaluation.page import summary
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from test_examples import examples
+from test_provenance import next_commands
 from test_sharding import mesh_of
 
 from distilbert_jax import predict
@@ -214,11 +215,12 @@ def test_what_is_left(distilled):
     config, folder = distilled
     assert {path.name for path in folder.parent.iterdir()} - {"tensorboard", "lock.json"} == {
         "student", "vectors", "layers.json", "checkpoints", "metrics.jsonl", "metrics.json",
-        "report.html", "report.md"}
+        "report.html", "report.md", "losses.png", "calls.jsonl"}
     report, card = (folder.parent / "report.md").read_text(), (folder / "README.md").read_text()
     for row in ("teacher", "student, untrained", "static vectors (model2vec): model2vec is not",
                 "student, trained"):
         assert f"\n| {row} " in report, row
+    assert "![losses](losses.png)" in report and " --sts " in report.split("other than the")[1]
     assert "pipeline_tag: sentence-similarity" in card and "recall@10 of the teacher's" in report
     found = json.loads((folder.parent / "metrics.json").read_text())
     (pairs,) = found["pairs"].values()
@@ -290,9 +292,10 @@ def test_the_student_is_shipped_and_answers_without_jax(teacher, data, tmp_path,
     models = " → ".join(
         f"{sizes[name]['layers']} layers with {sizes[name]['parameters']:,} parameters"
         for name in ("teacher", "student"))
+    assert not next_commands(said.out)  # shipped, and without scored pairs to compare
     assert f"embed: {models}; 2 updates of 16 sentences, 0.1 passes over " in said.err
     assert f"; float32 on 8 x cpu, into {tmp_path / 'out'}\n" in said.err
-    assert re.search(r"\nupdate 2: held out \((\d+) of \1 sentences\) loss \d", said.err)
+    assert re.search(r"update 2: held out \((\d+) of \1 sentences\) loss \d", said.err)
     found = json.loads((folder / "report.json").read_text())
     assert found["output"] == "states" and set(found["formats"]) == {"onnx", "int8"}
     judged = json.loads((tmp_path / "out/metrics.json").read_text())

@@ -74,6 +74,21 @@ def test_plot(held, tmp_path, monkeypatch):
         "in training: 128 of 2,447 rows", "at its end: all 2,447 rows, with the 95 % interval"]
 
 
+def test_the_curves_of_several_runs(tmp_path, monkeypatch):
+    """Losses on the left, a held-out figure on the right; a run that has none is left out."""
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: seen.append(self))
+    lines = [{"tokens_seen": 0, "cosine": 0.1}, {"tokens_seen": 9, "train_loss": 3.0},
+             {"tokens_seen": 9, "cosine": 0.4}]
+    report.plot_runs({"one": lines, "stopped": []}, ("cosine", "its cosine"), tmp_path / "x", "")
+    left, right = seen[0].axes
+    (loss,), (held,) = left.lines, right.lines
+    np.testing.assert_array_equal(loss.get_xydata(), [[9, 3]])
+    np.testing.assert_array_equal(held.get_xydata(), [[0, 0.1], [9, 0.4]])
+    assert right.get_ylabel() == "its cosine" and left.get_yscale() == "log"
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["one"]
+
+
 @pytest.mark.parametrize("figures, line", [
     ({}, "held-out top-1 30.00%, perplexity 2.000"),
     ({"kl": 0.1, "teacher_top1": 0.6, "retention": 0.5, "most_frequent": 0.1},

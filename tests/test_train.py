@@ -273,24 +273,22 @@ def test_skipped_updates_are_counted_and_logged(job, tmp_path, capfd, monkeypatc
     said = capfd.readouterr().err
     assert "update 3 skipped: loss nan, gradient norm nan (2 in a row)\n" in said
     assert "update 5 skipped: loss nan, gradient norm nan (1 in a row)\n" in said
-    compiling, compiled = (said.index(f"\n{line}") for line in (
-        "compiling the update, once ...\n", "compiled in "))
-    (left,) = re.finditer(r"\nabout (.*) left: 3 updates of (.*) s\n", said)
-    assert said.index("\nupdate 0: {") < compiling < compiled < left.start()
+    (left,) = re.finditer(r"about (.*) left: 3 updates of (.*) s\n", said)
+    assert said.index("update 0: {") < said.index("compiling the update, once ...\n") < (
+        said.index("compiled in ")) < left.start()
     assert left[1].endswith(" seconds") and float(left[2]) > 0
     assert state.step == STEPS and all(
         np.isfinite(x).all() for x in jax.tree.leaves(numbers(state)))
 
 
-def test_how_long_a_run_still_takes(job, capfd, monkeypatch):
+def test_how_long_a_run_still_takes(capfd, monkeypatch):
     """By the updates after the one that was compiled: 20, or as many as end in 5 seconds."""
     def said(seconds, steps):
         clock = iter([1000.0 + seconds * update for update in range(steps)])
         monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
-        report = loop._Report(dataclasses.replace(job.run, steps=steps), None, None, None)
+        rest = loop._Rest(steps)
         for step in range(31, steps):
-            if not report._estimated:
-                report._estimate(step)
+            rest.estimate(step)
         return capfd.readouterr().err
 
     assert said(0.5, 91) == "about 25 seconds left: 50 updates of 0.5 s\n"

@@ -173,6 +173,27 @@ def _stop(checkpoints: Checkpoints, state: TrainState, figures: dict[str, float]
     return f"stopped at update {done} of {run.steps}, {saved}; the same command goes on from there"
 
 
+class _Rest:
+    """Says once how long the rest of a run will take, by the updates after the compiled one."""
+
+    def __init__(self, steps: int):
+        self._steps, self._said = steps, False
+        self._first: tuple[int, float] | None = None  # the compiled one, and the clock at its end
+
+    def estimate(self, step: int) -> None:
+        """Count update `step`, which has just ended."""
+        if self._said:
+            return
+        now, left = time.monotonic(), self._steps - step
+        if self._first is None:
+            self._first = step, now
+        count, seconds = step - self._first[0], now - self._first[1]
+        if left and (count >= ESTIMATE_UPDATES or seconds >= ESTIMATE_SECONDS and count):
+            self._said = True
+            say(f"about {_duration(left * seconds / count)} left: {left:,} updates of "
+                f"{seconds / count:.2g} s")
+
+
 def _duration(seconds: float) -> str:
     """A time in the largest unit of which it has at least two."""
     for size, unit in ((3600, "hours"), (60, "minutes")):
@@ -188,8 +209,7 @@ class _Report:
         self.skipped = 0  # updates in a row without a finite loss and gradient
         self._run, self._log, self._bar, self._batches = run, log, progress, batches
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
-        self._first: tuple[int, float] | None = None  # of this start, with the clock at its end
-        self._estimated = False
+        self._rest = _Rest(run.steps)
 
     def take(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Keep the metrics of update `step`, counted from 1, which may still be being computed."""
@@ -210,25 +230,13 @@ class _Report:
         self._bar.set_postfix_str(f"loss {figures['loss']:.3f}, {rate:,.0f} tokens/s",
                                   refresh=False)
         self._bar.update()
-        if not self._estimated:
-            self._estimate(step)
+        self._rest.estimate(step)
         if step % LOG_EVERY == 0 or step == self._run.steps or figures["skipped"]:
             self._log.write(step, {f"train_{name}": value for name, value in figures.items()} | {
                 "waiting": self._batches.waiting()})  # share of the time, for data
         self.skipped = self.skipped + 1 if figures["skipped"] else 0
         if self.skipped:
             self._report_skipped(step, figures)
-
-    def _estimate(self, step: int) -> None:
-        """Say once how long the rest will take, by the updates since the one that was compiled."""
-        now, left = time.monotonic(), self._run.steps - step
-        if self._first is None:
-            self._first = step, now
-        count, seconds = step - self._first[0], now - self._first[1]
-        if left and (count >= ESTIMATE_UPDATES or seconds >= ESTIMATE_SECONDS and count):
-            self._estimated = True
-            say(f"about {_duration(left * seconds / count)} left: {left:,} updates of "
-                f"{seconds / count:.2g} s")
 
     def _report_skipped(self, step: int, figures: dict[str, float]) -> None:
         config, number = self._run.config, self.skipped
