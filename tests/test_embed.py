@@ -347,7 +347,15 @@ def test_stopped_and_continued_gives_the_same_bytes(teacher, data, tmp_path, mon
         patch.setattr(loop, "StopSignal", Stop)
         with pytest.raises(loop.Interrupted):
             embed(config)
+    embed(dataclasses.replace(config, finish="last"))
+    for name in ("report.md", "student/README.md"):
+        assert "this is update 6 of 8, its last checkpoint." in (tmp_path / "b" / name).read_text()
+    assert not (tmp_path / "b/student/model.safetensors").read_bytes() == (
+        tmp_path / "a/student/model.safetensors").read_bytes()
     continued = embed(config)
+    assert "not at its end" not in (tmp_path / "b/report.md").read_text()
+    with pytest.raises(UserError, match="--finish last: there is no checkpoint in .*; leave"):
+        embed(dataclasses.replace(config, finish="last", output=str(tmp_path / "c")))
     for name in ("student/model.safetensors", *(
             f"vectors/{path.name}" for path in (tmp_path / "a" / "vectors").iterdir())):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name

@@ -27,7 +27,7 @@ from distilbert_jax.jobs.kept_layers import kept_layers
 from distilbert_jax.jobs.provenance import next_steps, note_call
 from distilbert_jax.jobs.sentence_data import Pairs, read_all_pairs, read_titles
 from distilbert_jax.jobs.sentence_model import Named, cut_to, on_devices, own_start
-from distilbert_jax.jobs.setup import check_folder, models_of_plan, place_of_plan
+from distilbert_jax.jobs.setup import check_folder, models_of_plan, place_of_plan, standing
 from distilbert_jax.jobs.ship import check_ship, ship_exported
 from distilbert_jax.jobs.task_data import warn_of_unknown
 from distilbert_jax.jobs.teacher_vectors import vectors_once
@@ -39,9 +39,9 @@ from distilbert_jax.machine.seal import fingerprint
 from distilbert_jax.machine.sharding import first_process_first, make_mesh, to_host
 from distilbert_jax.models import student
 from distilbert_jax.training.assemble import Assembly, assemble
-from distilbert_jax.training.checkpoint import refuse_other_run
+from distilbert_jax.training.checkpoint import refuse_other_run, refuse_to_finish
 from distilbert_jax.training.objective import Objective
-from distilbert_jax.training.train import Run, train
+from distilbert_jax.training.train import Run, saved, train
 
 if TYPE_CHECKING:
     from distilbert_jax.jobs.sentence_data import Titles
@@ -104,7 +104,8 @@ def embed(config: EmbedConfig) -> Path:
 
 
 def _check(config: EmbedConfig, teacher: Named, start: Named) -> None:
-    """Raise a UserError for losses that do not fit the models, or files that would be lost."""
+    """Raise a UserError for losses that do not fit the models, files that would be lost, or a
+    --finish without a checkpoint."""
     if not config.normalize and teacher.facts.described:
         raise UserError(f"{config.teacher} has a modules.json, which says whether its vectors are "
                         "scaled: leave out --no-normalize")
@@ -112,6 +113,8 @@ def _check(config: EmbedConfig, teacher: Named, start: Named) -> None:
     if objective.mapped and not teacher.reads_as(start):
         raise UserError(f"--alpha-{objective.mapped[0]} compares states token by token, and "
                         "--student has another tokenizer, prompt or length than --teacher: give 0")
+    if config.finish:
+        refuse_to_finish(config.output, config.finish)
     for made in ("student", *embed_report.FILES):
         check_folder(config.output, made, "metrics.jsonl",
                      {"--teacher": config.teacher, "--student": config.student})
@@ -149,16 +152,19 @@ def _distil(job: Job, layers: list[int]) -> Path:
     teachers = {}
     if assembly.teacher_graphs:
         teachers = assembly.place(assembly.teachers(job.teacher.params))
-    state = train(run, assembly.init(assembly.cast(start.params)), teachers)
+    state = assembly.init(assembly.cast(start.params))
+    state = saved(run, state, config.finish) if config.finish else train(run, state, teachers)
     trained = dataclasses.replace(start, params=to_host(state.params["student"]))
-    return _leave(job, start, trained, layers)
+    return _leave(job, start, trained, layers, (int(state.step), steps))
 
 
-def _leave(job: Job, start: Named, trained: Named, layers: list[int]) -> Path:
-    """Judge, report and export."""
+def _leave(job: Job, start: Named, trained: Named, layers: list[int], updates: tuple[int, int]
+           ) -> Path:
+    """Judge, report and export; `updates` are those of the student, and those of the run."""
     folder, facts = Path(job.config.output) / "student", trained.facts
     origin = (f"It started as `{Path(job.config.student).name}`." if job.config.student else
               f"It started as the teacher's layers {', '.join(map(str, layers))}.")
+    origin = f"{origin} {standing(job.config.finish, *updates)}".rstrip()
     models = {"teacher": job.teacher, "untrained": start, "student": trained}
     trial = (job.sentences.valid[:JUDGED], job.pairs, job.titles)
     encode = embed_report.encoders(job.config, job.mesh, models)
@@ -171,13 +177,13 @@ def _leave(job: Job, start: Named, trained: Named, layers: list[int]) -> Path:
                 folder, trained.params, trained.shape, trained.family, trained.tokenizer,
                 embed_report.model_card(job.config, found, origin), facts.max_length,
                 facts.modules.prompts, facts.modules.default_prompt)
-            embed_report.write(job.config, found, origin)
+            embed_report.write(job.config, found, origin, updates[0])
             if job.config.ship:
                 ship_exported(folder, of_sentences(
                     trained.examples(job.sentences.valid, job.config.max_length)))
                 embed_report.write(job.config, embed_report.with_int8(
                     found, folder, job.config.max_length, trained, encode["teacher"], *trial),
-                    origin)
+                    origin, updates[0])
             if commands := _next(job.config):
                 print(next_steps(*commands))
     return folder

@@ -269,8 +269,8 @@ def model_card(config: EmbedConfig, found: dict[str, Any], origin: str) -> str:
                 text, folder="student", origin=config.teacher, results=results)
 
 
-def write(config: EmbedConfig, found: dict[str, Any], origin: str) -> None:
-    """Write metrics.json and the report, and print the table."""
+def write(config: EmbedConfig, found: dict[str, Any], origin: str, updates: int) -> None:
+    """Write metrics.json and the report of a student after so many updates, and print the table."""
     output, table = Path(config.output), _table(found)
     seal.write_json(output / "metrics.json", found | {"versions": report.versions()})
     where = (f"{origin} Spearman's correlation of cosines with people's scores, and recall@10, in "
@@ -279,7 +279,7 @@ def write(config: EmbedConfig, found: dict[str, Any], origin: str) -> None:
              f"{config.max_length} tokens. Speed: batches of {ROWS} in float32, without the "
              "tokenizer (static vectors: with theirs).")
     more = _search_table(found["retrieval"]) if "retrieval" in found else ""
-    report.plot_runs({"student": read_metrics(output)},
+    report.plot_runs({"student": read_metrics(output, updates)},
                      ("cosine", "cosine to the teacher's vectors, held out"),
                      output / "losses.png", f"{Path(config.teacher).name} → student")
     write_report(

@@ -108,11 +108,7 @@ class Setup:
 
     def standing(self, updates: int) -> str:
         """A sentence on a model after so many updates, if they are not all of them; else ""."""
-        if updates >= self.steps:
-            return ""
-        which = {"last": "its last checkpoint",
-                 "best": "its checkpoint with the lowest held-out loss"}[self.config.finish]
-        return f"The run is not at its end: this is update {updates:,} of {self.steps:,}, {which}."
+        return standing(self.config.finish, updates, self.steps)
 
     def _plan(self, assembly: Assembly, start: dict[str, Any], teachers: dict[str, Any],
               label: str) -> str:
@@ -139,6 +135,15 @@ class Setup:
         """Held-out figures on all rows, and the counts of each row."""
         return held_out_rows(eval_step, params, teachers, self.vocabulary, self.data.valid,
                              self.mesh)
+
+
+def standing(finish: str, updates: int, steps: int) -> str:
+    """A sentence on a model that --finish took after some of a run's updates; "" after all."""
+    if updates >= steps:
+        return ""
+    which = {"last": "its last checkpoint",
+             "best": "its checkpoint with the lowest held-out loss"}[finish]
+    return f"The run is not at its end: this is update {updates:,} of {steps:,}, {which}."
 
 
 def models_of_plan(own: dict[str, Any], *teachers: dict[str, Any]) -> str:
