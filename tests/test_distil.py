@@ -107,7 +107,7 @@ def test_a_distillation_leaves_its_student_and_its_figures(distilled, learnt):
     low, high = models["student"]["retention_interval"]
     assert low <= models["student"]["retention"] <= high
     ends = f"{100 * low:.2f} to {100 * high:.2f})"
-    assert f" ({ends} |" in report and f"(95 % interval {ends}\n" in (
+    assert f" ({ends} |" in report and f"(95 % interval {ends}; KL " in (
         folder / "README.md").read_text()
     assert "![losses](losses.png)" in report and "hidden: " in report
     card = (folder / "README.md").read_text()
@@ -217,7 +217,7 @@ def test_a_stopped_run_is_exported_where_it_stands(toy, tmp_path, monkeypatch):
     calls = ["until 1", "finish last", "until 2", "finish last", "finish best",
              "called from Python"]
     assert re.findall(r"^- [\d-]+: `(.*)`$", text, re.M) == calls
-    assert "`--steps 8 --batch-size 16 --learning-rate 0.01 " in text
+    assert " --steps 8 --batch-size 16 --learning-rate 0.01 --dropout 0.0 --output " in text
     straight = dataclasses.replace(config, output=str(tmp_path / "straight"))
     monkeypatch.setattr(distil, "_write_report", lambda *_: None)
     whole = distil.distil(straight)
@@ -508,7 +508,8 @@ def test_layers_are_removed_by_what_the_teacher_predicts(toy, idle, tmp_path, mo
     monkeypatch.setattr(distil, "Shortened", noted)
     output = tmp_path / "out"
     config = DistilConfig(**common(toy, output) | {
-        "teacher": str(idle), "steps": 2, "choose": "greedy", "learning_rate": 1e-4})
+        "teacher": str(idle), "steps": 2, "choose": "greedy", "learning_rate": 1e-4,
+        "dtype": "float32"})
     distil.distil(config)
     found = json.loads((output / "layers.json").read_text())
     assert [row["left"] for row in found["removals"]] == [[0, 1], [1]]

@@ -70,3 +70,8 @@ def test_settings_as_flags_give_the_same_settings(config):
 
 def test_a_recipe_is_named_by_its_settings():
     assert flags(DistilConfig(recipe="rxn_bert", steps=3)) == ["--steps", "3"]
+
+
+def test_a_weight_that_is_left_out_is_0():
+    assert flags(DistilConfig(alphas={"ce": 5.0, "mse": 1.5})) == [
+        "--alpha-mlm", "0.0", "--alpha-cos", "0.0", "--alpha-mse", "1.5"]
