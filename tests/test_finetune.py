@@ -185,7 +185,7 @@ def test_the_same_command_again_trains_nothing(distilled, monkeypatch, capsys):
         "ship": ShipConfig(model=str(folder), evaluate=config.dev),
         "compare": CompareConfig(runs=(config.output,))}
     (runs, figure, *_), = drawn
-    assert figure == ("accuracy", "accuracy, dev")
+    assert figure == ("accuracy", "share of right answers, dev")
     assert runs == {task_report.NAMES[role]: read_metrics(folder.parent / "seed-56" / role)
                     for role in ("teacher", "plain", "distilled")} and all(runs.values())
     report = (folder.parent / "report.md").read_text()
@@ -287,7 +287,7 @@ def test_layers_are_chosen_by_what_the_teacher_answers(toy, distilled, data, tmp
     assert (f"distilled, seed 56: 2 layers with {teacher:,} parameters → 1 layer with {student:,} "
             "parameters; 1 updates of 16 examples, 0.1 passes over 160; rows are " in said)
     assert f"float32 on 8 x cpu, into {tmp_path / 'out' / 'seed-56' / 'distilled'}\n" in said
-    assert "update 1: dev (40 of 40 examples) accuracy " in said
+    assert "update 1: dev (40 of 40 examples) loss " in said
     assert found["removals"][-1]["readable"] > found["evenly"] + 0.01
     kept = hub.load_task(str(tmp_path / "out" / "model")).params["layers"][0]
     theirs = hub.load_task(str(path)).params["layers"][1]
