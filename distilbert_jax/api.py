@@ -34,6 +34,12 @@ class Result:
     student: Path
     report: dict[str, Any] = dataclasses.field(repr=False)
 
+    def _repr_html_(self) -> str | None:
+        """The table and the curves of the report, as a notebook shows a result."""
+        from distilbert_jax.evaluation.page import summary
+
+        return summary(self.path)
+
     def predictor(self, runtime: str = "jax") -> "Predictor":
         """Open the model to answer texts, without PyTorch.
 
@@ -69,8 +75,8 @@ def distil(**settings: Any) -> Result:
 
     Raises:
         UserError: an unknown setting, or whatever can be mended in settings and files.
-        distilbert_jax.training.train.Interrupted: stopped by Ctrl-C or SIGTERM, state saved; in
-            another thread than the main one signals are not seen.
+        Interrupted: stopped by Ctrl-C or SIGTERM, state saved; in another thread than the main one
+            signals are not seen.
     """
     return _run("distil", settings, _distil, "report.json")
 

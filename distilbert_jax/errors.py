@@ -1,4 +1,4 @@
-"""What the user can mend, in one line: the error class, a library's words, the known names."""
+"""What ends a run: what the user can mend, in one line, and a signal; and the words for them."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,6 +6,10 @@ from collections.abc import Iterable
 
 class UserError(Exception):
     """An error that the user can mend; the command line prints its one line and exits with 2."""
+
+
+class Interrupted(Exception):
+    """A run was asked to stop (Ctrl-C, SIGTERM) and has saved its state; the same call goes on."""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,5 +1,6 @@
 """The jobs from Python: what a person writes, in a thread too; and the examples."""
 
+import base64
 import dataclasses
 import importlib.util
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_page import BROWSER, seen
 
 import distilbert_jax as dj
 from distilbert_jax.commands.distil import settings
@@ -104,8 +106,31 @@ def test_a_distillation_in_a_thread(distilled):
     text = (output / "report.md").read_text()
     assert f"`distilbert_jax.distil(teacher='{toy / 'teacher'}', corpus=" in text
     assert "student_layers=1" in text and "secret" not in text
+    assert issubclass(dj.Interrupted, Exception)
     with pytest.raises(dataclasses.FrozenInstanceError):
         result.path = output
+
+
+def test_a_result_in_a_notebook(distilled):
+    """It shows the table and the curves of its report."""
+    _, output, result = distilled
+    shown = result._repr_html_()
+    top1 = 100 * result.report["models"]["student"]["top1"]
+    assert f"{top1:.2f}</td>" in shown and "<h2" not in shown
+    picture = base64.b64encode((output / "losses.png").read_bytes()).decode()
+    assert shown.count("<table>") == 1 and f'base64,{picture}"' in shown
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_the_report_of_a_run_in_a_browser(distilled, tmp_path):
+    """Its curve and the interval at its end are drawn, in the colours of the plot."""
+    _, output, _ = distilled
+    colours = seen(output / "report.html", tmp_path, (1300, 1200))
+    assert max(colours, key=colours.get) == (251, 251, 249)
+    assert colours[255, 255, 255] > 300 * 500  # the ground of the plot
+    for drawn, least in (((31, 119, 180), 300), ((255, 127, 14), 50)):  # scaled, so not exact
+        assert least < sum(count for colour, count in colours.items() if np.allclose(
+            colour, drawn, atol=40)), drawn
 
 
 def test_a_result_answers(distilled):

@@ -18,9 +18,9 @@ import pytest
 
 from distilbert_jax.commands import launch
 from distilbert_jax.commands.main import distil, embed, evaluate, finetune, prepare, pretrain
+from distilbert_jax.errors import Interrupted
 from distilbert_jax.kernels import products
 from distilbert_jax.recipes import recipes
-from distilbert_jax.training.train import Interrupted
 
 pytest.importorskip("transformers")
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -610,9 +610,15 @@ def test_an_output_without_the_right_to_write(place, capfd):
     assert "--output new cannot be used: Permission denied" in error
 
 
+def noted(error, note):
+    error.add_note(note)
+    return error
+
+
 @pytest.mark.parametrize("ending, code, said", [
     (Interrupted("stopped at update 3"), 75, "stopped at update 3\n"),
     (signal.SIGTERM, 75, "terminated; the same command goes on from what is complete\n"),
+    (noted(KeyboardInterrupt(), "so it goes on"), "interrupted; so it goes on", ""),
     (KeyboardInterrupt(), "interrupted", "")])
 def test_other_endings(ending, code, said, capfd):
     def main(_):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from test_provenance import next_commands
 from test_sharding import mesh_of
 
 from distilbert_jax.benchmark import latency
-from distilbert_jax.config import DistilConfig, PrepareConfig, PretrainConfig
+from distilbert_jax.config import CompareConfig, DistilConfig, PrepareConfig, PretrainConfig
 from distilbert_jax.data.prepare import prepare
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
@@ -26,6 +28,7 @@ from distilbert_jax.jobs.setup import check_job, read_data
 from distilbert_jax.models import hub
 from distilbert_jax.models.encoder import graphdef
 from distilbert_jax.models.families import FAMILIES
+from distilbert_jax.ship_config import ShipConfig
 from distilbert_jax.training import assemble
 from distilbert_jax.training import train as loop
 from distilbert_jax.training.losses import LOSSES
@@ -88,8 +91,8 @@ def test_a_teacher_from_scratch_learns(learnt):
 def test_a_distillation_leaves_its_student_and_its_figures(distilled, learnt):
     config, folder = distilled
     output = folder.parent
-    assert files(output) == {"checkpoints", "data", "losses.png", "metrics.jsonl", "report.json",
-                             "report.html", "report.md", "student", "tensorboard"}
+    assert files(output) == {"calls.jsonl", "checkpoints", "data", "losses.png", "metrics.jsonl",
+                             "report.json", "report.html", "report.md", "student", "tensorboard"}
     student, teacher = hub.load(str(folder)), hub.load(str(learnt[1]))
     assert student.family.model_type == "distilbert" and student.config.num_hidden_layers == 1
     report = (output / "report.md").read_text()
@@ -104,7 +107,7 @@ def test_a_distillation_leaves_its_student_and_its_figures(distilled, learnt):
     low, high = models["student"]["retention_interval"]
     assert low <= models["student"]["retention"] <= high
     ends = f"{100 * low:.2f} to {100 * high:.2f})"
-    assert f" ({ends} |" in report and f"(95 % interval {ends}\n" in (
+    assert f" ({ends} |" in report and f"(95 % interval {ends}; KL " in (
         folder / "README.md").read_text()
     assert "![losses](losses.png)" in report and "hidden: " in report
     card = (folder / "README.md").read_text()
@@ -142,7 +145,10 @@ def test_the_same_command_again_finishes_without_training(distilled, monkeypatch
     assert distil.distil(config) == folder
     assert (folder / "model.safetensors").read_bytes() == tensors
     assert read_metrics(folder.parent) == lines
-    assert "report: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "report: " in said
+    assert next_commands(said) == {"ship": ShipConfig(model=str(folder)),
+                                   "compare": CompareConfig(runs=(config.output,))}
 
 
 def kept(output):
@@ -169,7 +175,7 @@ def test_a_stopped_run_is_exported_where_it_stands(toy, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(setup, "held_out", judged)
             patch.setattr(loop.StopSignal, "asked", lambda self: next(asked, None) is None)
-            with pytest.raises(loop.Interrupted):
+            with pytest.raises(loop.Interrupted), report.called(f"until {until}"):
                 distil.distil(config)
 
     def finish(which, update, **more):
@@ -182,7 +188,8 @@ def test_a_stopped_run_is_exported_where_it_stands(toy, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(loop.Assembly, "jitted", None)  # nothing is trained
             patch.setattr(report, "plot", noted)
-            distil.distil(dataclasses.replace(config, finish=which, **more))
+            with report.called(f"finish {which}"):
+                distil.distil(dataclasses.replace(config, finish=which, **more))
         assert kept(output) == before
         assert drawn == [line for line in read_metrics(output) if line["step"] <= update]
         found = json.loads((output / "report.json").read_text())
@@ -205,7 +212,12 @@ def test_a_stopped_run_is_exported_where_it_stands(toy, tmp_path, monkeypatch):
     assert finish("best", 2) == first and first[0] != second[0] and first[1] < second[1]
 
     distil.distil(config)
-    assert "not at its end" not in (output / "report.md").read_text()
+    text = (output / "report.md").read_text()
+    assert "not at its end" not in text
+    calls = ["until 1", "finish last", "until 2", "finish last", "finish best",
+             "called from Python"]
+    assert re.findall(r"^- [\d-]+: `(.*)`$", text, re.M) == calls
+    assert " --steps 8 --batch-size 16 --learning-rate 0.01 --dropout 0.0 --output " in text
     straight = dataclasses.replace(config, output=str(tmp_path / "straight"))
     monkeypatch.setattr(distil, "_write_report", lambda *_: None)
     whole = distil.distil(straight)
@@ -227,7 +239,8 @@ def test_a_corpus_prepared_before_gives_the_same_student(distilled, toy, tmp_pat
         config, corpus=(str(ready),), output=str(tmp_path / "again")))
     assert (again / "model.safetensors").read_bytes() == (
         folder / "model.safetensors").read_bytes()
-    assert files(again.parent) == {"checkpoints", "metrics.jsonl", "student", "tensorboard"}
+    assert files(again.parent) == {"calls.jsonl", "checkpoints", "metrics.jsonl", "student",
+                                   "tensorboard"}
 
 
 def test_more_steps_on_another_mesh_are_the_same_run(distilled, learnt):
@@ -495,13 +508,25 @@ def test_layers_are_removed_by_what_the_teacher_predicts(toy, idle, tmp_path, mo
     monkeypatch.setattr(distil, "Shortened", noted)
     output = tmp_path / "out"
     config = DistilConfig(**common(toy, output) | {
-        "teacher": str(idle), "steps": 2, "choose": "greedy", "learning_rate": 1e-4})
+        "teacher": str(idle), "steps": 2, "choose": "greedy", "learning_rate": 1e-4,
+        "dtype": "float32"})
     distil.distil(config)
     found = json.loads((output / "layers.json").read_text())
     assert [row["left"] for row in found["removals"]] == [[0, 1], [1]]
     assert found["removals"][1]["kl"] < 1e-3 < 0.1 < found["evenly"]
-    table = f"| 0       |           1 |     {found['removals'][1]['kl']:.3f} |"
-    assert table in (output / "report.md").read_text() and table in capsys.readouterr().out
+    table, said = f"| 0       |           1 |     {found['removals'][1]['kl']:.3f} |", (
+        capsys.readouterr())
+    assert table in (output / "report.md").read_text() and table in said.out
+    models = json.loads((output / "report.json").read_text())["models"]
+    teacher, student = (models[name]["parameters"] for name in ("teacher", "student"))
+    rows, held = (np.concatenate([np.load(path)["row"] for path in sorted(
+        (output / "data").glob(f"{part}-*.npy"))]) for part in ("train", "valid"))
+    assert (f"distil: 2 layers with {teacher:,} parameters → 1 layer with {student:,} parameters; "
+            f"2 updates of 16 rows of 16 tokens, {2 * 16 / len(rows):.1f} passes over "
+            f"{len(rows):,} rows; float32 on 8 x cpu, into {output}\n") in said.err
+    last = [m for m in read_metrics(output) if "kl" in m][-1]
+    assert (f"KL {last['kl']:.4f} nats ({min(128, len(held))} of {len(held)} rows)\n"
+            in said.err.split("update 2: held-out top-1 ")[1])
     assert "started as the teacher's layers 1." in (output / "student" / "README.md").read_text()
     scale = hub.load(str(idle)).params["layers"][1]["output_norm"]["scale"]
     kept = hub.load(str(output / "student")).params["layers"][0]["output_norm"]["scale"]
@@ -550,6 +575,20 @@ def write_without(source, target, prefix):
     tensors = load_file(source / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if not k.startswith(prefix)},
               target / "model.safetensors")
+
+
+@pytest.mark.parametrize("retention, perplexity, alphas, said", [
+    (0.99, 2.1, {}, None), (1.0, 2.0, {}, None),
+    (1.01, 2.1, {"mlm": 2.0}, " The student's retention is above 100 %: it was trained on this "
+     "corpus, with its hidden tokens as labels (--alpha-mlm 2), while the teacher stayed"),
+    (0.9, 1.9, {"ce": 1.0, "mlm": 0.0}, " The student's perplexity is below its teacher's: it was "
+     "trained on this corpus, while the teacher stayed"),
+    (1.2, 1.9, {"ce": 1.0}, " The student's retention is above 100 % and its perplexity is below")])
+def test_a_student_that_is_ahead_is_explained(retention, perplexity, alphas, said):
+    config = DistilConfig(alphas=alphas or {"mlm": 1.0})
+    found = distil._ahead(config, {"retention": retention, "perplexity": perplexity,
+                                   "teacher_perplexity": 2.0})
+    assert found.startswith(said) if said else found == ""
 
 
 def test_an_exchange_of_layers_stands_in_the_table():

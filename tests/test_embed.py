@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import io
 import json
+import re
 import shutil
 
 import jax
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from test_card import files_that_name
 from test_examples import examples
+from test_provenance import next_commands
 from test_sharding import mesh_of
 
 from distilbert_jax import predict
@@ -214,11 +216,12 @@ def test_what_is_left(distilled):
     config, folder = distilled
     assert {path.name for path in folder.parent.iterdir()} - {"tensorboard", "lock.json"} == {
         "student", "vectors", "layers.json", "checkpoints", "metrics.jsonl", "metrics.json",
-        "report.html", "report.md"}
+        "report.html", "report.md", "losses.png", "calls.jsonl"}
     page, card = (folder.parent / "report.md").read_text(), (folder / "README.md").read_text()
     for row in ("teacher", "student, untrained", "static vectors (model2vec): model2vec is not",
                 "student, trained"):
         assert f"\n| {row} " in page, row
+    assert "![losses](losses.png)" in page and " --sts " in page.split("other than the")[1]
     assert "pipeline_tag: sentence-similarity" in card and "recall@10 of the teacher's" in page
     found = json.loads((folder.parent / "metrics.json").read_text())
     (pairs,) = found["pairs"].values()
@@ -278,13 +281,23 @@ def test_sentence_transformers_reads_the_student(distilled):
         atol=1e-6)
 
 
-def test_the_student_is_shipped_and_answers_without_jax(teacher, data, tmp_path, monkeypatch):
+def test_the_student_is_shipped_and_answers_without_jax(teacher, data, tmp_path, monkeypatch,
+                                                        capsys):
     pytest.importorskip("onnxruntime", reason="pip install 'distilbert_jax[serve]'")
     for name, row in FORMATS.items():  # a noisy toy in 8 bits; the limits are tested elsewhere
         monkeypatch.setitem(FORMATS, name, dataclasses.replace(row, limits={}))
     with report.called(f"distilbert-jax embed --teacher {teacher}"):
         folder = embed(settings(teacher, data, tmp_path / "out", steps=2, choose="even", ship=True,
                                 retrieval=data / "titles.jsonl"))
+    said = capsys.readouterr()
+    sizes = json.loads((tmp_path / "out/metrics.json").read_text())["size"]
+    models = " → ".join(
+        f"{sizes[name]['layers']} layers with {sizes[name]['parameters']:,} parameters"
+        for name in ("teacher", "student"))
+    assert not next_commands(said.out)  # shipped, and without scored pairs to compare
+    assert f"embed: {models}; 2 updates of 16 sentences, 0.1 passes over " in said.err
+    assert f"; float32 on 8 x cpu, into {tmp_path / 'out'}\n" in said.err
+    assert re.search(r"update 2: held out \((\d+) of \1 sentences\) loss \d", said.err)
     assert not files_that_name(folder, teacher.parent, data, tmp_path)
     found = json.loads((folder / "report.json").read_text())
     assert found["output"] == "states" and set(found["formats"]) == {"onnx", "int8"}
@@ -337,7 +350,15 @@ def test_stopped_and_continued_gives_the_same_bytes(teacher, data, tmp_path, mon
         patch.setattr(loop, "StopSignal", Stop)
         with pytest.raises(loop.Interrupted):
             embed(config)
+    embed(dataclasses.replace(config, finish="last"))
+    for name in ("report.md", "student/README.md"):
+        assert "this is update 6 of 8, its last checkpoint." in (tmp_path / "b" / name).read_text()
+    assert not (tmp_path / "b/student/model.safetensors").read_bytes() == (
+        tmp_path / "a/student/model.safetensors").read_bytes()
     continued = embed(config)
+    assert "not at its end" not in (tmp_path / "b/report.md").read_text()
+    with pytest.raises(UserError, match="--finish last: there is no checkpoint in .*; leave"):
+        embed(dataclasses.replace(config, finish="last", output=str(tmp_path / "c")))
     for name in ("student/model.safetensors", *(
             f"vectors/{path.name}" for path in (tmp_path / "a" / "vectors").iterdir())):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name

@@ -8,11 +8,13 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from test_provenance import next_commands
 
-from distilbert_jax.config import DistilConfig
+from distilbert_jax.config import CompareConfig, DistilConfig
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import intervals
 from distilbert_jax.jobs import finetune as job
+from distilbert_jax.jobs import task_report
 from distilbert_jax.jobs.compare import compare
 from distilbert_jax.jobs.distil import distil
 from distilbert_jax.jobs.evaluate import evaluate
@@ -20,6 +22,7 @@ from distilbert_jax.jobs.finetune import finetune
 from distilbert_jax.jobs.task_model import order
 from distilbert_jax.machine import seal
 from distilbert_jax.models import hub
+from distilbert_jax.ship_config import ShipConfig
 from distilbert_jax.task_config import EvaluateConfig, FinetuneConfig
 from distilbert_jax.training import train as loop
 from distilbert_jax.training.metrics_log import read_metrics
@@ -79,7 +82,7 @@ def test_what_is_left(distilled, tmp_path):
     assert {path.name for path in output.iterdir()} == {
         "model", "answers", "layers.json", "seed-56", "seed-57", "metrics.json", "predictions.tsv",
         "test_predictions.tsv", "submission.tsv", "report.md", "report.html", "confusion.png",
-        "calibration.png"}
+        "calibration.png", "losses.png", "calls.jsonl"}
     assert {path.name for path in (output / "seed-56").iterdir()} == {
         "teacher", "plain", "distilled"}
     left = {path.name for path in (output / "seed-57" / "plain").iterdir()}
@@ -87,6 +90,7 @@ def test_what_is_left(distilled, tmp_path):
     report = (output / "report.md").read_text()
     for row in ("teacher", "student, fine-tuned plainly", "student, distilled"):
         assert f"\n| {row} " in report
+    assert "![losses](losses.png)" in report
     assert "![confusion](confusion.png)" in report and "Distilled over plain: " in report
     found = json.loads((output / "metrics.json").read_text())
     assert found["labels"] == ["close", "mid", "open"]
@@ -169,12 +173,23 @@ def test_a_masked_language_model_is_judged_as_at_the_end_of_its_run(toy, tmp_pat
     assert whole["masked"] > 3 * found["masked"]
 
 
-def test_the_same_command_again_trains_nothing(distilled, monkeypatch):
+def test_the_same_command_again_trains_nothing(distilled, monkeypatch, capsys):
     config, folder = distilled
     before = (folder / "model.safetensors").read_bytes()
     (folder.parent / "metrics.json").unlink()  # as if it was killed while it wrote the report
+    drawn = []
     monkeypatch.setattr(job, "train", None)
+    monkeypatch.setattr(task_report.report, "plot_runs", lambda *given: drawn.append(given))
     assert finetune(config) == folder and (folder / "model.safetensors").read_bytes() == before
+    assert next_commands(capsys.readouterr().out) == {
+        "ship": ShipConfig(model=str(folder), evaluate=config.dev),
+        "compare": CompareConfig(runs=(config.output,))}
+    (runs, figure, *_), = drawn
+    assert figure == ("accuracy", "share of right answers, dev")
+    assert runs == {task_report.NAMES[role]: read_metrics(folder.parent / "seed-56" / role)
+                    for role in ("teacher", "plain", "distilled")} and all(runs.values())
+    report = (folder.parent / "report.md").read_text()
+    assert ", 2 times: `called from Python`" in report and " --distil --train " in report
 
 
 @pytest.mark.parametrize("change, message", [
@@ -250,7 +265,7 @@ def test_numbers_and_unlabelled_texts_from_a_teacher(toy, tmp_path):
     assert "spearman" in (folder.parent / "metrics.json").read_text()
 
 
-def test_layers_are_chosen_by_what_the_teacher_answers(toy, distilled, data, tmp_path):
+def test_layers_are_chosen_by_what_the_teacher_answers(toy, distilled, data, tmp_path, capsys):
     """A layer that changes nothing goes first, though the even choice keeps it."""
     whole = hub.load_task(str(distilled[1].parent / "seed-56" / "teacher" / "model"))
     path = tmp_path / "teacher"
@@ -266,6 +281,13 @@ def test_layers_are_chosen_by_what_the_teacher_answers(toy, distilled, data, tmp
     finetune(settings(toy, data, tmp_path / "out", **common, student_layers=1))
     found = json.loads((tmp_path / "out" / "layers.json").read_text())
     assert [row["left"] for row in found["removals"]] == [[0, 1], [1]]
+    sizes = json.loads((tmp_path / "out" / "metrics.json").read_text())["size"]
+    teacher, student = (sizes[role]["parameters"] for role in ("teacher", "distilled"))
+    said = capsys.readouterr().err
+    assert (f"distilled, seed 56: 2 layers with {teacher:,} parameters → 1 layer with {student:,} "
+            "parameters; 1 updates of 16 examples, 0.1 passes over 160; rows are " in said)
+    assert f"float32 on 8 x cpu, into {tmp_path / 'out' / 'seed-56' / 'distilled'}\n" in said
+    assert "update 1: dev (40 of 40 examples) loss " in said
     assert found["removals"][-1]["readable"] > found["evenly"] + 0.01
     kept = hub.load_task(str(tmp_path / "out" / "model")).params["layers"][0]
     theirs = hub.load_task(str(path)).params["layers"][1]

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 from PIL import Image
 
-from distilbert_jax.evaluation.page import write_report
+from distilbert_jax.evaluation.page import summary, write_report
 
 PICTURE = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJg"
@@ -26,6 +26,22 @@ def test_the_page_holds_the_report_and_its_pictures(tmp_path):
     assert f'src="data:image/png;base64,{base64.b64encode(PICTURE).decode()}"' in page
     assert "<script" not in page and "<b>" not in page
     assert "http" not in page and "<link" not in page  # it needs no other file
+    shown = summary(tmp_path)
+    assert "84.72" in shown and "<h1" not in shown and "script" not in shown
+    assert "<table>" in shown and 'alt="losses" src="data:image/png;base64,' in shown
+    assert summary(tmp_path / "nowhere") is None
+
+
+def seen(page, folder, size, *flags):
+    """How many pixels have each colour, in a browser's window of this size."""
+    subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu",
+         "--window-size={},{}".format(*size), f"--user-data-dir={folder / 'browser'}",
+         f"--screenshot={folder / 'page.png'}", *flags,
+         page.as_uri()], check=True, capture_output=True, timeout=120)
+    with Image.open(folder / "page.png") as picture:
+        assert picture.size == size
+        return dict(map(reversed, picture.convert("RGB").getcolors(2**16)))
 
 
 BROWSER = next(filter(None, map(shutil.which, (
@@ -40,12 +56,6 @@ def test_the_page_in_a_browser(tmp_path, flags, paper):
     Image.new("RGB", (300, 200), (255, 0, 0)).save(tmp_path / "losses.png")
     row = "|" + " a word |" * 40
     write_report(tmp_path, f"# Red\n\n{row}\n{'|---' * 40}|\n{row}\n\n![losses](losses.png)\n")
-    subprocess.run(
-        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=800,600", *flags,
-         f"--user-data-dir={tmp_path / 'browser'}", f"--screenshot={tmp_path / 'page.png'}",
-         (tmp_path / "report.html").as_uri()], check=True, capture_output=True, timeout=120)
-    with Image.open(tmp_path / "page.png") as picture:
-        colours = dict(map(reversed, picture.convert("RGB").getcolors(2**16)))
-        assert picture.size == (800, 600)
+    colours = seen(tmp_path / "report.html", tmp_path, (800, 600), *flags)
     assert max(colours, key=colours.get) == paper
     assert 0.99 < colours.get((255, 0, 0), 0) / (300 * 200) <= 1  # its corners are round

@@ -1,6 +1,9 @@
 """Signals, and the signs that another process is lost; whole runs of several: test_hosts.py."""
 
+import hashlib
+import os
 import signal
+import threading
 import time
 
 import pytest
@@ -40,15 +43,45 @@ def test_only_the_loss_of_another_process_is_one(monkeypatch):
 
 
 @pytest.mark.skipif(processes.jax.device_count() != 8, reason="needs 8 devices")
-def test_a_second_signal_acts_at_once():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
-    try:
-        with processes.StopSignal(mesh_of("8x1")) as stop:
-            assert not stop.asked()
+def test_a_second_signal_acts_at_once(interrupts, capfd):
+    with processes.StopSignal(mesh_of("8x1")) as stop:
+        stop.unsaved = 12
+        assert not stop.asked()
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked()
+        with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-            assert stop.asked()
-            with pytest.raises(KeyboardInterrupt):
-                signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert capfd.readouterr().err == (
+        "\nstopping after this update, to save; press again to lose 12 updates\n")
+
+
+@pytest.mark.skipif(processes.jax.device_count() != 8, reason="needs 8 devices")
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_signal_is_answered_while_compiled_code_runs(times, interrupts, monkeypatch):
+    """In which Python handles none: at once by a line, and by a second one when it is over."""
+    said = []
+    monkeypatch.setattr(processes.os, "write", lambda _, text: said.append(
+        (time.monotonic(), text)))
+    with processes.StopSignal(mesh_of("8x1")) as stop:
+        for number in range(times):
+            threading.Timer(0.1 * (number + 1), os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            while not said:  # the machine may be quick
+                hashlib.pbkdf2_hmac("sha256", b"a", b"b", 5_000_000)
+                ended = time.monotonic()
+        except KeyboardInterrupt:
+            assert times == 2
+        else:
+            assert times == 1 and said[0][0] < ended
+        assert stop.asked()
+    assert [text for _, text in said] == [
+        b"\nstopping after this update, to save; press again to save nothing\n"]
+
+
+@pytest.fixture
+def interrupts():
+    """Ctrl-C raises a KeyboardInterrupt; the & of a shell has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -13,6 +13,9 @@ from distilbert_jax.evaluation import report
 def test_count_parameters():
     params = {"a": np.zeros((3, 4)), "b": {"c": np.zeros(5), "d": np.zeros(())}}
     assert report.count_parameters(params) == 3 * 4 + 5 + 1
+    layers = {n: np.zeros(1000) for n in range(2)}
+    assert report.describe_params({"layers": layers}) == "2 layers with 2,000 parameters"
+    assert report.describe_params({"layers": {0: layers[0]}}) == "1 layer with 1,000 parameters"
 
 
 @pytest.fixture
@@ -71,17 +74,33 @@ def test_plot(held, tmp_path, monkeypatch):
         "in training: 128 of 2,447 rows", "at its end: all 2,447 rows, with the 95 % interval"]
 
 
+def test_the_curves_of_several_runs(tmp_path, monkeypatch):
+    """Losses on the left, a held-out figure on the right; a run that has none is left out."""
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: seen.append(self))
+    lines = [{"tokens_seen": 0, "cosine": 0.1}, {"tokens_seen": 9, "train_loss": 3.0},
+             {"tokens_seen": 9, "cosine": 0.4}]
+    report.plot_runs({"one": lines, "stopped": []}, ("cosine", "its cosine"), tmp_path / "x", "")
+    left, right = seen[0].axes
+    (loss,), (held,) = left.lines, right.lines
+    np.testing.assert_array_equal(loss.get_xydata(), [[9, 3]])
+    np.testing.assert_array_equal(held.get_xydata(), [[0, 0.1], [9, 0.4]])
+    assert right.get_ylabel() == "its cosine" and left.get_yscale() == "log"
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["one"]
+
+
 @pytest.mark.parametrize("figures, line", [
     ({}, "held-out top-1 30.00%, perplexity 2.000"),
     ({"kl": 0.1, "teacher_top1": 0.6, "retention": 0.5, "most_frequent": 0.1},
-     "held-out top-1 30.00%, perplexity 2.000; teacher 60.00%, retention 50.00%"),
+     "held-out top-1 30.00%, perplexity 2.000; teacher 60.00%, retention 50.00%; KL 0.1000 "
+     "nats"),
     ({"kl": 0.1, "teacher_top1": 0.6, "retention": 0.5, "most_frequent": 0.1,
       "top1_interval": (0.25, 0.35), "retention_interval": (0.4, 0.6)},
      "held-out top-1 30.00% (95 % interval 25.00 to 35.00), perplexity 2.000; teacher 60.00%, "
-     "retention 50.00% (95 % interval 40.00 to 60.00)"),
+     "retention 50.00% (95 % interval 40.00 to 60.00); KL 0.1000 nats"),
     ({"kl": 0.1, "teacher_top1": 0.06, "most_frequent": 0.1},
      "held-out top-1 30.00%, perplexity 2.000; teacher 6.00%, retention not defined, since the "
-     "teacher is no better than always the commonest token (10.00%)")])
+     "teacher is no better than always the commonest token (10.00%); KL 0.1000 nats")])
 def test_held_out_line(figures, line):
     assert report.held_out_line({"top1": 0.3, "perplexity": 2.0} | figures) == line
 

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -190,6 +191,27 @@ def test_a_signal_saves_and_stops(number, job, straight, tmp_path):
     assert read_metrics(tmp_path)[-1]["seconds"] > seconds
 
 
+def test_a_second_ctrl_c_loses_what_is_not_saved(job, straight, tmp_path, capfd):
+    """And the error says from which update the run goes on."""
+    class Log(loop.MetricsLog):
+        def write(self, step, figures):
+            super().write(step, figures)
+            if step == 4 and "train_loss" in figures:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "MetricsLog", Log)
+        patch.setattr(loop.Checkpoints, "poll", loop.Checkpoints.wait)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            job.train(tmp_path)
+    signal.signal(signal.SIGINT, before)
+    assert stopped.value.__notes__ == ["the same command goes on from update 3"]
+    assert "to save; press again to lose 1 update\n" in capfd.readouterr().err
+    assert_same(tmp_path, job.train(tmp_path), straight)
+
+
 def test_fewer_steps_than_are_done(job, straight, tmp_path, capfd):
     output = shutil.copytree(straight[0], tmp_path / "copy")
     assert job.train(output, steps=4).step == STEPS
@@ -239,8 +261,9 @@ def spoilt(job, steps):
     return step
 
 
-def test_skipped_updates_are_counted_and_logged(job, tmp_path, capfd):
+def test_skipped_updates_are_counted_and_logged(job, tmp_path, capfd, monkeypatch):
     """Nothing is saved amid them; a stop there goes back, and counts them again."""
+    monkeypatch.setattr(loop, "ESTIMATE_UPDATES", 3)
     config = dataclasses.replace(job.run.config, max_skipped=3)
     options = dict(train_step=spoilt(job, [2, 3, 5]), config=config)
     state = job.train(tmp_path / "a", **options)
@@ -250,8 +273,27 @@ def test_skipped_updates_are_counted_and_logged(job, tmp_path, capfd):
     said = capfd.readouterr().err
     assert "update 3 skipped: loss nan, gradient norm nan (2 in a row)\n" in said
     assert "update 5 skipped: loss nan, gradient norm nan (1 in a row)\n" in said
+    (left,) = re.finditer(r"about (.*) left: 3 updates of (.*) s\n", said)
+    assert said.index("update 0: {") < said.index("compiling the update, once ...\n") < (
+        said.index("compiled in ")) < left.start()
+    assert left[1].endswith(" seconds") and float(left[2]) > 0
     assert state.step == STEPS and all(
         np.isfinite(x).all() for x in jax.tree.leaves(numbers(state)))
+
+
+def test_how_long_a_run_still_takes(capfd, monkeypatch):
+    """By the updates after the one that was compiled: 20, or as many as end in 5 seconds."""
+    def said(seconds, steps):
+        clock = iter([1000.0 + seconds * update for update in range(steps)])
+        monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+        rest = loop._Rest(steps)
+        for step in range(31, steps):
+            rest.estimate(step)
+        return capfd.readouterr().err
+
+    assert said(0.5, 91) == "about 25 seconds left: 50 updates of 0.5 s\n"
+    assert said(0.1, 8051) == "about 13 minutes left: 8,000 updates of 0.1 s\n"
+    assert said(6.0, 6032) == "about 10 hours left: 6,000 updates of 6 s\n"
 
 
 def test_too_many_skipped_updates_in_a_row(job, tmp_path):

@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from distilbert_jax.errors import UserError, first_line
+from distilbert_jax.errors import Interrupted, UserError, first_line
 from distilbert_jax.evaluation import report
 from distilbert_jax.kernels.products import SWITCH, kernels_here, takes_kernels
 from distilbert_jax.machine.memory import keep_memory
 from distilbert_jax.machine.processes import GO_ON, connect, find_loss, give_up
 from distilbert_jax.machine.progress import say
-from distilbert_jax.training.train import Interrupted
 
 
 def keep_compiled() -> None:
@@ -72,11 +71,11 @@ def _launch(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> No
     except Interrupted as stopped:
         say(str(stopped))
         sys.exit(GO_ON)
-    except _Terminated:
-        say("terminated; the same command goes on from what is complete")
+    except _Terminated as stopped:
+        say(f"terminated; {_way_on(stopped) or 'the same command goes on from what is complete'}")
         sys.exit(GO_ON)
-    except KeyboardInterrupt:  # outside the training loop, where there is nothing to save
-        sys.exit("interrupted")
+    except KeyboardInterrupt as stopped:  # a second one, or outside the training loop
+        sys.exit("; ".join(filter(None, ("interrupted", _way_on(stopped)))))
     except Exception as error:
         if loss := find_loss(error):
             give_up(loss)
@@ -88,6 +87,11 @@ def _launch(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> No
         sys.exit(2)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _way_on(stopped: BaseException) -> str:
+    """What the training loop, if it was in it that a signal came, says of its checkpoints."""
+    return "; ".join(getattr(stopped, "__notes__", ()))
 
 
 class _Lasting:

@@ -37,16 +37,36 @@ def write_report(folder: Path, text: str) -> None:
     """
     markdown, page = (folder / name for name in FILES)
     markdown.write_text(text, encoding="utf-8", errors="replace")
-    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
-    parser.add_render_rule("image", _image)
-    parser.add_render_rule("table_open", lambda *_: '<div class="wide"><table>')
-    parser.add_render_rule("table_close", lambda *_: "</table></div>")
     title = html.escape(text.split("\n", 1)[0].lstrip("# "))
     page.write_text(
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" '
         f'content="width=device-width">\n<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n'
-        f"<body>\n{parser.render(text, {'folder': folder})}</body>\n</html>\n",
+        f"<body>\n{_parser().render(text, {'folder': folder})}</body>\n</html>\n",
         encoding="utf-8", errors="replace")
+
+
+def summary(folder: Path) -> str | None:
+    """The first table of the report in a folder, and its first picture; None without a report."""
+    path = folder / FILES[0]
+    if not path.exists():
+        return None
+    parser, shown = _parser(), []
+    tokens = parser.parse(path.read_text(encoding="utf-8"))
+    kinds = [token.type for token in tokens]
+    if "table_open" in kinds:
+        shown += tokens[kinds.index("table_open"):kinds.index("table_close") + 1]
+    pictures = [token for token in tokens if any(
+        child.type == "image" for child in token.children or ())]
+    return parser.renderer.render(shown + pictures[:1], parser.options, {"folder": folder})
+
+
+def _parser() -> MarkdownIt:
+    """Markdown to HTML with pictures inside, in which HTML is text."""
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    parser.add_render_rule("image", _image)
+    parser.add_render_rule("table_open", lambda *_: '<div class="wide"><table>')
+    parser.add_render_rule("table_close", lambda *_: "</table></div>")
+    return parser
 
 
 def _image(_: RendererHTML, tokens: Sequence[Token], number: int, __: Any,

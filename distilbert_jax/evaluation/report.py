@@ -7,13 +7,17 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from distilbert_jax.machine.progress import bar
 from distilbert_jax.training.losses import LOSSES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _CALL: contextvars.ContextVar[str] = contextvars.ContextVar("call", default="")
 UNKNOWN = 0.03  # share of unknown tokens that is warned of
@@ -24,6 +28,12 @@ COLUMNS = ("model", "layers", "parameters", "size [MB]", "top-1 [%]", "95 % inte
 def count_parameters(params: dict[str, Any]) -> int:
     """Numbers in a nested dict of arrays."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def describe_params(params: dict[str, Any]) -> str:
+    """How deep and how large a model is, in words."""
+    layers = len(params["layers"])
+    return (f"{layers} layer{'s' * (layers != 1)} with {count_parameters(params):,} parameters")
 
 
 def model_row(
@@ -85,18 +95,11 @@ def plot(
         path: of the picture.
         title: of it.
     """
-    from matplotlib.figure import Figure  # not pyplot, which belongs to the notebook
-
     names = {"train_loss": "total"} | {f"train_{name}": name for name in LOSSES}
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure, left, right = _two_axes()
     for key, label in names.items():
-        points = [(m["tokens_seen"], m[key]) for m in metrics if key in m]
-        if points:
-            left.plot(*zip(*points, strict=True), label=label, linewidth=1)
-    left.set(xlabel="tokens seen", ylabel="training loss [nats; weighted total]", yscale="log")
-    if left.lines:  # a run that was stopped early has logged no update
-        left.legend()
+        _draw(left, metrics, key, label)
+    left.set_ylabel("training loss [nats; weighted total]")
     held = [m for m in metrics if "top1" in m and m["tokens_seen"] < end["tokens_seen"]] + [end]
     what = "retention" if all("retention" in m for m in held) else "top1"
     right.plot([m["tokens_seen"] for m in held], [100 * m[what] for m in held],
@@ -106,12 +109,57 @@ def plot(
     error = [[max(0.0, 100 * (end[what] - low))], [max(0.0, 100 * (high - end[what]))]]
     right.errorbar(end["tokens_seen"], 100 * end[what], yerr=error, fmt="s", capsize=3,
                    label=f"at its end: all {rows[1]:,} rows, with the 95 % interval")
-    right.legend()
-    right.set(xlabel="tokens seen", ylabel={
-        "retention": "held-out top-1, student / teacher [%]",
-        "top1": "held-out masked tokens guessed right [%]"}[what])
+    right.set_ylabel({"retention": "held-out top-1, student / teacher [%]",
+                      "top1": "held-out masked tokens guessed right [%]"}[what])
+    _save(figure, path, title)
+
+
+def plot_runs(
+    runs: Mapping[str, list[dict[str, int | float]]], held_out: tuple[str, str], path: Path,
+    title: str,
+) -> None:
+    """Draw the training loss of some runs, and one of their held-out figures, over tokens seen.
+
+    Args:
+        runs: name → lines of its log.
+        held_out: the figure's name in these lines, and what is written beside the axis.
+        path: of the picture.
+        title: of it.
+    """
+    figure, left, right = _two_axes()
+    for name, metrics in runs.items():
+        _draw(left, metrics, "train_loss", name)
+        _draw(right, metrics, held_out[0], name, marker="o", markersize=3)
+    left.set_ylabel("training loss")
+    right.set_ylabel(held_out[1])
+    _save(figure, path, title)
+
+
+def _two_axes() -> tuple["Figure", "Axes", "Axes"]:
+    """A picture of two plots over the tokens seen; the left one, of losses, is logarithmic."""
+    from matplotlib.figure import Figure  # not pyplot, which belongs to the notebook
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.set_yscale("log")
     for axes in (left, right):
+        axes.set_xlabel("tokens seen")
         axes.grid(alpha=0.3)
+    return figure, left, right
+
+
+def _draw(axes: "Axes", metrics: list[dict[str, int | float]], key: str, label: str,
+          **style: Any) -> None:
+    """Draw a figure of the log, if it is in there, over the tokens seen."""
+    points = [(m["tokens_seen"], m[key]) for m in metrics if key in m]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label, linewidth=1, **style)
+
+
+def _save(figure: "Figure", path: Path, title: str) -> None:
+    for axes in figure.axes:
+        if axes.lines:  # a run that was stopped early has logged no update
+            axes.legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
 
@@ -121,7 +169,8 @@ def held_out_line(figures: Mapping[str, Any]) -> str:
     line = (f"held-out top-1 {_with_ends(figures, 'top1')}, perplexity "
             f"{figures['perplexity']:.3f}")
     if "kl" in figures:
-        line += f"; teacher {figures['teacher_top1']:.2%}, retention {retention(figures)}"
+        line += (f"; teacher {figures['teacher_top1']:.2%}, retention {retention(figures)}; KL "
+                 f"{figures['kl']:.4f} nats")
     return line
 
 

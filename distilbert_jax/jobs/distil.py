@@ -26,6 +26,7 @@ from distilbert_jax.export.card import card, held_out_results
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.export.predict import fill_mask
 from distilbert_jax.jobs.kept_layers import check_kept, kept_layers
+from distilbert_jax.jobs.provenance import next_steps, note_call, provenance
 from distilbert_jax.jobs.setup import (
     EVALUATION_ROWS,
     Setup,
@@ -130,6 +131,7 @@ def _distil(config: DistilConfig, given: list[hub.Pretrained], own: dict[str, An
     if config.kept_maskings:
         states = TeacherStates(setup, assembly, teachers)
         batches = None if config.finish or states.finished() else states.batches(start)
+    note_call(config.output)
     trained, updates = setup.train(assembly, start, teachers, "distil", batches)
 
     folder = store.local(config.output) / "student"
@@ -154,7 +156,17 @@ def _distil(config: DistilConfig, given: list[hub.Pretrained], own: dict[str, An
             if config.ship:
                 ship_held_out(folder, setup)
                 store.upload(config.output, "student")
+            print(next_steps(*_next(config)))
     return folder
+
+
+def _next(config: DistilConfig) -> list[list[str]]:
+    """Commands that take the student on."""
+    model = ["--model", store.join(config.output, "student")]
+    texts = ["--evaluate", *config.valid] if config.valid and not config.text_field else []
+    ship = [] if config.ship else [["ship", *model, *texts]]
+    # compare.py reads folders of this machine.
+    return ship + ([] if store.is_remote(config.output) else [["compare", config.output]])
 
 
 def _figures(student: Judged, alone: dict[str, Judged]) -> dict[str, dict[str, Any]]:
@@ -294,6 +306,7 @@ def _write_report(
                f"latency {speed['teacher'] / speed['student']:.2f} times lower.")
     if whole is None:
         against += f" Retention is {report.retention(last)}."
+    against += _ahead(config, last)
     metrics = read_metrics(config.output, updates)
     setup.plot(last, updates, f"{report.names(config.teacher)} → student")
     example = _example(setup, models)
@@ -322,11 +335,26 @@ def _write_report(
     write_report(
         output, f"# Distillation of {report.names(config.teacher)}\n\n{text}\n\n{against}\n\n"
         f"{where}\n\n![losses](losses.png)\n\n{chosen}## Fill-mask\n\n{example}\n\n"
-        f"## Provenance\n\n`{report.call()}`\n\n{report.versions()}\n")
+        f"{provenance(config)}")
     plot, page, folder = (store.join(config.output, name) for name in (
         "losses.png", "report.html", "student"))
     print(f"\n{text}\n\n{against}\n{where}\n\n{example}\n\nplot: {plot}\nreport: {page}\n"
           f"student: {folder}")
+
+
+def _ahead(config: DistilConfig, student: dict[str, Any]) -> str:
+    """Why a student can be better than its teacher, where it is; else ""."""
+    ahead = [what for what, better in (
+        ("retention is above 100 %", student.get("retention", 0) > 1),
+        ("perplexity is below its teacher's", student["perplexity"] < student["teacher_perplexity"])
+    ) if better]
+    if not ahead:
+        return ""
+    labels = f", with its hidden tokens as labels (--alpha-mlm {config.alphas['mlm']:g})" if (
+        config.alphas.get("mlm")) else ""
+    return (f" The student's {' and its '.join(ahead)}: it was trained on this corpus{labels}, "
+            "while the teacher stayed as it was; and perplexity, unlike top-1, counts how sure a "
+            "model is where it is wrong.")
 
 
 def _example(setup: Setup, models: dict[str, tuple[nnx.GraphDef, dict[str, Any]]]) -> str:

@@ -5,6 +5,7 @@ here, and is left as a folder for sentence-transformers.
 """
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,14 +20,14 @@ from distilbert_jax.data.examples import Examples, Grid
 from distilbert_jax.data.sentences import RULE, Sentences
 from distilbert_jax.embed_config import EmbedConfig
 from distilbert_jax.errors import UserError
-from distilbert_jax.evaluation import report
 from distilbert_jax.evaluation.similarity import Embedder, cosines
 from distilbert_jax.export.sentence_folder import export_sentence
 from distilbert_jax.jobs import embed_report
 from distilbert_jax.jobs.kept_layers import kept_layers
+from distilbert_jax.jobs.provenance import next_steps, note_call
 from distilbert_jax.jobs.sentence_data import Pairs, read_all_pairs, read_titles
 from distilbert_jax.jobs.sentence_model import Named, cut_to, on_devices, own_start
-from distilbert_jax.jobs.setup import check_folder
+from distilbert_jax.jobs.setup import check_folder, models_of_plan, place_of_plan, standing
 from distilbert_jax.jobs.ship import check_ship, ship_exported
 from distilbert_jax.jobs.task_data import warn_of_unknown
 from distilbert_jax.jobs.teacher_vectors import vectors_once
@@ -38,16 +39,16 @@ from distilbert_jax.machine.seal import fingerprint
 from distilbert_jax.machine.sharding import first_process_first, make_mesh, to_host
 from distilbert_jax.models import student
 from distilbert_jax.training.assemble import Assembly, assemble
-from distilbert_jax.training.checkpoint import refuse_other_run
+from distilbert_jax.training.checkpoint import refuse_other_run, refuse_to_finish
 from distilbert_jax.training.objective import Objective
-from distilbert_jax.training.train import Run, train
+from distilbert_jax.training.train import Run, saved, train
 
 if TYPE_CHECKING:
     from distilbert_jax.jobs.sentence_data import Titles
 
 RATE, WIDTH = 5e-4, 768  # of the learning rate; narrower models take more, as in finetune
 SAMPLE = 512  # sentences on which layers are chosen
-SHOWN, JUDGED = 500, 2000  # held-out sentences that are judged while training, and in the end
+JUDGED = 2000  # held-out sentences that are judged in the end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +104,8 @@ def embed(config: EmbedConfig) -> Path:
 
 
 def _check(config: EmbedConfig, teacher: Named, start: Named) -> None:
-    """Raise a UserError for losses that do not fit the models, or files that would be lost."""
+    """Raise a UserError for losses that do not fit the models, files that would be lost, or a
+    --finish without a checkpoint."""
     if not config.normalize and teacher.facts.described:
         raise UserError(f"{config.teacher} has a modules.json, which says whether its vectors are "
                         "scaled: leave out --no-normalize")
@@ -111,6 +113,8 @@ def _check(config: EmbedConfig, teacher: Named, start: Named) -> None:
     if objective.mapped and not teacher.reads_as(start):
         raise UserError(f"--alpha-{objective.mapped[0]} compares states token by token, and "
                         "--student has another tokenizer, prompt or length than --teacher: give 0")
+    if config.finish:
+        refuse_to_finish(config.output, config.finish)
     for made in ("student", *embed_report.FILES):
         check_folder(config.output, made, "metrics.jsonl",
                      {"--teacher": config.teacher, "--student": config.student})
@@ -128,6 +132,7 @@ def _distil(job: Job, layers: list[int]) -> Path:
         "--teacher": fingerprint(job.teacher.params), "--student": fingerprint(start.params),
         "--corpus": job.sentences.digest, "tokenizer": start.tokens}
     refuse_other_run(config.output, settings)
+    note_call(config.output)
     examples = start.examples(job.sentences.train, config.max_length)
     warn_of_unknown("--corpus", examples, start.tokenizer)
     given = _teacher_vectors(job, examples)
@@ -135,27 +140,31 @@ def _distil(job: Job, layers: list[int]) -> Path:
     assembly = assemble(config, start.family, start.shape, [job.teacher.shape], job.mesh, steps)
     grid = Grid(examples, config.batch_size, steps, config.seed,
                 job.mesh.shape["data"] * config.accumulate, given)
-    say(f"{len(layers)} layers with {report.count_parameters(start.params):,} parameters; "
-        f"{steps:,} updates of {config.batch_size} sentences of {examples.lengths.mean():.1f} "
-        f"tokens on average, {examples.cut:,} of which are cut; rows are "
-        f"{grid.filled(min(steps, 100)):.0%} full; learning rate {config.learning_rate:.2g}; "
-        f"{assembly.dtype}")
+    say(f"embed: {models_of_plan(start.params, job.teacher.params)}; {steps:,} updates of "
+        f"{config.batch_size} sentences, {steps * config.batch_size / len(examples):.1f} passes "
+        f"over {len(examples):,} of {examples.lengths.mean():.1f} tokens on average, "
+        f"{examples.cut:,} of which are cut; rows are {grid.filled(min(steps, 100)):.0%} full; "
+        f"learning rate {config.learning_rate:.2g}; {place_of_plan(assembly)}")
     run = Run(config=config, steps=steps, settings=settings, output=config.output, batches=grid,
               vocabulary=None, label="embed", assembly=assembly,
-              evaluate=_evaluator(job, assembly, start), describe=embed_report.line)
+              evaluate=_evaluator(job, assembly, start),
+              describe=functools.partial(embed_report.line, len(job.sentences.valid)))
     teachers = {}
     if assembly.teacher_graphs:
         teachers = assembly.place(assembly.teachers(job.teacher.params))
-    state = train(run, assembly.init(assembly.cast(start.params)), teachers)
+    state = assembly.init(assembly.cast(start.params))
+    state = saved(run, state, config.finish) if config.finish else train(run, state, teachers)
     trained = dataclasses.replace(start, params=to_host(state.params["student"]))
-    return _leave(job, start, trained, layers)
+    return _leave(job, start, trained, layers, (int(state.step), steps))
 
 
-def _leave(job: Job, start: Named, trained: Named, layers: list[int]) -> Path:
-    """Judge, report and export."""
+def _leave(job: Job, start: Named, trained: Named, layers: list[int], updates: tuple[int, int]
+           ) -> Path:
+    """Judge, report and export; `updates` are those of the student, and those of the run."""
     folder, facts = Path(job.config.output) / "student", trained.facts
     origin = (f"It started as `{Path(job.config.student).name}`." if job.config.student else
               f"It started as the teacher's layers {', '.join(map(str, layers))}.")
+    origin = f"{origin} {standing(job.config.finish, *updates)}".rstrip()
     models = {"teacher": job.teacher, "untrained": start, "student": trained}
     trial = (job.sentences.valid[:JUDGED], job.pairs, job.titles)
     encode = embed_report.encoders(job.config, job.mesh, models)
@@ -168,14 +177,24 @@ def _leave(job: Job, start: Named, trained: Named, layers: list[int]) -> Path:
                 folder, trained.params, trained.shape, trained.family, trained.tokenizer,
                 embed_report.model_card(job.config, found, origin), facts.max_length,
                 facts.modules.prompts, facts.modules.default_prompt)
-            embed_report.write(job.config, found, origin)
+            embed_report.write(job.config, found, origin, updates[0])
             if job.config.ship:
                 ship_exported(folder, of_sentences(
                     trained.examples(job.sentences.valid, job.config.max_length)))
                 embed_report.write(job.config, embed_report.with_int8(
                     found, folder, job.config.max_length, trained, encode["teacher"], *trial),
-                    origin)
+                    origin, updates[0])
+            if commands := _next(job.config):
+                print(next_steps(*commands))
     return folder
+
+
+def _next(config: EmbedConfig) -> list[list[str]]:
+    """Commands that take the student on."""
+    pairs = ["--evaluate", *config.sts] if config.sts else []
+    ship = ["ship", "--model", str(Path(config.output, "student")), *pairs]
+    # compare.py shows what the students do on scored pairs.
+    return ([] if config.ship else [ship]) + ([["compare", config.output]] if pairs else [])
 
 
 def _teacher_vectors(job: Job, examples: Examples) -> np.ndarray:
@@ -228,7 +247,7 @@ def _choose_layers(job: Job, count: int) -> list[int]:
 
 def _evaluator(job: Job, assembly: Assembly, start: Named) -> Any:
     """A function from parameters to figures on held-out sentences and scored pairs."""
-    held = job.sentences.valid[:SHOWN]
+    held = job.sentences.valid[:embed_report.SHOWN]
     theirs = on_devices(job.config, job.mesh, job.teacher)(
         job.teacher.examples(held, job.config.max_length), "teacher")
     examples = start.examples(held, job.config.max_length)

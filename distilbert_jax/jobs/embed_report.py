@@ -28,22 +28,25 @@ from distilbert_jax.evaluation.similarity import (
 from distilbert_jax.export import predict
 from distilbert_jax.export.card import Result, card
 from distilbert_jax.export.onnx_runtime import OnnxModel
+from distilbert_jax.jobs.provenance import provenance
 from distilbert_jax.jobs.sentence_data import Encode, Pairs, Titles
 from distilbert_jax.jobs.sentence_model import Named, on_devices
 from distilbert_jax.machine import seal
 from distilbert_jax.machine.progress import say
 from distilbert_jax.models.encoder import graphdef
 from distilbert_jax.task_config import EvaluateConfig
+from distilbert_jax.training.metrics_log import read_metrics
 
-FILES = ("metrics.json", *REPORTS)
+FILES = ("metrics.json", "losses.png", *REPORTS)
 NAMES = {"teacher": "teacher", "untrained": "student, untrained", "student": "student, trained",
          "static": "static vectors (model2vec)", "int8": "student, trained, int8 in ONNX Runtime"}
+SHOWN = 500  # held-out sentences that are judged while training
 LENGTHS, ROWS = (16, 128), 32  # tokens and sentences of the batches that are timed
 
 
-def line(figures: dict[str, float]) -> str:
-    """Figures in words, for the terminal while training."""
-    return "held out " + ", ".join(
+def line(sentences: int, figures: dict[str, float]) -> str:
+    """Figures in words, for the terminal while training, of so many sentences or the first."""
+    return f"held out ({min(SHOWN, sentences):,} of {sentences:,} sentences) " + ", ".join(
         f"{name.replace('_', ' ')} {value:.4f}" for name, value in figures.items())
 
 
@@ -267,8 +270,8 @@ def model_card(config: EmbedConfig, found: dict[str, Any], origin: str) -> str:
                 corpus=config.corpus)
 
 
-def write(config: EmbedConfig, found: dict[str, Any], origin: str) -> None:
-    """Write metrics.json and the report, and print the table."""
+def write(config: EmbedConfig, found: dict[str, Any], origin: str, updates: int) -> None:
+    """Write metrics.json and the report of a student after so many updates, and print the table."""
     output, table = Path(config.output), _table(found)
     seal.write_json(output / "metrics.json", found | {"versions": report.versions()})
     where = (f"{origin} Spearman's correlation of cosines with people's scores, and recall@10, in "
@@ -277,8 +280,10 @@ def write(config: EmbedConfig, found: dict[str, Any], origin: str) -> None:
              f"{config.max_length} tokens. Speed: batches of {ROWS} in float32, without the "
              "tokenizer (static vectors: with theirs).")
     more = _search_table(found["retrieval"]) if "retrieval" in found else ""
+    report.plot_runs({"student": read_metrics(output, updates)},
+                     ("cosine", "cosine to the teacher's vectors, held out"),
+                     output / "losses.png", f"{Path(config.teacher).name} → student")
     write_report(
         output, f"# A smaller encoder in the space of {Path(config.teacher).name}\n\n{table}\n\n"
-        f"{where}{more}\n\n## Provenance\n\n`{report.call()}`\n\n"
-        f"{report.versions()}\n")
+        f"{where}\n\n![losses](losses.png){more}\n\n{provenance(config)}")
     print(f"\n{table}\n\n{where}\n\nmodel: {output / 'student'}\nreport: {output / 'report.html'}")

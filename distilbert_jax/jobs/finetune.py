@@ -5,6 +5,7 @@ where it was stopped and is not trained again once it is complete.
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -13,14 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 
+from distilbert_jax.config import flag
 from distilbert_jax.data.examples import Grid
 from distilbert_jax.data.tokenize import load_tokenizer, spec
 from distilbert_jax.errors import UserError
-from distilbert_jax.evaluation import answers, report
+from distilbert_jax.evaluation import answers
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.jobs import task_report
 from distilbert_jax.jobs.lessons import Lessons, check_output, choose_layers, lessons_of
-from distilbert_jax.jobs.setup import check_folder
+from distilbert_jax.jobs.provenance import next_steps, note_call
+from distilbert_jax.jobs.setup import check_folder, models_of_plan, place_of_plan
 from distilbert_jax.jobs.ship import check_ship, ship_exported
 from distilbert_jax.jobs.task_data import read_task
 from distilbert_jax.jobs.task_model import (
@@ -49,7 +52,6 @@ from distilbert_jax.training.train import Run, train
 # Of a model as wide as BERT-base (Devlin et al. 2019, appendix A.3); narrower ones take more, as
 # Adam's rate falls with the width (Yang et al. 2022, "Tensor Programs V", table 8).
 RATE, WIDTH = 5e-5, 768
-SHOWN = 1000  # examples that are judged while training
 # Settings that a training without a teacher does not depend on.
 OF_TEACHING = ("--distil", "--student-layers", "--choose", "--temperature", "--hidden-map",
                "--augment")
@@ -128,6 +130,7 @@ def _compare(job: Job, start: hub.Pretrained, teacher: hub.Pretrained | None, la
              ) -> Path:
     """Train every model of the comparison, for every seed, and report."""
     config, runs = job.config, {}
+    note_call(config.output)
     if config.distil:
         whole = list(range(start.config.num_hidden_layers))
         runs["teacher"] = [_train(job, start, whole, config.seed, "teacher")]
@@ -154,7 +157,20 @@ def _compare(job: Job, start: hub.Pretrained, teacher: hub.Pretrained | None, la
             task_report.write(config, job.task, runs, main)
             if config.ship:
                 ship_exported(output / "model", of_task(job.task, job.task.labels, job.task.name))
+            print(next_steps(*_next(config)))
     return output / "model"
+
+
+def _next(config: FinetuneConfig) -> list[list[str]]:
+    """Commands that take the model on."""
+    labelled = []
+    if config.dev:
+        labelled = ["--evaluate", *config.dev]
+        for name in ("task", "text", "label"):
+            if value := getattr(config, name):
+                labelled += [flag(name), *([value] if isinstance(value, str) else value)]
+    ship = ["ship", "--model", str(Path(config.output, "model")), *labelled]
+    return ([] if config.ship else [ship]) + [["compare", config.output]]
 
 
 def _train(job: Job, source: hub.Pretrained, layers: list[int], seed: int, role: str,
@@ -178,12 +194,12 @@ def _train(job: Job, source: hub.Pretrained, layers: list[int], seed: int, role:
         run = Run(
             config=config, steps=steps, settings=settings, output=config.output, batches=grid,
             vocabulary=None, label=role, assembly=assembly, evaluate=_evaluator(job, assembly),
-            describe=task_report.line)
-        say(f"{role}, seed {config.seed}: {len(layers)} layers with "
-            f"{report.count_parameters(params):,} parameters; {steps:,} updates of "
-            f"{config.batch_size} examples, {steps * config.batch_size / len(examples):.1f} passes "
-            f"over {len(examples):,}; rows are {grid.filled(min(steps, 100)):.0%} full; learning "
-            f"rate {config.learning_rate:.2g}; {assembly.dtype}")
+            describe=functools.partial(task_report.line, len(job.task.parts["dev"])))
+        teachers = [lessons.teacher.params] if lessons else []
+        say(f"{role}, seed {config.seed}: {models_of_plan(params, *teachers)}; {steps:,} updates "
+            f"of {config.batch_size} examples, {steps * config.batch_size / len(examples):.1f} "
+            f"passes over {len(examples):,}; rows are {grid.filled(min(steps, 100)):.0%} full; "
+            f"learning rate {config.learning_rate:.2g}; {place_of_plan(assembly)}")
         done = _trained(job, run, source, shape, params, lessons)
     elif not (folder / "model").is_dir():
         raise UserError(f"{folder / 'model'} is gone: remove {folder}, and it is trained again")
@@ -241,7 +257,7 @@ def _trained(job: Job, run: Run, source: hub.Pretrained, shape: EncoderConfig,
 def _evaluator(job: Job, assembly: Assembly) -> Any:
     """A function from parameters to figures on the dev part, or on a sample of it."""
     part = job.task.parts["dev"]
-    some = np.sort(np.random.default_rng(0).permutation(len(part))[:SHOWN])
+    some = np.sort(np.random.default_rng(0).permutation(len(part))[:task_report.SHOWN])
     examples = part.examples.some(some)
     truth = [part.truth[i] for i in some]
 

@@ -75,7 +75,7 @@ class Setup:
         run = Run(
             config=config, steps=self.steps, settings=self.settings,
             output=config.output, vocabulary=self.vocabulary, batches=batches or self.batches,
-            label=label, assembly=assembly, describe=report.held_out_line,
+            label=label, assembly=assembly, describe=self._describe,
             evaluate=self.evaluator(assembly.eval_step, teachers, EVALUATION_ROWS))
         if config.finish:
             state = saved(run, assembly.init(start), config.finish)
@@ -91,35 +91,33 @@ class Setup:
 
     def plot(self, end: Mapping[str, Any], updates: int, title: str) -> None:
         """Draw OUTPUT/losses.png: the log of so many updates, and the figures `end` on all rows."""
-        rows = len(self.data.valid)
         report.plot(
             read_metrics(self.config.output, updates),
             {"tokens_seen": self.batches.tokens_before(updates), **end},
-            (min(EVALUATION_ROWS, rows), rows), store.local(self.config.output) / "losses.png",
-            title)
+            self._rows_judged, store.local(self.config.output) / "losses.png", title)
+
+    def _describe(self, figures: Mapping[str, Any]) -> str:
+        """Figures of an evaluation while training, in words."""
+        return report.held_out_line(figures) + " ({:,} of {:,} rows)".format(*self._rows_judged)
+
+    @property
+    def _rows_judged(self) -> tuple[int, int]:
+        """Held-out rows that are judged while training, and all that there are."""
+        rows = len(self.data.valid)
+        return min(EVALUATION_ROWS, rows), rows
 
     def standing(self, updates: int) -> str:
         """A sentence on a model after so many updates, if they are not all of them; else ""."""
-        if updates >= self.steps:
-            return ""
-        which = {"last": "its last checkpoint",
-                 "best": "its checkpoint with the lowest held-out loss"}[self.config.finish]
-        return f"The run is not at its end: this is update {updates:,} of {self.steps:,}, {which}."
+        return standing(self.config.finish, updates, self.steps)
 
     def _plan(self, assembly: Assembly, start: dict[str, Any], teachers: dict[str, Any],
               label: str) -> str:
         """What will be done, with what, where, in one line."""
-        *taught, own = (
-            f"{len(each['layers'])} layers with {report.count_parameters(each):,} parameters"
-            for each in (*teachers.values(), start))
-        models = f"{' + '.join(taught)} → {own}" if taught else own
         config, rows = self.config, len(self.data.train)
         passes = self.steps * config.batch_size / rows
-        devices = assembly.mesh.devices.flat
-        return (f"{label}: {models}; {self.steps:,} updates of {config.batch_size} "
-                f"rows of {config.sequence_length} tokens, {passes:.1f} passes over {rows:,} rows; "
-                f"{assembly.dtype} on {len(devices)} x "
-                f"{devices[0].device_kind}, into {config.output}")
+        return (f"{label}: {models_of_plan(start, *teachers.values())}; {self.steps:,} updates of "
+                f"{config.batch_size} rows of {config.sequence_length} tokens, {passes:.1f} passes "
+                f"over {rows:,} rows; {place_of_plan(assembly)}")
 
     def evaluator(
         self, eval_step: Callable[..., dict[str, jax.Array]], teachers: dict[str, Any],
@@ -137,6 +135,28 @@ class Setup:
         """Held-out figures on all rows, and the counts of each row."""
         return held_out_rows(eval_step, params, teachers, self.vocabulary, self.data.valid,
                              self.mesh)
+
+
+def standing(finish: str, updates: int, steps: int) -> str:
+    """A sentence on a model that --finish took after some of a run's updates; "" after all."""
+    if updates >= steps:
+        return ""
+    which = {"last": "its last checkpoint",
+             "best": "its checkpoint with the lowest held-out loss"}[finish]
+    return f"The run is not at its end: this is update {updates:,} of {steps:,}, {which}."
+
+
+def models_of_plan(own: dict[str, Any], *teachers: dict[str, Any]) -> str:
+    """The models of a run by their parameters, for the line that says what it will do."""
+    taught = " + ".join(map(report.describe_params, teachers))
+    return f"{taught} → {report.describe_params(own)}" if taught else report.describe_params(own)
+
+
+def place_of_plan(assembly: Assembly) -> str:
+    """Where a run computes and what it writes to, for the line that says what it will do."""
+    devices = assembly.mesh.devices.flat
+    return (f"{assembly.dtype} on {len(devices)} x {devices[0].device_kind}, into "
+            f"{assembly.config.output}")
 
 
 def check_job(

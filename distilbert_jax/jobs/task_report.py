@@ -12,6 +12,7 @@ from distilbert_jax.evaluation.page import FILES as REPORTS
 from distilbert_jax.evaluation.page import write_report
 from distilbert_jax.evaluation.report import between
 from distilbert_jax.export.card import Result, card
+from distilbert_jax.jobs.provenance import provenance
 from distilbert_jax.machine import seal
 from distilbert_jax.models.encoder import graphdef
 from distilbert_jax.training.metrics_log import read_metrics
@@ -23,15 +24,17 @@ if TYPE_CHECKING:
 
 COLUMNS = ("model", "layers", "parameters", "score", "min to max", "95 % interval", "retention",
            "latency [ms]")
+SHOWN = 1000  # dev examples that are judged while training
 FILES = ("metrics.json", "predictions.tsv", "test_predictions.tsv", "submission.tsv",
-         "confusion.png", "calibration.png", *REPORTS)
+         "confusion.png", "calibration.png", "losses.png", *REPORTS)
 NAMES = {"teacher": "teacher", "plain": "student, fine-tuned plainly",
          "distilled": "student, distilled", "model": "model"}
 
 
-def line(figures: dict[str, float]) -> str:
-    """Figures in words, for the terminal while training."""
-    return "dev " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+def line(examples: int, figures: dict[str, float]) -> str:
+    """Figures in words, for the terminal while training, of so many dev examples or a sample."""
+    return f"dev ({min(SHOWN, examples):,} of {examples:,} examples) " + ", ".join(
+        f"{name} {value:.4f}" for name, value in figures.items())
 
 
 def seconds(folder: Path) -> float:
@@ -132,11 +135,19 @@ def write(config: "FinetuneConfig", task: "TaskInput", runs: dict[str, list["Tra
         where += f" Temperature {config.temperature}."
     (output / "model" / "README.md").write_text(
         model_card(task, main, config, judged["dev"]), encoding="utf-8", errors="replace")
+    plot_losses(task, runs, output / "losses.png")
     write_report(
-        output, f"# {task.name}\n\n{table}\n\n{words}\n\n{where}{detail}\n\n## Provenance\n\n"
-        f"`{report.call()}`\n\n{report.versions()}\n")
+        output, f"# {task.name}\n\n{table}\n\n{words}\n\n{where}\n\n![losses](losses.png){detail}"
+        f"\n\n{provenance(config)}")
     print(f"\n{table}\n\n{words}\n{where}\n\nmodel: {output / 'model'}\nreport: "
           f"{output / 'report.html'}\nanswers: {output / 'predictions.tsv'}")
+
+
+def plot_losses(task: "TaskInput", runs: dict[str, list["Trained"]], path: Path) -> None:
+    """Draw how each model was trained; of several seeds, the first."""
+    metric = task.task.metrics[0]
+    logs = {NAMES[role]: read_metrics(own[0].folder) for role, own in runs.items()}
+    report.plot_runs(logs, (metric, f"{METRICS[metric].text}, dev"), path, task.name)
 
 
 def _judge(task: "TaskInput", part: str, runs: dict[str, list["Trained"]]) -> dict[str, Any]:

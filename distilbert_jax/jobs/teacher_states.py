@@ -19,7 +19,7 @@ import optax
 from distilbert_jax.config import DistilConfig
 from distilbert_jax.data.batches import read
 from distilbert_jax.data.kept_states import KeptStates, TaughtBatches
-from distilbert_jax.errors import UserError
+from distilbert_jax.errors import Interrupted, UserError
 from distilbert_jax.jobs.kept_parts import KeptParts
 from distilbert_jax.jobs.setup import Setup
 from distilbert_jax.jobs.task_model import read_json
@@ -36,7 +36,6 @@ from distilbert_jax.machine.sharding import (
 )
 from distilbert_jax.training.assemble import Assembly
 from distilbert_jax.training.losses import LOSSES
-from distilbert_jax.training.train import Interrupted
 
 PART_BYTES = 2**26  # of a file, at most, if a row is not larger
 NAME = "states.json"  # in OUTPUT: what was measured of them

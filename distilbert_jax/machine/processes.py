@@ -127,10 +127,16 @@ class StopSignal:
 
     One of several processes may get the signal alone, or earlier than another, but all have to
     stop at the same update. So at every update the largest flag of all processes is computed.
+
+    Python's handlers wait while the main thread is in compiled code, which the compilation of an
+    update keeps it in for minutes. So the signal is answered by a thread that the system's own
+    handler wakes.
     """
 
     def __init__(self, mesh: Mesh):
+        self.unsaved = 0  # updates that a second signal loses
         self._signal = 0
+        self._again = False  # a second one came before Python could handle the first
         self._sharding = one_each(mesh)
         self._largest = jax.jit(jnp.max, out_shardings=replicated(mesh))
         self._asked: jax.Array | None = None
@@ -140,12 +146,22 @@ class StopSignal:
         mine = threading.current_thread() is threading.main_thread()
         self._before = {number: signal.signal(number, self._note)
                         for number in (signal.SIGINT, signal.SIGTERM) if mine}
+        if mine:
+            numbers, self._wake = os.pipe()
+            os.set_blocking(self._wake, False)
+            self._woken = signal.set_wakeup_fd(self._wake)
+            self._answers = threading.Thread(target=self._answer, args=(numbers,), daemon=True)
+            self._answers.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._before:
+            signal.set_wakeup_fd(self._woken)
+            os.close(self._wake)
+            self._answers.join()
 
     def asked(self) -> bool:
         """Whether to stop now; each of several processes must call it after every update.
@@ -163,5 +179,20 @@ class StopSignal:
     def _note(self, number: int, _: object) -> None:
         self._signal = number
         signal.signal(number, self._before[number])  # a second one acts at once
-        # Not by print, which this may have interrupted.
-        os.write(2, b"\nstopping after this update, to save; a second signal stops at once\n")
+        if self._again:
+            signal.raise_signal(number)
+
+    def _answer(self, numbers: int) -> None:
+        """Say what the first signal whose number comes through this pipe will do; see a second."""
+        answered = False
+        with open(numbers, "rb", buffering=0) as pipe:
+            while number := pipe.read(1):
+                if number[0] not in self._before:
+                    continue
+                if not answered:
+                    answered = True
+                    lost = f"lose {self.unsaved:,} update{'s' * (self.unsaved != 1)}"
+                    os.write(2, ("\nstopping after this update, to save; press again to "
+                                 f"{lost if self.unsaved else 'save nothing'}\n").encode())
+                elif not self._signal:
+                    self._again = True

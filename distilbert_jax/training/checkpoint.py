@@ -68,6 +68,7 @@ class Checkpoints:
             self._folder = self._folder.absolute()
         self._settings = json.loads(json.dumps(settings))
         self._keep, self._on_save_error = keep, on_save_error
+        self.newest = 0  # update of the newest sound one, as far as this process knows; 0: none
         self._saving: tuple[int, threading.Thread] | None = None
         self._error: Exception | None = None
         try:
@@ -90,6 +91,9 @@ class Checkpoints:
                 raise
             say(str(unsaved))  # the first error is the one to end with
         finally:
+            if isinstance(error, KeyboardInterrupt):
+                error.add_note(f"the same command goes on from update {self.newest}" if self.newest
+                               else "no update is saved: the same command trains from the first")
             self._orbax.close()
 
     @property
@@ -160,6 +164,7 @@ class Checkpoints:
         step = self._newest_sound()
         if step is None:
             return None
+        self.newest = step
         if best:
             step = _best(_folders(self._folder))  # all of them are sound now
             if step is None:
@@ -218,6 +223,7 @@ class Checkpoints:
                     new.rename(self._folder / str(step))
                     store.sync(self._folder)
                 self._prune()
+            self.newest = step
         except Exception as error:
             self._error = error
 

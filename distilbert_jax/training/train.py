@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from distilbert_jax.config import LoopConfig
 from distilbert_jax.data.batches import Batches, Prefetch
-from distilbert_jax.errors import UserError
+from distilbert_jax.errors import Interrupted, UserError
 from distilbert_jax.machine.processes import StopSignal, Watch
 from distilbert_jax.machine.progress import bar, say
 from distilbert_jax.machine.sharding import (
@@ -31,10 +31,8 @@ from distilbert_jax.training.metrics_log import MetricsLog, fetch_metrics
 from distilbert_jax.training.train_step import TrainState
 
 LOG_EVERY = 10  # updates
-
-
-class Interrupted(Exception):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved its state."""
+# After so many updates without compilation, or seconds of them, the time that is left is said.
+ESTIMATE_UPDATES, ESTIMATE_SECONDS = 20, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +98,7 @@ def train(run: Run, state: TrainState, teachers: dict[str, Any]) -> TrainState:
                 report.flush()  # of the step before, while this one runs
                 report.take(step + 1, metrics)
                 done, figures = step + 1, None
+                stop.unsaved = done - checkpoints.newest
                 stops = stop.asked() and done < run.steps
                 saves = done % config.save_every == 0 or done == run.steps
                 evaluates = saves or done % config.eval_every == 0
@@ -174,6 +173,35 @@ def _stop(checkpoints: Checkpoints, state: TrainState, figures: dict[str, float]
     return f"stopped at update {done} of {run.steps}, {saved}; the same command goes on from there"
 
 
+class _Rest:
+    """Says once how long the rest of a run will take, by the updates after the compiled one."""
+
+    def __init__(self, steps: int):
+        self._steps, self._said = steps, False
+        self._first: tuple[int, float] | None = None  # the compiled one, and the clock at its end
+
+    def estimate(self, step: int) -> None:
+        """Count update `step`, which has just ended."""
+        if self._said:
+            return
+        now, left = time.monotonic(), self._steps - step
+        if self._first is None:
+            self._first = step, now
+        count, seconds = step - self._first[0], now - self._first[1]
+        if left and (count >= ESTIMATE_UPDATES or seconds >= ESTIMATE_SECONDS and count):
+            self._said = True
+            say(f"about {_duration(left * seconds / count)} left: {left:,} updates of "
+                f"{seconds / count:.2g} s")
+
+
+def _duration(seconds: float) -> str:
+    """A time in the largest unit of which it has at least two."""
+    for size, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
 class _Report:
     """Brings the metrics of each step to the host, into the bar and, now and then, into the log."""
 
@@ -181,6 +209,7 @@ class _Report:
         self.skipped = 0  # updates in a row without a finite loss and gradient
         self._run, self._log, self._bar, self._batches = run, log, progress, batches
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._rest = _Rest(run.steps)
 
     def take(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Keep the metrics of update `step`, counted from 1, which may still be being computed."""
@@ -201,6 +230,7 @@ class _Report:
         self._bar.set_postfix_str(f"loss {figures['loss']:.3f}, {rate:,.0f} tokens/s",
                                   refresh=False)
         self._bar.update()
+        self._rest.estimate(step)
         if step % LOG_EVERY == 0 or step == self._run.steps or figures["skipped"]:
             self._log.write(step, {f"train_{name}": value for name, value in figures.items()} | {
                 "waiting": self._batches.waiting()})  # share of the time, for data
