@@ -3,7 +3,7 @@
 Command:   python experiments/run.py --recipe few_layers --teacher ../shared/data/rxn-bert \\
                --corpus ../shared/data/uspto-reactions/train.txt.gz \\
                --valid ../shared/data/uspto-reactions/valid.txt.gz --student-layers 3
-Hardware:  2 CPU cores with AVX512-BF16. Score: 97.1 and 97.2 % of the teacher's top-1, see the README.
+Hardware:  2 CPU cores with AVX512-BF16. Score: 97.1 and 97.2 % of the teacher's top-1.
 
 The teacher reads the corpus once; its states (517 bytes a token, 8.4 GB of this corpus) serve all
 students of one seed: --states DIR. The rate and the optimizer were chosen on documents held out of
