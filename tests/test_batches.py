@@ -1,6 +1,6 @@
 """Batches: a pure function of (seed, step) that drops nothing and restores every segment."""
 
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,10 +98,11 @@ def test_prefetch_raises_where_the_batch_is_taken():
             next(ahead)
 
 
-def test_prefetch_tells_how_long_it_was_waited_for():
-    with batches.Prefetch(lambda _: time.sleep(0.2), range(3)) as ahead:
+def test_prefetch_tells_how_long_it_was_waited_for(monkeypatch):
+    clock = iter([0, 1, 9, 10, 20, 21, 30])  # made; taken from, to, asked; and again
+    monkeypatch.setattr(batches, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with batches.Prefetch(lambda step: step, range(3)) as ahead:
         next(ahead)
-        assert ahead.waiting() > 0.8
-        time.sleep(0.5)
+        assert ahead.waiting() == 8 / 10
         next(ahead)
-        assert ahead.waiting() < 0.2
+        assert ahead.waiting() == 1 / 20

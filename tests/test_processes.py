@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from test_sharding import mesh_of
@@ -13,20 +14,32 @@ from distilbert_jax.machine import processes
 
 
 def test_updates_that_no_longer_come(monkeypatch):
-    lost = []
-    monkeypatch.setattr(processes, "UPDATE_SECONDS", 0.2)
-    monkeypatch.setattr(processes, "give_up", lost.append)
+    """Three come after as long as is allowed; the next one is a second late."""
+    now, lost = [0.0], []
+    waits = iter([processes.UPDATE_SECONDS] * 3 + [processes.UPDATE_SECONDS + 1])
+    monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(processes, "give_up", lambda what: lost.append((what, now[0])))
     monkeypatch.setattr(processes.jax, "process_count", lambda: 2)
+    watch = processes.Watch()
+
+    def wait(_):
+        watch.beat()
+        seconds = next(waits, None)
+        now[0] += seconds or 0
+        return seconds is None
+
+    watch._ended = SimpleNamespace(wait=wait, set=lambda: None)
+    with watch:
+        pass
+    assert lost == [("no update was completed for 1800 s", 4 * processes.UPDATE_SECONDS + 1)]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_watch_ends_with_the_run(number, monkeypatch):
+    monkeypatch.setattr(processes.jax, "process_count", lambda: number)
     with processes.Watch() as watch:
-        for _ in range(30):
-            watch.beat()
-            time.sleep(0.01)
-        assert not lost
-        time.sleep(0.5)
-        assert set(lost) == {"no update was completed for 0.2 s"}
-    ended = len(lost)
-    time.sleep(0.2)
-    assert len(lost) == ended
+        assert watch._thread.is_alive() == (number > 1)
+    assert not watch._thread.is_alive()
 
 
 def test_only_the_loss_of_another_process_is_one(monkeypatch):

@@ -103,14 +103,17 @@ class Watch:
     def __init__(self) -> None:
         self._last = time.monotonic()
         self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
 
     def __enter__(self) -> "Watch":
         if jax.process_count() > 1:
-            threading.Thread(target=self._look, daemon=True).start()
+            self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def beat(self) -> None:
         """Report that an update is completed."""
