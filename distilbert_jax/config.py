@@ -195,6 +195,10 @@ class LoopConfig(Config):
         "tensorboard", "output", "where the figures of metrics.jsonl are shown too: in "
         "OUTPUT/tensorboard, or on Weights & Biases (pip install wandb)",
         choices=("tensorboard", "wandb"), **FREE)
+    finish: str = option(
+        "", "output", "train nothing, and write model and report from the last checkpoint that "
+        "there is, or the best by held-out loss; the run can go on afterwards, by the same command "
+        "without it", choices=("last", "best"), **FREE)
     ship: bool = option(
         False, "output", "also write the model as ONNX, in float32 and int8, each compared with "
         "it on held-out data before it is kept, as `ship` does", **FREE)
@@ -254,10 +258,6 @@ class TrainConfig(LoopConfig, DataConfig):
     output: Word = option(
         "output", "output", "folder for checkpoints, figures and the model; may be gs://BUCKET/NAME",
         **FREE)
-    finish: str = option(
-        "", "output", "train nothing, and write model and report from the last checkpoint that "
-        "there is, or the best by held-out loss; the run can go on afterwards, by the same command "
-        "without it", choices=("last", "best"), **FREE)
 
     MASKING = Masking()
 

@@ -94,11 +94,6 @@ class EmbedConfig(LoopConfig):
     dropout: float = option(
         0.0, "training", "dropout rate in the student, for all kinds of dropout")
 
-    finish: str = option(
-        "", "output", "train nothing, and write student and report from the last checkpoint that "
-        "there is, or the best by held-out loss; the run can go on afterwards, by the same command "
-        "without it", choices=("last", "best"), **FREE)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.teacher:

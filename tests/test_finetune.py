@@ -221,7 +221,8 @@ def test_a_teacher_s_answers_are_checked(distilled, tmp_path):
         finetune(config)
 
 
-def test_stopped_and_continued_gives_the_same_bytes(toy, data, tmp_path, monkeypatch):
+def test_stopped_and_continued_gives_the_same_bytes(toy, data, tmp_path, monkeypatch, capsys):
+    """Also if it was finished early in between."""
     more = {"dropout": 0.1, "steps": 8, "save_every": 3, "eval_every": 100}
     straight = finetune(settings(toy, data, tmp_path / "a", **more))
     config, count = settings(toy, data, tmp_path / "b", **more), iter(range(5))
@@ -234,9 +235,23 @@ def test_stopped_and_continued_gives_the_same_bytes(toy, data, tmp_path, monkeyp
         patch.setattr(loop, "StopSignal", Stop)
         with pytest.raises(loop.Interrupted):
             finetune(config)
+    stands = "this is update 6 of 8, its last checkpoint."
+    stopped = finetune(dataclasses.replace(config, finish="last", seeds=2))
+    said = capsys.readouterr()
+    assert f" Of model, seed 56: The run is not at its end: {stands}" in said.out
+    assert "left out, from seed 57 on: --finish last: there is no checkpoint in " in said.err
+    assert stands in (stopped / "README.md").read_text()
+    assert (tmp_path / "b" / "seed-56" / "model" / "checkpoints" / "6").is_dir()  # goes on from it
+    early = (stopped / "model.safetensors").read_bytes()
     continued = finetune(dataclasses.replace(config, mesh="8x1"))
-    assert (continued / "model.safetensors").read_bytes() == (
-        straight / "model.safetensors").read_bytes()
+    whole = (straight / "model.safetensors").read_bytes()
+    assert (continued / "model.safetensors").read_bytes() == whole != early
+    assert stands not in (stopped / "README.md").read_text() + capsys.readouterr().out
+    finetune(dataclasses.replace(config, finish="best"))
+    assert "every model has had its last update, and stays as it is" in capsys.readouterr().err
+    assert (continued / "model.safetensors").read_bytes() == whole
+    with pytest.raises(UserError, match="--finish best: there is no checkpoint in .*seed-9/model/"):
+        finetune(dataclasses.replace(config, finish="best", seed=9))
 
 
 def test_numbers_and_unlabelled_texts_from_a_teacher(toy, tmp_path):

@@ -23,7 +23,7 @@ from distilbert_jax.export.huggingface import export
 from distilbert_jax.jobs import task_report
 from distilbert_jax.jobs.lessons import Lessons, check_output, choose_layers, lessons_of
 from distilbert_jax.jobs.provenance import next_steps, note_call
-from distilbert_jax.jobs.setup import check_folder, models_of_plan, place_of_plan
+from distilbert_jax.jobs.setup import check_folder, models_of_plan, place_of_plan, standing
 from distilbert_jax.jobs.ship import check_ship, ship_exported
 from distilbert_jax.jobs.task_data import read_task
 from distilbert_jax.jobs.task_model import (
@@ -45,13 +45,14 @@ from distilbert_jax.models.encoder import EncoderConfig
 from distilbert_jax.models.families import FAMILIES
 from distilbert_jax.task_config import FinetuneConfig
 from distilbert_jax.training.assemble import Assembly, assemble
-from distilbert_jax.training.checkpoint import refuse_other_run
+from distilbert_jax.training.checkpoint import refuse_other_run, refuse_to_finish
 from distilbert_jax.training.objective import Objective
-from distilbert_jax.training.train import Run, train
+from distilbert_jax.training.train import Run, saved, train
 
 # Of a model as wide as BERT-base (Devlin et al. 2019, appendix A.3); narrower ones take more, as
 # Adam's rate falls with the width (Yang et al. 2022, "Tensor Programs V", table 8).
 RATE, WIDTH = 5e-5, 768
+DONE = "finished.json"  # in the folder of a model that has had its last update
 # Settings that a training without a teacher does not depend on.
 OF_TEACHING = ("--distil", "--student-layers", "--choose", "--temperature", "--hidden-map",
                "--augment")
@@ -130,25 +131,30 @@ def _compare(job: Job, start: hub.Pretrained, teacher: hub.Pretrained | None, la
              ) -> Path:
     """Train every model of the comparison, for every seed, and report."""
     config, runs = job.config, {}
+    main = "distilled" if config.taught else "model"
+    roles = ["plain", main] if config.taught and config.baseline else [main]
+    seeds = _seeds(config, roles)
     note_call(config.output)
     if config.distil:
         whole = list(range(start.config.num_hidden_layers))
         runs["teacher"] = [_train(job, start, whole, config.seed, "teacher")]
     elif teacher:
         runs["teacher"] = [judged(job, teacher)]
-    main, learnt = ("distilled" if runs else "model"), None
+    learnt = None
     if runs:
         teacher = runs["teacher"][0].model
         learnt = lessons_of(job, runs["teacher"][0], start)
         if config.greedy and len(layers) < teacher.config.num_hidden_layers:
             layers = choose_layers(job, teacher, len(layers))
-    for seed in range(config.seed, config.seed + config.seeds):
-        if runs and config.baseline:
+    for seed in seeds:
+        if "plain" in roles:
             # As many updates as the distilled one has, so that longer training is no advantage.
             runs.setdefault("plain", []).append(
                 _train(job, start, layers, seed, "plain", job.steps(len(learnt.examples))))
         begun = teacher if config.distil or not config.model else start
         runs.setdefault(main, []).append(_train(job, begun, layers, seed, main, lessons=learnt))
+    if config.finish and not any(run.standing for own in runs.values() for run in own):
+        say(f"--finish {config.finish}: every model has had its last update, and stays as it is")
     output = Path(config.output)
     with first_process_first():
         if jax.process_index() == 0:
@@ -159,6 +165,32 @@ def _compare(job: Job, start: hub.Pretrained, teacher: hub.Pretrained | None, la
                 ship_exported(output / "model", of_task(job.task, job.task.labels, job.task.name))
             print(next_steps(*_next(config)))
     return output / "model"
+
+
+def _seeds(config: FinetuneConfig, roles: list[str]) -> list[int]:
+    """The seeds to train; with --finish those before the first that has a model not begun.
+
+    Raises:
+        UserError: that is the first of all.
+    """
+    seeds = list(range(config.seed, config.seed + config.seeds))
+    for seed in seeds if config.finish else []:
+        try:
+            for role in roles:
+                folder = _folder(config, seed, role)
+                if not (folder / DONE).exists():
+                    refuse_to_finish(folder, config.finish)
+        except UserError as error:
+            if seed == config.seed:
+                raise
+            say(f"left out, from seed {seed} on: {error}")
+            return seeds[:seed - config.seed]
+    return seeds
+
+
+def _folder(config: FinetuneConfig, seed: int, role: str) -> Path:
+    """Where one model of the comparison is trained."""
+    return Path(config.output, f"seed-{seed}", role)
 
 
 def _next(config: FinetuneConfig) -> list[list[str]]:
@@ -176,16 +208,15 @@ def _next(config: FinetuneConfig) -> list[list[str]]:
 def _train(job: Job, source: hub.Pretrained, layers: list[int], seed: int, role: str,
            steps: int | None = None, lessons: Lessons | None = None) -> Trained:
     """Train one model of the comparison in OUTPUT/seed-S/ROLE, or take it from there."""
-    config = dataclasses.replace(
-        job.config, seed=seed, output=str(Path(job.config.output, f"seed-{seed}", role)))
+    folder = _folder(job.config, seed, role)
+    config = dataclasses.replace(job.config, seed=seed, output=str(folder))
     shape, params = start_of(job, source, layers, seed)
     examples = lessons.examples if lessons else job.task.parts["train"].examples
     steps = steps or job.steps(len(examples))
     settings = _settings(job, config, lessons) | {
         "--model or --student-layers": fingerprint(params), "--steps": steps}
-    folder = Path(config.output)
     refuse_other_run(folder, settings)
-    done = _finished(folder, settings)
+    done, stands = _finished(folder, settings), ""
     if done is None:
         assembly = assemble(config, source.family, shape,
                             [lessons.teacher.config] if lessons else [], job.mesh, steps)
@@ -196,14 +227,14 @@ def _train(job: Job, source: hub.Pretrained, layers: list[int], seed: int, role:
             vocabulary=None, label=role, assembly=assembly, evaluate=_evaluator(job, assembly),
             describe=functools.partial(task_report.line, len(job.task.parts["dev"])))
         teachers = [lessons.teacher.params] if lessons else []
-        say(f"{role}, seed {config.seed}: {models_of_plan(params, *teachers)}; {steps:,} updates "
+        say(f"{role}, seed {seed}: {models_of_plan(params, *teachers)}; {steps:,} updates "
             f"of {config.batch_size} examples, {steps * config.batch_size / len(examples):.1f} "
             f"passes over {len(examples):,}; rows are {grid.filled(min(steps, 100)):.0%} full; "
             f"learning rate {config.learning_rate:.2g}; {place_of_plan(assembly)}")
-        done = _trained(job, run, source, shape, params, lessons)
+        done, stands = _trained(job, run, source, shape, params, lessons)
     elif not (folder / "model").is_dir():
         raise UserError(f"{folder / 'model'} is gone: remove {folder}, and it is trained again")
-    return judged(job, hub.load_task(str(folder / "model")), folder, done)
+    return judged(job, hub.load_task(str(folder / "model")), folder, done, stands)
 
 
 def _settings(job: Job, config: FinetuneConfig, lessons: Lessons | None) -> dict[str, Any]:
@@ -219,7 +250,7 @@ def _settings(job: Job, config: FinetuneConfig, lessons: Lessons | None) -> dict
 
 def _finished(folder: Path, settings: dict[str, Any]) -> float | None:
     """Seconds that a complete training took; None if there is none in the folder."""
-    path = folder / "finished.json"
+    path = folder / DONE
     if not path.exists():
         return None
     before = read_json(path)
@@ -233,25 +264,31 @@ def _finished(folder: Path, settings: dict[str, Any]) -> float | None:
 
 
 def _trained(job: Job, run: Run, source: hub.Pretrained, shape: EncoderConfig,
-             params: dict[str, Any], lessons: Lessons | None) -> float:
-    """Train, export to OUTPUT/seed-S/ROLE/model, and return the seconds that it took."""
-    folder, assembly = Path(run.output), run.assembly
+             params: dict[str, Any], lessons: Lessons | None) -> tuple[float, str]:
+    """Train, or with --finish take a checkpoint, and export to OUTPUT/seed-S/ROLE/model.
+
+    Returns:
+        The seconds that it took, and where it stands if that is not its end.
+    """
+    folder, assembly, finish = Path(run.output), run.assembly, job.config.finish
     teachers = {}
     if assembly.teacher_graphs:
         teachers = assembly.place(assembly.teachers(lessons.teacher.params))
     folder.mkdir(parents=True, exist_ok=True)
-    state = train(run, assembly.init(assembly.cast(params)), teachers)
-    found = to_host(state.params["student"])
-    seconds = task_report.seconds(folder)
+    start = assembly.init(assembly.cast(params))
+    state = saved(run, start, finish) if finish else train(run, start, teachers)
+    found, updates = to_host(state.params["student"]), int(state.step)
+    seconds, stands = task_report.seconds(folder), standing(finish, updates, run.steps)
     with first_process_first():
         if jax.process_index() == 0:
             family = FAMILIES[source.family.model_type].for_task(job.task.kind)
             export(folder / "model", found, shape, family, job.tokenizer,
-                   task_report.model_card(job.task, run.label, run.config), job.task.labels)
-            seal.write_json(folder / "finished.json",
-                            {"seconds": seconds, "settings": run.settings})
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return seconds
+                   task_report.model_card(job.task, run.label, run.config, stands),
+                   job.task.labels)
+            if not finish:
+                seal.write_json(folder / DONE, {"seconds": seconds, "settings": run.settings})
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return seconds, stands
 
 
 def _evaluator(job: Job, assembly: Assembly) -> Any:

@@ -52,6 +52,7 @@ class Trained:
     model: hub.Pretrained
     found: dict[str, np.ndarray]  # part → logits [P, C]
     seconds: float
+    standing: str = ""  # a sentence, if --finish took it before its last update
 
 
 def check_tokenizers(
@@ -114,13 +115,13 @@ def _named_alike(theirs: tuple[str, ...], ours: tuple[str, ...]) -> bool:
     return {name.lower() for name in ours} <= {name.lower() for name in theirs}
 
 
-def judged(job: Job, model: hub.Pretrained, folder: Path | None = None, seconds: float = 0.0
-           ) -> Trained:
+def judged(job: Job, model: hub.Pretrained, folder: Path | None = None, seconds: float = 0.0,
+           standing: str = "") -> Trained:
     """A model that is trained, with its answers to what it is judged on."""
     parts = [name for name in ("dev", "test") if name in job.task.parts]
     return Trained(folder or model.folder, model,
                    {name: answered(job.config, job.task, job.mesh, model, name) for name in parts},
-                   seconds)
+                   seconds, standing)
 
 
 def start_of(job: Job, source: hub.Pretrained, layers: list[int], seed: int

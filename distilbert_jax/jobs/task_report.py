@@ -43,14 +43,14 @@ def seconds(folder: Path) -> float:
     return float(lines[-1]["seconds"]) if lines else 0.0
 
 
-def model_card(task: "TaskInput", role: str, config: "FinetuneConfig",
+def model_card(task: "TaskInput", role: str, config: "FinetuneConfig", standing: str,
                judged: dict[str, Any] | None = None) -> str:
     """The model card; with figures where those of all seeds are known (_judge's, of dev)."""
     kind = "token-classification" if task.kind == "tag" else "text-classification"
     teacher = ", learning from a fine-tuned teacher" if role == "distilled" else ""
     source = Path(config.model or config.teacher).name
     text = (f"Trained by distilbert_jax from `{source}` on {len(task.parts['train']):,} labelled "
-            f"examples{teacher}; seed {config.seed}.\n\n"
+            f"examples{teacher}; seed {config.seed}. {standing}".rstrip() + "\n\n"
             + (f"Labels: {', '.join(task.labels)}.\n\n" if task.labels else ""))
     results = []
     if judged:
@@ -133,8 +133,10 @@ def write(config: "FinetuneConfig", task: "TaskInput", runs: dict[str, list["Tra
              f"Latency: batch 1, float32, median of 30.")
     if "teacher" in runs:
         where += f" Temperature {config.temperature}."
-    (output / "model" / "README.md").write_text(
-        model_card(task, main, config, judged["dev"]), encoding="utf-8", errors="replace")
+    where += "".join(f" Of {NAMES[role]}, seed {config.seed + i}: {run.standing}"
+                     for role, own in runs.items() for i, run in enumerate(own) if run.standing)
+    own_card = model_card(task, main, config, best.standing, judged["dev"])
+    (output / "model" / "README.md").write_text(own_card, encoding="utf-8", errors="replace")
     plot_losses(task, runs, output / "losses.png")
     write_report(
         output, f"# {task.name}\n\n{table}\n\n{words}\n\n{where}\n\n![losses](losses.png){detail}"
