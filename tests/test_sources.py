@@ -155,6 +155,7 @@ def test_glob_is_sorted_and_order_of_words_is_kept(tmp_path):
     ("a.jsonl", b"[1]\n", "a.jsonl:1: not a JSON object"),
     ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: the text holds half a surrogate pair"),
     ("a.jsonl", b'{"title": "x", "body": "y"}\n', "(columns: title, body)"),
+    ("a.jsonl", b'{"id": "1", "body": null}\n{"id": "2", "body": "y"}\n', "(columns: id, body)"),
     ("a.jsonl", b'{"text": 0}\n', "a.jsonl:1: no column 'text'"),
     ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', "a.jsonl:2: 'text' is int, not text"),
     ("a.jsonl", b'{"text": ' + b"7" * 5000 + b"}", "a.jsonl:1: JSON that cannot be read: Exceeds"),

@@ -98,8 +98,11 @@ def _texts(
 
 
 def _choose_field(where: str, record: Mapping[str, Any]) -> str:
-    """The field that holds the text: "text", or the only one whose value is a string."""
-    strings = [name for name, value in record.items() if isinstance(value, str | bytes)]
+    """The field that holds the text: "text", or the only one whose value is a string.
+
+    A null may be a string elsewhere, and counts as one.
+    """
+    strings = [name for name, value in record.items() if isinstance(value, str | bytes | None)]
     if "text" in record or len(strings) != 1:
         if not isinstance(record.get("text", 0), str | bytes | None):
             raise _no_text(where, record)
