@@ -1,5 +1,6 @@
 """Preparation: complete, the same bytes however it is divided or stopped, never half a folder."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -318,9 +319,11 @@ def test_records_without_the_field_are_counted(tmp_path, config, tokenizer):
     prepared = prepare(config(corpus=(str(tmp_path / "c.jsonl"),)), tokenizer, tmp_path / "out")
     assert "c.jsonl: 100 records without the field of the text skipped" in describe_data(
         prepared.manifest)
-    with pytest.raises(UserError, match="prepared with another text field"):
-        prepare(config(corpus=(str(tmp_path / "c.jsonl"),), text_field="id"), tokenizer,
-                tmp_path / "out")
+    named = config(corpus=(str(tmp_path / "c.jsonl"),), text_field="id")
+    prepare(named, tokenizer, tmp_path / "named")
+    for other, folder in ((named, "out"), (dataclasses.replace(named, text_field=""), "named")):
+        with pytest.raises(UserError, match="prepared with another text field"):
+            prepare(other, tokenizer, tmp_path / folder)
 
 
 def test_unknown_tokens(tmp_path, config, tokenizer):

@@ -65,9 +65,7 @@ def prepare(config: DataConfig, tokenizer: "transformers.PreTrainedTokenizerFast
     request = rows | {
         "corpus": sources.describe(config.corpus), "mix": list(config.mix),
         "valid": sources.describe(config.valid) if config.valid else config.valid_share,
-        "block_characters": blocks.BLOCK_CHARACTERS}
-    if config.text_field:
-        request["text field"] = config.text_field
+        "block_characters": blocks.BLOCK_CHARACTERS, "text field": config.text_field or None}
     partial = pathlib.Path(os.path.abspath(folder) + ".partial")
     if store.is_remote(name) and part != (0, 1):
         raise UserError(f"--shard needs a disk that the machines share, which {name} is not")
