@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 
@@ -112,6 +113,17 @@ def test_another_run_is_refused_field_by_field(state, saved):
         assert str(error.value) == (
             f"{saved} holds the checkpoints of another run (--teacher was aaaaaaaaaaaa…, is "
             "bbbbbbbbbbbb…; --temperature was 2.0, is 4.0); choose another --output, or remove it")
+
+
+def test_a_setting_that_is_no_longer_given_is_another_run(state, tmp_path):
+    """The weight of a loss, say, that is 0 now: it is no longer among the settings."""
+    given = SETTINGS | {"--alpha-cos": 1.0, "--model": ""}
+    with Checkpoints(tmp_path, given) as checkpoints:
+        checkpoints.save(at(state, 3))
+    for settings, line in ((SETTINGS | {"--model": ""}, "--alpha-cos was 1.0, is not given"),
+                           (given | {"--model": "mine"}, "--model was not given, is mine")):
+        with pytest.raises(UserError, match=re.escape(f"another run ({line});")):
+            Checkpoints(tmp_path, settings).restore(like(state))
 
 
 def folder_of(output, step):

@@ -194,6 +194,7 @@ def test_the_same_command_again_trains_nothing(distilled, monkeypatch, capsys):
 
 @pytest.mark.parametrize("change, message", [
     ({"learning_rate": 0.02}, "holds another run (--learning-rate differ)"),
+    ({"alphas": {"hard": 0.0, "soft": 0.9}}, "holds another run (--alpha-hard differ)"),
     ({"steps": 61}, "holds another run (--steps differ)")])
 def test_another_run_is_refused(change, message, distilled):
     with pytest.raises(UserError) as error:

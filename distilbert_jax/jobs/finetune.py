@@ -45,7 +45,7 @@ from distilbert_jax.models.encoder import EncoderConfig
 from distilbert_jax.models.families import FAMILIES
 from distilbert_jax.task_config import FinetuneConfig
 from distilbert_jax.training.assemble import Assembly, assemble
-from distilbert_jax.training.checkpoint import refuse_other_run, refuse_to_finish
+from distilbert_jax.training.checkpoint import changed, refuse_other_run, refuse_to_finish
 from distilbert_jax.training.objective import Objective
 from distilbert_jax.training.train import Run, saved, train
 
@@ -256,8 +256,7 @@ def _finished(folder: Path, settings: dict[str, Any]) -> float | None:
     before = read_json(path)
     if "settings" not in before:
         raise UserError(f"{path} is damaged: remove {folder}, and it is trained again")
-    now = json.loads(json.dumps(settings))
-    if other := [name for name in now if now[name] != before["settings"].get(name)]:
+    if other := changed(before["settings"], json.loads(json.dumps(settings))):
         raise UserError(f"{folder} holds another run ({', '.join(other)} differ): choose another "
                         "--output")
     return before["seconds"]

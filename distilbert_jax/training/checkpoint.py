@@ -267,7 +267,8 @@ def refuse_other_run(output: str | Path, settings: Mapping[str, Any]) -> None:
     folders = [path for _, path in sorted(_folders(parent).items(), reverse=True)]
     for folder in folders:
         if before := seal.read_json(folder, RUN):
-            _refuse(output, before.get("settings", {}), json.loads(json.dumps(settings)))
+            known = {name: before.get("settings", {}).get(name) for name in settings}
+            _refuse(output, known, json.loads(json.dumps(settings)))
             return
     if folders:
         raise _none_sound(parent, f" ({folders[0]}: {seal.find_fault(folders[0])})")
@@ -312,15 +313,22 @@ def _none_sound(folder: AnyPath, fault: str) -> UserError:
 
 
 def _refuse(output: str | AnyPath, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    changed = [f"{name} was {_short(before.get(name))}, is {_short(value)}"
-               for name, value in sorted(now.items()) if before.get(name) != value]
-    if changed:
-        raise UserError(f"{output} holds the checkpoints of another run ({'; '.join(changed)}); "
+    if names := changed(before, now):
+        values = [f"{name} was {_short(before.get(name))}, is {_short(now.get(name))}"
+                  for name in names]
+        raise UserError(f"{output} holds the checkpoints of another run ({'; '.join(values)}); "
                         "choose another --output, or remove it")
+
+
+def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names of settings that are not as they were, or are no longer there, sorted."""
+    return [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
 
 
 def _short(value: Any) -> str:
     """A setting as text; of each SHA-256 the first twelve digits."""
+    if value in (None, "", []):
+        return "not given"
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", str(value))
 
 
