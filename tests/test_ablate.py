@@ -20,6 +20,7 @@ from distilbert_jax.recipes import recipes
 
 ROWS = {"all losses": {}, "no MLM": {"alphas": {"ce": 5.0, "cos": 1.0}}}
 TOP1 = {"all losses": [0.50, 0.60, 0.55], "no MLM": [0.51, 0.62, 0.56]}
+TEACHER = 0.8  # its top-1
 
 
 @pytest.fixture
@@ -38,11 +39,13 @@ def runs(monkeypatch):
         assert Path(run.corpus[0], "manifest.json").exists() and run.steps == 2
         row, seed = Path(run.output).parent.name.replace("-", " "), run.seed
         started.append((row, seed))
-        figures = {"top1": TOP1[row][seed - 7], "masked": 99.0}
+        top1 = TOP1[row][seed - 7]
+        figures = {"top1": top1, "masked": 99.0} | (
+            {"retention": top1 / TEACHER} if TEACHER else {})
         Path(run.output).mkdir(parents=True, exist_ok=True)
         Path(run.output, "report.json").write_text(json.dumps({
             "models": {"student": figures, "student at start": {"top1": 0.1},
-                       "teacher": {"top1": 0.8}},
+                       "teacher": {"top1": TEACHER}},
             "tokens": 2e6, "seconds": 90.0, "settings": run.meaning()}))
 
     monkeypatch.setattr(job, "distil", distil)
@@ -63,6 +66,16 @@ def test_rows_are_compared_seed_by_seed(config, runs, capsys):
     found = json.loads((Path(config.output) / "report.json").read_text())
     assert found["rows"]["no MLM"]["alphas"] == {"ce": 5.0, "cos": 1.0}
     assert [run["seed"] for run in found["rows"]["no MLM"]["figures"]] == [7, 8, 9]
+    assert (Path(config.output) / "ablation.png").exists()
+
+
+def test_a_teacher_that_guesses_nothing(config, runs, monkeypatch):
+    """What is kept of its top-1 is not defined, and the rest is said."""
+    monkeypatch.setitem(globals(), "TEACHER", 0.0)
+    page = job.ablate(config, ROWS).read_text()
+    line, = (row for row in page.splitlines() if row.startswith("| no MLM"))
+    assert [cell.strip() for cell in line.split("|")[3:6]] == [
+        "56.00", "51.00 to 62.00", "not defined"]
     assert (Path(config.output) / "ablation.png").exists()
 
 

@@ -20,7 +20,8 @@ def shape(layers, parameters, **more):
 
 MASKED = {"models": {
     "teacher": shape(12, 6675535, top1=0.9475, latency=20.0),
-    "student": shape(3, 1931087, top1=0.91, retention_interval=[0.95, 0.97], latency=5.0),
+    "student": shape(3, 1931087, top1=0.91, retention=0.9604, retention_interval=[0.95, 0.97],
+                     latency=5.0),
     "student at start": shape(3, 1931087, top1=0.5, latency=5.0)}}
 TASK = {
     "task": "mrpc", "score": ["f1", "accuracy"],
@@ -28,14 +29,14 @@ TASK = {
     "latency_ms": {"teacher": 6.0, "plain": 3.0, "distilled": 2.0},
     "parts": {"dev": {
         "teacher": {"score": 0.8}, "plain": {"score": None},
-        "distilled": {"score": 0.76, "retention_interval": [0.92, 0.99]}}}}
+        "distilled": {"score": 0.76, "retention": 0.95, "retention_interval": [0.92, 0.99]}}}}
 ALONE = {"task": "own", "score": ["accuracy"], "size": {"model": shape(6, 22000)},
          "latency_ms": {"model": 6.0}, "parts": {"dev": {"model": {"score": 0.5}}}}
 SENTENCES = {
     "size": {"teacher": shape(6, 22000), "student": shape(3, 17000)},
     "sentences_per_second": {"teacher": [100.0, 10.0], "student": [210.0, 25.0]},
     "pairs": {"dev.tsv": {"teacher": {"value": 0.8}, "student": {
-        "value": 0.72, "retention_interval": [0.88, 0.91]}}}}
+        "value": 0.72, "retention": 0.9, "retention_interval": [0.88, 0.91]}}}}
 
 
 @pytest.fixture
@@ -66,6 +67,16 @@ def test_every_kind_of_run(runs):
         ["sts", "Spearman dev.tsv", "80.00", "72.00", "90.00% (88.00% to 91.00%)", "6 → 3",
          "17,000", "2.50"]]
     assert found.endswith(f"plot: plots/{PLOT}") and (runs / "plots" / PLOT).stat().st_size > 5000
+
+
+def test_what_a_report_does_not_define_is_not_said(runs):
+    """Retention, of a teacher that guesses one word alone, or that scores below 0."""
+    (runs / "mlm" / "report.json").write_text(json.dumps({"models": MASKED["models"] | {
+        "student": shape(3, 1931087, top1=0.91, latency=5.0)}}))
+    (runs / "sts" / "metrics.json").write_text(json.dumps(SENTENCES | {"pairs": {"dev.tsv": {
+        "teacher": {"value": -0.1}, "student": {"value": 0.2}}}}))
+    found = compare(["mlm", "sts"], "plots")
+    assert [row[4] for row in cells(found)] == ["", ""] and "plot" not in found
 
 
 def test_nothing_to_plot(runs):

@@ -1,5 +1,7 @@
 """The table of tasks, metrics of degenerate answers, intervals, and labels of models and data."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import scipy.special
@@ -10,6 +12,7 @@ from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import intervals
 from distilbert_jax.evaluation.metrics import METRICS, compute
+from distilbert_jax.evaluation.similarity import spearman
 from distilbert_jax.evaluation.tasks import OWN_METRICS, TASKS, own_task
 from distilbert_jax.jobs import task_report
 from distilbert_jax.jobs.task_data import Part, TaskInput, read_task
@@ -261,3 +264,21 @@ def test_calibration_of_any_answers(logits, tmp_path, monkeypatch):
     right = np.mean(logits.argmax(-1) == [0, 1, 1])
     assert said[1] == f"model: sure {sure:.1%}, right {right:.1%}"
     assert (tmp_path / "calibration.png").exists()
+
+
+def test_nothing_is_kept_of_a_score_below_zero():
+    """Of a teacher that is worse than chance the share would be negative, or that of a fault."""
+    truth = np.arange(12.0)
+    task = TaskInput("own", own_task("regress", Columns(), 128), (), {
+        "dev": Part(Labelled([("a",)] * 12, [""] * 12, ["x"] * 12), truth.tolist(),
+                    Examples([], [], [], [], [], 0))})
+    answers = {"good": truth[:, None], "bad": -truth[:, None] + np.eye(12, 1)}
+    for teacher, defined in (("good", True), ("bad", False)):
+        found = task_report._judge(task, "dev", {
+            role: [SimpleNamespace(found={"dev": answers[name]})]
+            for role, name in (("teacher", teacher), ("model", "bad"))})["model"]
+        assert found["score"] < 0 and ("retention" in found) == defined
+        assert (found["retention_interval"] is not None) == defined
+        pairs = spearman(truth.tolist(), {
+            "teacher": answers[teacher][:, 0], "student": answers["bad"][:, 0]})
+        assert ("retention" in pairs["student"]) == defined

@@ -82,12 +82,13 @@ def judged(values: Figures, drawn: Mapping[str, np.ndarray]) -> dict[str, Any]:
         values: model → figure; drawn: model → the figure in each bootstrap draw.
 
     Returns:
-        Model → `value`, `interval`; where there is a teacher, `retention`, `retention_interval`.
+        Model → `value`, `interval`; beside a teacher whose figure is above 0 `retention`,
+        `retention_interval`.
     """
     found: dict[str, Any] = {}
     for name, value in values.items():
         found[name] = {"value": value, "interval": intervals.interval(drawn[name])}
-        if name != "teacher" and values.get("teacher") and value is not None:
+        if name != "teacher" and (values.get("teacher") or 0) > 0 and value is not None:
             with np.errstate(divide="ignore", invalid="ignore"):
                 share = drawn[name] / drawn["teacher"]
             found[name] |= {"retention": value / values["teacher"],

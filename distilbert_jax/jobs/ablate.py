@@ -142,11 +142,13 @@ def _page(
     for name, found in done.items():
         top1 = [100 * run["top1"] for run in found]
         start, teacher = 100 * found[0]["start"], found[0]["teacher"]
+        kept = [100 * run["retention"] for run in found if "retention" in run]
         gap, ends = difference(top1, [100 * run["top1"] for run in done[first]])
         interval = f" ({ends[0]:+.2f} to {ends[1]:+.2f})" if ends else ""
         rows.append((
             name, f"{start:.2f}", f"{statistics.median(top1):.2f}",
-            f"{min(top1):.2f} to {max(top1):.2f}", f"{statistics.median(top1) / teacher:.2f}",
+            f"{min(top1):.2f} to {max(top1):.2f}",
+            f"{statistics.median(kept):.2f}" if kept else "not defined",
             f"{gap:+.2f}{interval}" if name != first else "",
             f"{statistics.median(run['tokens'] for run in found) / 1e6:.2f}",
             f"{statistics.median(run['seconds'] for run in found) / 60:.1f}"))
@@ -172,9 +174,9 @@ def _plot(done: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure = Figure(figsize=(8, 0.5 * len(done) + 1.5), layout="constrained")
     axes = figure.subplots()
     for place, found in enumerate(done.values()):
-        values = [100 * run["top1"] / run["teacher"] for run in found]
-        axes.plot(values, [place] * len(values), "o", alpha=0.6)
-        axes.plot(statistics.median(values), place, "k|", markersize=14)
+        if values := [100 * run["retention"] for run in found if "retention" in run]:
+            axes.plot(values, [place] * len(values), "o", alpha=0.6)
+            axes.plot(statistics.median(values), place, "k|", markersize=14)
     axes.set_yticks(range(len(done)), list(done))
     axes.invert_yaxis()
     axes.set_xlabel("held-out top-1, student / teacher [%]")

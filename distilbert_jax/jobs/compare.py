@@ -26,7 +26,7 @@ class Line:
     figure: str
     teacher: float | None  # None: it had no teacher
     student: float | None  # None: not defined
-    kept: float | None  # of the teacher's figure
+    kept: float | None  # of the teacher's figure; None: its report does not define it
     interval: Sequence[float] | None = None  # of what is kept
     layers: Sequence[int]  # of the teacher, of the student
     parameters: int | None = None  # of the student
@@ -110,15 +110,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _kept(student: float | None, teacher: float | None) -> float | None:
-    """The student's share of the teacher's figure."""
-    return student / teacher if teacher and student is not None else None
-
-
 def _masked(folder: str, models: dict[str, Any]) -> Iterator[Line]:
     teacher, student = models["teacher"], models["student"]
     yield Line(run=folder, figure="top-1", teacher=teacher["top1"], student=student["top1"],
-               kept=_kept(student["top1"], teacher["top1"]),
+               kept=student.get("retention"),
                interval=student.get("retention_interval"),
                layers=(teacher["layers"], student["layers"]), parameters=student["parameters"],
                faster=teacher["latency"] / student["latency"])
@@ -132,7 +127,7 @@ def _task(folder: str, found: dict[str, Any]) -> Iterator[Line]:
             yield Line(
                 run=folder if role in ("distilled", "model") else f"{folder}, {role}",
                 figure=f"{found['task']}: {', '.join(found['score'])}", teacher=teacher,
-                student=dev[role]["score"], kept=_kept(dev[role]["score"], teacher),
+                student=dev[role]["score"], kept=dev[role].get("retention"),
                 interval=dev[role].get("retention_interval"),
                 layers=tuple(size[name]["layers"] for name in ("teacher", role) if name in size),
                 parameters=size[role]["parameters"],
@@ -145,7 +140,7 @@ def _sentences(folder: str, found: dict[str, Any]) -> Iterator[Line]:
         yield Line(
             run=folder, figure=f"Spearman {name}", teacher=part["teacher"]["value"],
             student=part["student"]["value"],
-            kept=_kept(part["student"]["value"], part["teacher"]["value"]),
+            kept=part["student"].get("retention"),
             interval=part["student"].get("retention_interval"),
             layers=(size["teacher"]["layers"], size["student"]["layers"]),
             parameters=size["student"]["parameters"],

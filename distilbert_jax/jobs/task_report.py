@@ -168,11 +168,12 @@ def _judge(task: "TaskInput", part: str, runs: dict[str, list["Trained"]]) -> di
             "interval": intervals.interval(drawn[role]),
             "collapsed": sum(collapsed(task, run.found["dev"]) for run in own)}
         if teacher is not None and role != "teacher":
-            whole = found["teacher"]["score"]
-            if whole and found[role]["score"] is not None:
+            whole = found["teacher"]["score"] or 0.0
+            if whole > 0 and found[role]["score"] is not None:
                 found[role]["retention"] = found[role]["score"] / whole
-            with np.errstate(divide="ignore", invalid="ignore"):  # of a teacher that scores 0
-                found[role]["retention_interval"] = intervals.interval(drawn[role] / teacher)
+            with np.errstate(divide="ignore", invalid="ignore"):  # in draws where it scores 0
+                found[role]["retention_interval"] = (
+                    intervals.interval(drawn[role] / teacher) if whole > 0 else None)
     if "plain" in drawn and "distilled" in drawn:
         gain = drawn["distilled"] - drawn["plain"]
         if pair := intervals.interval(gain):
