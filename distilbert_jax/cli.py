@@ -89,14 +89,19 @@ def settle(config_class: type, given: Mapping[str, Any], recipes: Recipes | None
         if name not in known:
             raise UserError(f"unknown setting {name!r}" + (
                 nearest(name, known) or f" (known: {', '.join(sorted(known))})"))
-    recipe, recipes = given.get("recipe") or "", recipes or {}
+    recipe, recipes = str(given.get("recipe") or ""), recipes or {}
     settings = dict(recipes[choose(recipe, recipes, "--recipe")]) if recipe else {}
     for table, field in tables.items():
         prefix = f"{field.metadata['each']}_"
         weights = {name.removeprefix(prefix): weight for name, weight in given.items()
                    if name.startswith(prefix)}
         before = given.get(table) or settings.get(table) or field.default_factory()
+        if not isinstance(before, Mapping):
+            raise UserError(f"{table} {before!r} must hold weights by name")
         settings[table] = {**before, **weights}
+        for name, weight in settings[table].items():
+            if not isinstance(weight, int | float):
+                raise UserError(f"{flag(prefix + name)} {weight!r} must be a number")
         given = {name: value for name, value in given.items()
                  if name != table and not name.startswith(prefix)}
     return config_class(**settings | given)

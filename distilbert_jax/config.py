@@ -501,7 +501,7 @@ def check_temperature(config: Any) -> None:
 def check_weights(alphas: Mapping[str, float]) -> None:
     """Raise a UserError unless all weights are finite, not negative, and one is positive."""
     for name, weight in alphas.items():
-        if isinstance(weight, str) or not 0 <= weight < float("inf"):
+        if not 0 <= weight < float("inf"):
             raise UserError(f"--alpha-{name} {weight} must be 0 or a positive, finite number")
         if weight > 1e9:
             raise UserError(f"--alpha-{name} {weight} must be at most 1e9")

@@ -43,6 +43,9 @@ def test_importing_starts_nothing():
     (dj.distil, {"alpha_cse": 1.0}, "unknown setting 'alpha_cse'; did you mean alpha_ce?"),
     (dj.distil, {"corpus": "c"}, "--teacher is missing"),
     (dj.distil, {"recipe": "rxn-bert"}, "unknown --recipe 'rxn-bert'; did you mean rxn_bert?"),
+    (dj.distil, {"recipe": 5}, "unknown --recipe '5' (known: "),
+    (dj.distil, {"teacher": "t", "alphas": 3}, "alphas 3 must hold weights by name"),
+    (dj.distil, {"teacher": "t", "alpha_ce": None}, "--alpha-ce None must be a number"),
     (dj.distil, {"teacher": "t", "corpus": "c", "compile_only": "v5e:2x4"}, "leaves no student"),
     (dj.finetune, {"modell": "m"}, "unknown setting 'modell'; did you mean model?"),
     (dj.finetune, {"alpha_ce": 1.0}, "unknown setting 'alpha_ce'"),  # of another job

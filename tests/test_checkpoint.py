@@ -120,8 +120,8 @@ def test_a_setting_that_is_no_longer_given_is_another_run(state, tmp_path):
     given = SETTINGS | {"--alpha-cos": 1.0, "--model": ""}
     with Checkpoints(tmp_path, given) as checkpoints:
         checkpoints.save(at(state, 3))
-    for settings, line in ((SETTINGS | {"--model": ""}, "--alpha-cos was 1.0, is not given"),
-                           (given | {"--model": "mine"}, "--model was not given, is mine")):
+    for settings, line in ((SETTINGS | {"--model": ""}, "--alpha-cos was 1.0, is none"),
+                           (given | {"--model": "mine"}, "--model was none, is mine")):
         with pytest.raises(UserError, match=re.escape(f"another run ({line});")):
             Checkpoints(tmp_path, settings).restore(like(state))
 

@@ -328,7 +328,7 @@ def changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def _short(value: Any) -> str:
     """A setting as text; of each SHA-256 the first twelve digits."""
     if value in (None, "", []):
-        return "not given"
+        return "none"
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1…", str(value))
 
 
