@@ -453,6 +453,11 @@ class PretrainConfig(TrainConfig):
         check(self, "vocab_size", self.vocab_size <= 2**24, f"must be at most {2**24}")
         check(self, "num_attention_heads", self.hidden_size % self.num_attention_heads == 0,
               f"must divide --hidden-size {self.hidden_size}")
+        for name in ("vocab_size", "lowercase", "hidden_size", "num_hidden_layers",
+                     "num_attention_heads"):
+            check(self, name, not self.model or getattr(self, name) == getattr(type(self), name),
+                  f"is for a model from nothing, and --model {self.model} is what it is: leave out "
+                  "one of them")
 
 
 def _as_flag(field: dataclasses.Field, value: Any) -> Any:

@@ -126,6 +126,15 @@ def test_values_that_cannot_be_name_their_flag(config_class, name, values):
         assert flag(name) in str(error.value) and str(value) in str(error.value)
 
 
+@pytest.mark.parametrize("name, value", [
+    ("vocab_size", 500), ("lowercase", False), ("hidden_size", 512), ("num_hidden_layers", 6),
+    ("num_attention_heads", 8)])
+def test_a_model_that_is_trained_further_has_its_own_shape(name, value):
+    PretrainConfig(**{name: value})
+    with pytest.raises(UserError, match=f"{flag(name)} {value} is for a model from nothing, and"):
+        PretrainConfig(model="teacher", **{name: value})
+
+
 def losses_of(config_class):
     field = next(f for f in dataclasses.fields(config_class) if f.name == "alphas")
     return [name for name, row in LOSSES.items() if row.needs in field.metadata["needs"]]
