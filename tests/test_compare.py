@@ -111,6 +111,8 @@ def test_a_list_of_runs_that_are_gone(runs):
      "gone.json, run 1 lacks figure, teacher, student, kept, layers, faster"),
     (json.dumps([GONE | {"kept": "88.9 %"}]),
      "gone.json, run 1: kept is '88.9 %': a number is expected"),
+    (json.dumps([GONE | {"kept": float("nan")}]),
+     "gone.json, run 1: kept is nan: a number is expected"),
     (json.dumps([GONE | {"interval": [0.88]}]),
      "gone.json, run 1: interval is [0.88]: two numbers are expected"),
     (json.dumps([GONE | {"layers": 3}]),

@@ -6,6 +6,7 @@ alike, or that a JSON file lists, of runs that are gone; nothing is computed aga
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ def _check(what: str, name: str, value: Any) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return (isinstance(value, int | float) and not isinstance(value, bool)
+            and math.isfinite(value))
 
 
 def _masked(folder: str, models: dict[str, Any]) -> Iterator[Line]:
