@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -86,6 +87,29 @@ def test_a_teacher_from_scratch_learns(learnt):
     model = hub.load(str(folder))
     assert (model.config.hidden_size, model.config.num_hidden_layers) == (32, 2)
     assert "\n# 2-layer BertForMaskedLM\n" in (folder / "README.md").read_text()
+
+
+def test_a_tokenizer_that_was_learnt_otherwise_is_not_taken(toy, learnt, tmp_path, monkeypatch):
+    """Also before there is a checkpoint that would say so."""
+    for part in ("data", "tokenizer"):
+        shutil.copytree(learnt[1].parent / part, tmp_path / "out" / part)
+    config = dataclasses.replace(learnt[0], output=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="with another tokenizer"):
+        pretrain(dataclasses.replace(config, lowercase=not config.lowercase))
+
+    class Read(Exception):
+        pass
+
+    def read(config, mesh, tokenizer, settings):
+        assert tokenizer.get_vocab() == load_tokenizer(str(tmp_path / "out/tokenizer"), None
+                                                       ).get_vocab()
+        raise Read
+
+    job = sys.modules[pretrain.__module__]
+    monkeypatch.setattr(job, "train_wordpiece", None)
+    monkeypatch.setattr(job, "read_data", read)
+    with pytest.raises(Read):
+        pretrain(config)
 
 
 def test_a_distillation_leaves_its_student_and_its_figures(distilled, learnt):

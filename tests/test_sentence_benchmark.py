@@ -12,6 +12,7 @@ from distilbert_jax.data.sentences import tokenised
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.embed_config import EmbedConfig
 from distilbert_jax.errors import UserError
+from distilbert_jax.evaluation import similarity
 from distilbert_jax.export.sentence_folder import export_sentence
 from distilbert_jax.jobs import time_sentences as job
 from distilbert_jax.models import bert
@@ -86,3 +87,10 @@ def test_without_the_library_one_line_says_so(monkeypatch):
     monkeypatch.setattr(job, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install sentence-transformers accelerate"):
         job.time_sentences(SentenceBenchmark(teacher="t", corpus="c"))
+
+
+def test_what_is_not_defined_is_not_a_share():
+    figures = similarity.judged({"teacher": -0.2, "ours": 0.5, "none": None}, {
+        name: np.array([0.1]) for name in ("teacher", "ours", "none")})
+    assert [job._kept(figures[name]) for name in ("ours", "none")] == ["50.00", "not defined"]
+    assert job._kept({"value": 0.5, "retention": 0.8}) == "50.00 (80.00%)"

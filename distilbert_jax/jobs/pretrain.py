@@ -19,7 +19,8 @@ from distilbert_jax.export.card import card, held_out_results
 from distilbert_jax.export.huggingface import export
 from distilbert_jax.jobs.setup import check_folder, check_job, read_data
 from distilbert_jax.jobs.ship import check_ship, ship_held_out
-from distilbert_jax.machine import store
+from distilbert_jax.jobs.task_model import read_json
+from distilbert_jax.machine import seal, store
 from distilbert_jax.machine.lock import hold
 from distilbert_jax.machine.seal import fingerprint
 from distilbert_jax.machine.sharding import first_process_first, to_host
@@ -59,7 +60,8 @@ def _pretrain(config: PretrainConfig, source: hub.Pretrained | None, family: Fam
               shape: EncoderConfig, mesh: Mesh, settings: dict[str, Any]) -> Path:
     """Train in a folder that is held."""
     own = store.join(config.output, "tokenizer")
-    learnt = store.exists(store.join(own, "tokenizer_config.json"))
+    request = {"vocab_size": config.vocab_size, "lowercase": config.lowercase}
+    learnt = read_json(store.path(own) / "request.json") == request
     if source or learnt:
         tokenizer = load_tokenizer(config.model or own, shape.vocab_size if source else None)
     else:
@@ -72,6 +74,7 @@ def _pretrain(config: PretrainConfig, source: hub.Pretrained | None, family: Fam
     if not source and not learnt and jax.process_index() == 0:
         with store.whole_folder(store.local(own)) as new:
             tokenizer.save_pretrained(new)
+            seal.write_json(new / "request.json", request)
         store.upload(own)
 
     assembly = assemble(config, family, shape, [], mesh, setup.steps)

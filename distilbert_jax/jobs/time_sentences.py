@@ -85,7 +85,14 @@ def _table(
         rows.append((
             name, f"{speeds[name][0]:,.1f}", f"{speeds[name][1]:.2f} times",
             f"{side['updates']:,} in {side['seconds'] / 60:.1f} min", f"{near.mean():.4f}",
-            *(f"{100 * part[name]['value']:.2f} ({part[name]['retention']:.2%})"
-              for part in scored.values()), f"{side['process_bytes'] / 1e6:,.0f}"))
+            *(_kept(part[name]) for part in scored.values()),
+            f"{side['process_bytes'] / 1e6:,.0f}"))
     return table(rows, ("side", "sentences/s", "ours is", "updates", "cosine to teacher",
                         *(f"Spearman {name} (kept)" for name in scored), "process MB"))
+
+
+def _kept(figure: dict[str, Any]) -> str:
+    """A correlation in percent and the share of the teacher's, where there are such."""
+    value, kept = figure["value"], figure.get("retention")
+    said = "not defined" if value is None else f"{100 * value:.2f}"
+    return said if kept is None else f"{said} ({kept:.2%})"
