@@ -479,6 +479,7 @@ def test_search_by_definition():
         (9 + 10 * second) / (10 + 9 * second + 8 * third))
     near = similarity.retrieved(np.eye(3), np.array([[0, 2.0, 0], [5, 1, 0], [0, 0, 1]]))
     assert near[:, 0].tolist() == [1, 0, 2]
+    assert similarity.cosines(np.eye(2), np.array([[0.0, 0], [0, 3]])).tolist() == [0, 1]
 
 
 def test_a_scorer_of_pairs_is_distilled_as_a_task(toy, data, tmp_path):

@@ -11,8 +11,10 @@ from safetensors.numpy import load_file, save_file
 from test_provenance import next_commands
 
 from distilbert_jax.config import CompareConfig, DistilConfig
+from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import intervals
+from distilbert_jax.export.exportable import Exportable, reference
 from distilbert_jax.jobs import finetune as job
 from distilbert_jax.jobs import task_report
 from distilbert_jax.jobs.compare import compare
@@ -320,7 +322,16 @@ def test_words_of_the_model_s_own_head(toy, data, tmp_path):
     config = settings(toy, data, tmp_path / "out", distil=True, augment=2, steps=None, epochs=0.5)
     folder = finetune(config)
     left = folder.parent
-    assert np.load(left / "answers" / "logits.npy").shape == (3 * 160, 3)
+    logits, drawn = (np.load(left / "answers" / f"{name}.npy") for name in ("logits", "variants"))
+    assert logits.shape == (3 * 160, 3)
+    run = reference(Exportable.of(hub.load_task(str(left / "seed-56" / "teacher" / "model"))))
+    tokenizer = load_tokenizer(str(toy / "teacher"), None)
+    size = len(tokenizer(sentences(0, 1)[0][0])["input_ids"])
+    for copy in range(2):  # the answer to the first text's variant stands at its place
+        ids = drawn[copy, :size][None].astype(np.int64)
+        np.testing.assert_allclose(
+            run(ids, np.ones_like(ids), np.zeros_like(ids))[0], logits[160 * (copy + 1)], atol=1e-4)
+    assert abs(logits[160] - logits[320]).max() > 1e-3
     for role, updates in (("teacher", 5), ("plain", 15), ("distilled", 15)):
         lines = read_metrics(left / "seed-56" / role)
         assert lines[-1]["step"] == updates, role  # as many for plain as for distilled
@@ -363,7 +374,7 @@ def test_labels_are_matched_by_name(theirs, ours, expected):
     assert order(theirs, ours) == expected
 
 
-def test_a_teacher_with_another_order_gives_the_same_answers(distilled, data, tmp_path):
+def test_a_teacher_with_another_order_gives_the_same_answers(toy, distilled, data, tmp_path):
     """The labels of its config.json count, not their numbers."""
     _, folder = distilled
     shutil.copytree(folder, tmp_path / "turned")
@@ -378,6 +389,12 @@ def test_a_teacher_with_another_order_gives_the_same_answers(distilled, data, tm
     ours, theirs = (evaluate(EvaluateConfig(model=name, dev=data / "dev.csv", dtype="float32"))
                     for name in (folder, tmp_path / "turned"))
     assert ours == theirs and ours["accuracy"] > 0.4
+    finetune(settings(toy, data, tmp_path / "out", model="", teacher=tmp_path / "turned", steps=1,
+                      baseline=False))  # whose labels are in our order
+    best = np.load(tmp_path / "out" / "answers" / "logits.npy").argmax(-1)
+    own = evaluate(EvaluateConfig(model=folder, dev=data / "train.csv", dtype="float32"))
+    assert np.mean([("close", "mid", "open")[i] == label for i, (_, label) in zip(
+        best, sentences(0, 160), strict=True)]) == pytest.approx(own["accuracy"])
     config["id2label"] = {"0": "close", "1": "mid", "2": "open"}  # wrong for these tensors
     (tmp_path / "turned" / "config.json").write_text(json.dumps(config))
     wrong = evaluate(EvaluateConfig(model=tmp_path / "turned", dev=data / "dev.csv",
