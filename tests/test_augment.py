@@ -91,6 +91,9 @@ def test_the_least_and_the_largest_number_draw_words(share, monkeypatch):
     found = draw("8x1", some, 1, bias)[0]
     changed = found[found != np.concatenate(some.ids)]
     assert len(changed) == 9 and set(changed) == {len(SPECIAL) if share == 0 else VOCAB - 1}
+    for seed in range(3):  # shares that add up to a little more or less than 1
+        found = draw("8x1", some, 1, np.random.PCG64(seed).random_raw(VOCAB) / 2**62)
+        assert found.max() < VOCAB and (found != np.concatenate(some.ids)).any()
 
 
 def test_a_short_text_gets_another_word_too():
