@@ -326,7 +326,7 @@ def test_words_of_the_model_s_own_head(toy, data, tmp_path):
     assert logits.shape == (3 * 160, 3)
     run = reference(Exportable.of(hub.load_task(str(left / "seed-56" / "teacher" / "model"))))
     tokenizer = load_tokenizer(str(toy / "teacher"), None)
-    size = len(tokenizer(sentences(0, 1)[0][0])["input_ids"])
+    size = len(tokenizer(sentences(0, 160)[0][0])["input_ids"])
     for copy in range(2):  # the answer to the first text's variant stands at its place
         ids = drawn[copy, :size][None].astype(np.int64)
         np.testing.assert_allclose(

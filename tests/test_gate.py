@@ -225,3 +225,9 @@ def test_a_constant_answer_has_no_correlation():
 def test_a_row_as_long_as_the_model_takes_is_tried(exportable):
     model = exportable(max_position_embeddings=200)
     assert max(ids.shape[1] for ids, _, _ in gate._shapes(model)) == 200
+
+
+def test_the_mean_state_of_a_row_is_without_its_padding():
+    some = Examples([np.array([2, 7, 3], np.int32)], [], [], [], [], 0)
+    states = np.array([[1.0], [2.0], [6.0], [99.0]])
+    assert gate._kept("states", states, some, 0).tolist() == [[3.0]]
