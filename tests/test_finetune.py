@@ -374,7 +374,7 @@ def test_labels_are_matched_by_name(theirs, ours, expected):
     assert order(theirs, ours) == expected
 
 
-def test_a_teacher_with_another_order_gives_the_same_answers(toy, distilled, data, tmp_path):
+def test_a_teacher_with_another_order_gives_the_same_answers(distilled, data, tmp_path):
     """The labels of its config.json count, not their numbers."""
     _, folder = distilled
     shutil.copytree(folder, tmp_path / "turned")
@@ -389,12 +389,6 @@ def test_a_teacher_with_another_order_gives_the_same_answers(toy, distilled, dat
     ours, theirs = (evaluate(EvaluateConfig(model=name, dev=data / "dev.csv", dtype="float32"))
                     for name in (folder, tmp_path / "turned"))
     assert ours == theirs and ours["accuracy"] > 0.4
-    finetune(settings(toy, data, tmp_path / "out", model="", teacher=tmp_path / "turned", steps=1,
-                      baseline=False))  # whose labels are in our order
-    best = np.load(tmp_path / "out" / "answers" / "logits.npy").argmax(-1)
-    own = evaluate(EvaluateConfig(model=folder, dev=data / "train.csv", dtype="float32"))
-    assert np.mean([("close", "mid", "open")[i] == label for i, (_, label) in zip(
-        best, sentences(0, 160), strict=True)]) == pytest.approx(own["accuracy"])
     config["id2label"] = {"0": "close", "1": "mid", "2": "open"}  # wrong for these tensors
     (tmp_path / "turned" / "config.json").write_text(json.dumps(config))
     wrong = evaluate(EvaluateConfig(model=tmp_path / "turned", dev=data / "dev.csv",
