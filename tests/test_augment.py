@@ -79,6 +79,28 @@ def test_words_are_drawn_from_the_model_s_distribution():
         assert np.mean(drawn == word) == pytest.approx(likely, abs=0.04)  # 4 standard errors
 
 
+@pytest.mark.parametrize("share", [0.0, 1 - 2**-53])
+def test_the_least_and_the_largest_number_draw_words(share, monkeypatch):
+    """Neither [PAD], whose share is 0, nor the id after the last, though float32 rounds to 1."""
+    class Random(np.random.Generator):
+        def random(self, count):
+            return np.full(count, share)
+
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Random(np.random.PCG64(seed)))
+    some, bias = examples(3, 20), np.zeros(VOCAB)
+    found = draw("8x1", some, 1, bias)[0]
+    changed = found[found != np.concatenate(some.ids)]
+    assert len(changed) == 9 and set(changed) == {len(SPECIAL) if share == 0 else VOCAB - 1}
+    for seed in range(3):  # shares that add up to a little more or less than 1
+        found = draw("8x1", some, 1, np.random.PCG64(seed).random_raw(VOCAB) / 2**62)
+        assert found.max() < VOCAB and (found != np.concatenate(some.ids)).any()
+
+
+def test_a_short_text_gets_another_word_too():
+    found = draw("8x1", examples(8, 2), 1, np.zeros(VOCAB))
+    assert (found != np.concatenate(examples(8, 2).ids)).reshape(8, 4).any(1).sum() > 5
+
+
 def test_the_model_does_not_see_what_it_replaces(monkeypatch):
     seen = []
     monkeypatch.setattr(augment, "collect", lambda step, params, given, mesh, what: (

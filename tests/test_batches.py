@@ -76,6 +76,27 @@ def test_a_row_is_drawn_once_an_epoch():
     assert {epoch for _, epoch in drawn} == {0, 1, 2, 3, 4}
 
 
+def test_tokens_before_a_step_are_those_of_its_batches():
+    """In the second and third epoch, too, whose orders are others."""
+    segments = np.arange(1, 8, dtype=np.uint16)[:, None]
+    packed = pack.PackedRows(np.ones((7, 7), np.uint8), segments, np.array([0, 28]), {})
+    run, seen = batches.PackedBatches(packed, 3, 4), 0
+    for step in range(6):
+        assert run.tokens_before(step) == seen
+        seen += int((run.read(step, np.arange(4))["segment_ids"] > 0).sum())
+
+
+def test_some_rows_of_a_batch_are_those_of_the_whole():
+    """Also of one that spans two epochs."""
+    packed = pack.PackedRows(np.ones((7, 7), np.uint8), np.full((7, 1), 7, np.uint16),
+                             np.array([0, 49]), {})
+    run, own = batches.PackedBatches(packed, 3, 4), np.array([2, 3])
+    whole, some = run.read(1, np.arange(4)), run.read(1, own)
+    assert set(whole["epoch"]) == {0, 1}
+    for name, value in whole.items():
+        np.testing.assert_array_equal(some[name], value[own])
+
+
 def test_prefetch_is_ahead_by_two_and_in_order():
     made = []
 

@@ -479,6 +479,17 @@ def test_search_by_definition():
         (9 + 10 * second) / (10 + 9 * second + 8 * third))
     near = similarity.retrieved(np.eye(3), np.array([[0, 2.0, 0], [5, 1, 0], [0, 0, 1]]))
     assert near[:, 0].tolist() == [1, 0, 2]
+    assert similarity.cosines(np.eye(2), np.array([[0.0, 0], [0, 3]])).tolist() == [0, 1]
+
+
+def test_what_is_kept_of_the_teacher_s_figure():
+    """Draw by draw; nothing is said of a figure that is not defined."""
+    drawn = np.random.default_rng(0).uniform(0.4, 0.6, 100)
+    found = similarity.judged({"teacher": 0.5, "student": 0.45, "constant": None}, {
+        "teacher": drawn, "student": 0.9 * drawn, "constant": np.full(100, np.nan)})
+    assert found["student"]["retention"] == pytest.approx(0.9)
+    assert found["student"]["retention_interval"] == pytest.approx((0.9, 0.9))
+    assert found["constant"] == {"value": None, "interval": None}
 
 
 def test_a_scorer_of_pairs_is_distilled_as_a_task(toy, data, tmp_path):

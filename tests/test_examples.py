@@ -85,10 +85,13 @@ def test_a_pair_has_token_types_and_the_longer_text_is_cut(toy):
     tokenizer = load_tokenizer(str(toy / "teacher"), None)
     pair = labelled([("ba be bu", "da"), ("ba " * 30, "da de")])
     found = encode(pair, [1, 0], tokenizer, 16)
+    assert tokenizer.backend_tokenizer.truncation is None  # else it would be saved with it
     assert found.lengths.tolist() == [7, 16] and found.cut == 1
     assert found.types[0].tolist() == [0, 0, 0, 0, 0, 1, 1]
     assert found.ids[1].tolist()[-4:] == tokenizer("x", "da de")["input_ids"][-4:]
     assert tokenizer("ba " * 30)["input_ids"][20:]  # it does not truncate from now on
+    whole = encode(labelled([("ba " * 14,)]), None, tokenizer, 16)
+    assert whole.lengths.tolist() == [16] and whole.cut == 0
     assert [labels.tolist() for labels in found.labels] == [[1], [0]]
 
 

@@ -78,7 +78,9 @@ def exported_as(name, toy, folder):
         _, config = student_config(bert.FAMILY, config, 1, dropout=0.25)
         params = student_params(params, [1])
     elif family is not teacher.family:  # the teacher's numbers, as if it were of this family
-        config = dataclasses.replace(config, **family.fixed)
+        config = dataclasses.replace(config, **family.fixed, type_vocab_size=1)
+        one_type = {"embedding": params["embeddings"]["token_type"]["embedding"][:1]}
+        params = params | {"embeddings": params["embeddings"] | {"token_type": one_type}}
     tokenizer = load_tokenizer(str(toy / "teacher"), config.vocab_size)
     for card in ("old", "new"):
         export(folder, params, config, family, tokenizer, card)

@@ -11,8 +11,10 @@ from safetensors.numpy import load_file, save_file
 from test_provenance import next_commands
 
 from distilbert_jax.config import CompareConfig, DistilConfig
+from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
 from distilbert_jax.evaluation import intervals
+from distilbert_jax.export.exportable import Exportable, reference
 from distilbert_jax.jobs import finetune as job
 from distilbert_jax.jobs import task_report
 from distilbert_jax.jobs.compare import compare
@@ -320,7 +322,16 @@ def test_words_of_the_model_s_own_head(toy, data, tmp_path):
     config = settings(toy, data, tmp_path / "out", distil=True, augment=2, steps=None, epochs=0.5)
     folder = finetune(config)
     left = folder.parent
-    assert np.load(left / "answers" / "logits.npy").shape == (3 * 160, 3)
+    logits, drawn = (np.load(left / "answers" / f"{name}.npy") for name in ("logits", "variants"))
+    assert logits.shape == (3 * 160, 3)
+    run = reference(Exportable.of(hub.load_task(str(left / "seed-56" / "teacher" / "model"))))
+    tokenizer = load_tokenizer(str(toy / "teacher"), None)
+    size = len(tokenizer(sentences(0, 160)[0][0])["input_ids"])
+    for copy in range(2):  # the answer to the first text's variant stands at its place
+        ids = drawn[copy, :size][None].astype(np.int64)
+        np.testing.assert_allclose(
+            run(ids, np.ones_like(ids), np.zeros_like(ids))[0], logits[160 * (copy + 1)], atol=1e-4)
+    assert abs(logits[160] - logits[320]).max() > 1e-3
     for role, updates in (("teacher", 5), ("plain", 15), ("distilled", 15)):
         lines = read_metrics(left / "seed-56" / role)
         assert lines[-1]["step"] == updates, role  # as many for plain as for distilled

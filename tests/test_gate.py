@@ -209,3 +209,25 @@ def test_figures_of_hidden_tokens_by_their_definition(judged):
         right += list(logits.argmax(-1) == labels)
     assert found.own["top1"] == np.mean(right)
     assert found.own["perplexity"] == pytest.approx(np.exp(np.mean(losses)), rel=1e-5)
+    uniform, _ = found.judge(lambda *batch: 0 * run(*batch), INT8, 0)
+    assert uniform["perplexity"] == pytest.approx(72)  # of as many words
+    assert uniform["perplexity_ratio"] == pytest.approx(72 / found.own["perplexity"])
+    shifted, _ = found.judge(lambda *batch: run(*batch) + 200, INT8, 0)
+    assert shifted["perplexity_ratio"] == pytest.approx(1, rel=1e-4)
+
+
+def test_a_constant_answer_has_no_correlation():
+    numbers = np.arange(3.0)[:, None]
+    assert gate._relative("regress", 0 * numbers, numbers) == {}
+    assert gate._relative("regress", numbers, 2 * numbers) == {"correlation": pytest.approx(1)}
+
+
+def test_a_row_as_long_as_the_model_takes_is_tried(exportable):
+    model = exportable(max_position_embeddings=200)
+    assert max(ids.shape[1] for ids, _, _ in gate._shapes(model)) == 200
+
+
+def test_the_mean_state_of_a_row_is_without_its_padding():
+    some = Examples([np.array([2, 7, 3], np.int32)], [], [], [], [], 0)
+    states = np.array([[1.0], [2.0], [6.0], [99.0]])
+    assert gate._kept("states", states, some, 0).tolist() == [[3.0]]

@@ -127,6 +127,16 @@ def test_numbers_of_the_readable_truth(terms, dtype, path, x64):
     assert_close(found, expected, TOLERANCE[dtype])
 
 
+def test_labels_and_biases_of_halves_are_wide(x64):
+    """Logits are not rounded to bfloat16, though the gradient in them is for the products after."""
+    (student, _), *rest = make(dtype="bfloat16")
+    found, expected = (
+        value_and_gradients(losses, (student, None), *rest, TERMS["all"], dtype)
+        for losses, dtype in ((fused_losses, "bfloat16"), (dense_losses, "float64")))
+    assert_close(found[0], expected[0], 1e-5)
+    assert_close(found[1][0].bias, expected[1][0].bias, 1e-5)
+
+
 def two_teachers():
     """(student, {share: teacher} of two of other widths, targets)."""
     student, first, targets = make()

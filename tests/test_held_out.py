@@ -135,6 +135,11 @@ def test_retention_needs_a_teacher_that_beats_the_commonest_token(hits, retentio
     assert _figures(total).get("retention") == retention
 
 
+def test_the_perplexity_of_a_model_that_is_surely_wrong_is_finite():
+    total = {"masked": 1.0, "tokens": 1.0, "most_frequent": 0.0, "nll": 1e4, "correct": 0.0}
+    assert 1e300 < _figures(total)["perplexity"] < np.inf
+
+
 def test_the_same_tokens_are_hidden_from_every_model(
         measured, problem, vocabulary, packed, steps):
     alone = figures(problem, vocabulary, packed, steps["teacher"], params=problem.teacher_params,

@@ -18,6 +18,7 @@ def write(path, content):
 @pytest.mark.parametrize("name, content", [
     ("a.csv", 'text,label\n"one, two",x\nthree,y\n'),
     ("a.CSV", b"\xef\xbb\xbftext,label\r\n\"one, two\",x\r\nthree,y\r\n"),
+    ("a.csv", 'text,label\n"one, two", x\nthree,y \n'),  # spaces are no part of a class
     ("a.tsv", "text\tlabel\none, two\tx\nthree\ty\n"),
     ("a.jsonl", '{"text": "one, two", "label": "x"}\n{"label": "y", "text": "three"}\n')])
 def test_forms(name, content, tmp_path):
@@ -54,6 +55,11 @@ def test_classes_of_a_saved_dataset_have_their_names(tmp_path):
     datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features).save_to_disk(
         str(tmp_path / "saved"))
     assert read([str(tmp_path / "saved")], Columns(), "train").labels == ["good", "bad"]
+    some = datasets.Dataset.from_dict({"text": ["c", "d"], "label": [-1, 0]}, features)
+    datasets.DatasetDict({"train": some.select([1]), "unsupervised": some}).save_to_disk(
+        str(tmp_path / "parts"))  # as IMDB's are called; -1 is no class
+    found = read([str(tmp_path / "parts")], Columns(), "unlabelled", False)
+    assert found.texts == [("c",), ("d",)] and found.labels == [None, "bad"]
     tags = datasets.Features({
         "tokens": datasets.List(datasets.Value("string")),
         "ner_tags": datasets.List(datasets.ClassLabel(names=["O", "B-PER"]))})
@@ -91,6 +97,10 @@ def test_labels_are_matched_by_name_in_any_case(tmp_path):
     assert targets.classes(found, ("no", "yes")) == [1, 0]
     numbers = read([write(tmp_path / "n.csv", "text,label\na,10\nb,9\n")], Columns(), "train")
     assert targets.class_names(numbers) == ("9", "10")
+    written = read([write(tmp_path / "h.jsonl", '{"text": "a", "label": 1.0}\n'
+                         '{"text": "b", "label": 0}\n')], Columns(), "train")
+    assert targets.class_names(written) == ("0", "1")
+    assert targets.classes(written, ("0", "1")) == [1, 0]
 
 
 BAD = [  # (file, content, columns, parts of the message)

@@ -21,14 +21,22 @@ KNOWN = RANDOM.integers(0, 2, 15) + 0.0  # sentences of a batch that are there
 
 
 def ours(name, student, teacher=TEACHER):
+    return LOSSES[name].sum(*given(name, student, teacher), **settings_of(name))
+
+
+def settings_of(name):
+    return {setting: SETTINGS[setting] for setting in LOSSES[name].settings}
+
+
+def given(name, student, teacher):
+    """What the sum of a row takes, beside its settings."""
     row = LOSSES[name]
     target = LABELS if row.needs in ("labels", "targets") else teacher
-    settings = {setting: SETTINGS[setting] for setting in row.settings}
     target = jnp.asarray(target, float if row.needs == "targets" else None)
     more = (target.reshape(15, 11), jnp.asarray(KNOWN)) if row.needs == "similarities" else ()
     if row.needs == "qkv":
         student, target, more = three(student), three(target), (jnp.asarray(SEGMENTS),)
-    return row.sum(student, target, jnp.asarray(WEIGHTS), *more, **settings)
+    return student, target, jnp.asarray(WEIGHTS), *more
 
 
 def three(x):
@@ -100,8 +108,8 @@ DEFINITIONS |= {"hard": DEFINITIONS["mlm"], "soft": kl, "vector": DEFINITIONS["m
 def test_one_logit_is_a_number(name, other, x64):
     """As in transformers, the loss of a regression is the squared error."""
     row, numbers = LOSSES[name], STUDENT[..., :1]
-    settings = {setting: SETTINGS[setting] for setting in row.settings}
-    found = row.sum(jnp.asarray(numbers), jnp.asarray(other), jnp.asarray(WEIGHTS), **settings)
+    found = row.sum(jnp.asarray(numbers), jnp.asarray(other), jnp.asarray(WEIGHTS),
+                    **settings_of(name))
     errors = (numbers[..., 0] - other.reshape(3, 5)) ** 2
     np.testing.assert_allclose(found, (WEIGHTS * errors).sum(), rtol=1e-12)
 
@@ -158,13 +166,15 @@ def test_extreme_values_are_finite_in_float32(name):
 
 
 @pytest.mark.parametrize("name", [n for n, row in LOSSES.items() if row.needs in (
-    "last", "hidden")])
-def test_zeros_are_finite_and_halves_are_wide(name):
-    value, gradient = jax.value_and_grad(LOSSES[name].sum)(
-        jnp.zeros((2, 4)), jnp.zeros((2, 4)), jnp.ones(2))
+    "last", "hidden", "qkv", "vectors", "similarities")])
+def test_zeros_are_finite_and_sums_of_halves_are_wide(name):
+    zeros = jnp.zeros((3, 5, 11))
+    value, gradient = jax.value_and_grad(lambda s: ours(name, s, zeros))(zeros)
     assert jnp.isfinite(value) and jnp.isfinite(gradient).all()
-    halves = jnp.asarray(STUDENT[0], jnp.bfloat16)
-    assert LOSSES[name].sum(halves, halves, jnp.ones(5)).dtype == jnp.float32
+    halves = given(name, *(jnp.asarray(x, jnp.bfloat16) for x in (STUDENT, TEACHER)))
+    wide = [x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in halves]
+    found, expected = (LOSSES[name].sum(*x, **settings_of(name)) for x in (halves, wide))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("heads, widths", [(1, (6, 4)), (2, (6, 4)), (3, (9, 9)), (4, (4, 12))])

@@ -256,9 +256,12 @@ def test_what_is_dropped_is_random():
         assert abs((ones[:, far:] * ones[:, :-far]).mean(1)).max() < 5 * 0.25 / (size - far)**0.5
     for other in range(1, 4):
         assert abs((ones[0] * ones[other]).mean(0)).max() < 5 * 0.25 / size**0.5
+    assert (dropout.bits(indices, *(seeds[0] + np.uint32([0, 1]))) != found[0]).mean() > 0.99
     for rate in (0.1, 0.3):
         left = np.asarray(dropout.dropped(jnp.ones((4, *shape)), dropout.dropout(rate, keys)))
         np.testing.assert_allclose(np.unique(left), [0, 1 / (1 - rate)], rtol=1e-6)
+        np.testing.assert_array_equal(left > 0, [  # by an index that is counted over all axes
+            dropout.kept(indices.reshape(shape), *own, rate) for own in seeds])
         spread = (rate * (1 - rate) / left.size)**0.5
         assert abs((left == 0).mean() - rate) < 4 * spread
 

@@ -71,6 +71,17 @@ def test_objectives_that_cannot_be(config, message, wide):
         Objective.of(config_of(**config), student, [teacher])
 
 
+def test_what_a_pair_takes_where_nothing_is_said(wide):
+    """The teacher's number of heads; projections that keep the size of states."""
+    student, teacher = wide[0]
+    teacher = dataclasses.replace(teacher, num_attention_heads=2)
+    objective = Objective.of(config_of(alphas=HIDDEN | {"relation": 1.0}), student, [teacher])
+    assert objective.pairs[0].relation_heads == 2 != student.num_attention_heads
+    found = objective.init_projections(student, [teacher], 0, np.dtype("float64"))["hidden"]
+    assert [kernel["kernel"].std() for kernel in found.values()] == pytest.approx(
+        [16**-0.5] * 2, rel=0.1)  # 3 standard errors
+
+
 def run(wide, vocabulary, shape):
     """Two updates on a mesh: the states before and after, and metrics."""
     shapes, params, teacher_params, batches = wide

@@ -81,7 +81,7 @@ def folder(tmp_path):
                 "rows": len(shard), "segments": shard["segments"].shape[1]})
             manifest[part]["rows"] += len(shard)
             manifest[part]["tokens"] += len(ids)
-        counts.append(np.bincount(np.concatenate(all_ids), minlength=40))
+        counts.append(np.bincount(np.concatenate(all_ids), minlength=256))
     np.save(tmp_path / "counts.npy", np.stack(counts))
     manifest["counts"] = described(tmp_path / "counts.npy")
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))

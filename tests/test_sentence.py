@@ -21,7 +21,7 @@ from distilbert_jax.export.sentence_folder import export_sentence
 from distilbert_jax.models import bert, sentence, sentence_modules
 from distilbert_jax.models.encoder import graphdef
 from distilbert_jax.models.sentence_modules import Dense, Sentence
-from distilbert_jax.models.vectors import DENSE_ACTIVATIONS, POOLINGS
+from distilbert_jax.models.vectors import DENSE_ACTIVATIONS, POOLINGS, pool
 
 LENGTHS = [9, 5, 12, 7, 3, 8]
 TEXTS = ["ba be bu", "da", "ka le mu ba be na nu", "fa fe fu ga"]
@@ -76,6 +76,15 @@ def test_vectors_of_packed_rows_are_those_of_each_text_alone(way, encoder, x64):
     np.testing.assert_allclose(embedder(found), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_halves_are_pooled_as_singles_are(pooling):
+    states = jnp.asarray(np.random.default_rng(0).normal(size=(1, 300, 4)), jnp.bfloat16)
+    found, expected = (pool(pooling, x, jnp.ones((1, 300), jnp.int32), 1) for x in (
+        states, states.astype(jnp.float32)))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 @pytest.fixture(scope="module")
 def folders(toy, encoder, tmp_path_factory):
     """Function (way) → the folder of a noisy encoder, with the toy's tokenizer."""
@@ -85,7 +94,7 @@ def folders(toy, encoder, tmp_path_factory):
         shape, params = encoder(way, vocab_size=len(tokenizer))
         params = jax.tree.map(np.float32, params)
         export_sentence(folder, params, shape, bert.FAMILY, tokenizer, "A toy.\n", 7,
-                        {"query": "da ", "document": ""}, None)
+                        {"query": "da ", "document": ""}, "document")
         return folder, shape, params
 
     return write
@@ -98,6 +107,7 @@ def test_what_is_written_is_read(way, folders):
     assert found.model.config.sentence == WAYS[way] and found.max_length == 7
     said = found.modules
     assert (said.prompt("query"), said.prompt("document"), said.prompt()) == ("da ", "", "")
+    assert said.default_prompt == "document"
     jax.tree.map(np.testing.assert_array_equal, found.model.params, params)
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["BertModel"]
 
@@ -143,6 +153,8 @@ def test_the_tokenizer_says_how_long_texts_are_where_nothing_else_does(folders, 
     assert sentence.load(str(folder)).max_length == 7
     (folder / "sentence_bert_config.json").write_text('{"transformer_task": "feature-extraction"}')
     assert sentence.load(str(folder)).max_length == 9
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 512}')
+    assert sentence.load(str(folder)).max_length == 24  # positions of the encoder
 
 
 def test_a_prompt_that_is_empty_counts(folders, tmp_path):

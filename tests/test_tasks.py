@@ -10,7 +10,7 @@ from distilbert_jax.data.examples import Examples
 from distilbert_jax.data.labelled import Columns, Labelled
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
-from distilbert_jax.evaluation import intervals
+from distilbert_jax.evaluation import answers, intervals
 from distilbert_jax.evaluation.metrics import METRICS, compute
 from distilbert_jax.evaluation.similarity import spearman
 from distilbert_jax.evaluation.tasks import OWN_METRICS, TASKS, own_task
@@ -69,6 +69,7 @@ def test_metrics_of_a_constant_answer():
 def test_tags_that_are_not_of_entities_are_judged_word_by_word():
     """F1 of entities reads NN as the inside of an entity N."""
     for labels, metrics in ((("O", "B-A"), ("entity_f1", "accuracy_words")),
+                            (("O", "S-A"), ("entity_f1", "accuracy_words")),
                             (("DT", "NN"), ("accuracy_words",)), (("0", "1"), ("accuracy_words",))):
         own = own_task("tag", Columns(), 128, labels)
         assert own.metrics == metrics[:1] and TaskInput("own", own, labels, {}).metrics == metrics
@@ -86,7 +87,16 @@ def test_a_class_that_is_called_as_a_column(tmp_path):
 
 def test_metrics_by_hand():
     assert compute(["f1"], [1, 1, 0, 0], [1, 0, 1, 0])["f1"] == 0.5
-    assert compute(["spearman"], [1.0, 2.0, 3.0], [1.0, 3.0, 9.0])["spearman"] == 1.0
+    classes = compute(["f1_macro"], [0, 0, 0, 1], [0, 0, 1, 1])  # 4/5 of the first, 2/3
+    assert classes["f1_macro"] == pytest.approx((4 / 5 + 2 / 3) / 2)
+    numbers = compute(["spearman", "pearson", "mse"], [1.0, 2.0, 3.0], [1.0, 3.0, 9.0])
+    assert numbers["spearman"] == 1.0 and numbers["mse"] == pytest.approx(37 / 3)
+    assert numbers["pearson"] == pytest.approx(8 / np.sqrt(2 * 312 / 9))
+    one = compute(["pearson", "spearman"], [1.0], [2.0])
+    assert one == {"pearson": None, "spearman": None, "score": None}
+    words = [["O", "O", "O"], ["A"]], [["O", "A", "A"], ["A"]]
+    assert compute(["accuracy_words"], *words)["accuracy_words"] == 0.5
+    assert compute(["entity_f1"], [["O"]], [["O"]])["entity_f1"] == 0.0  # there is none to find
     tags = [["B-A", "I-A", "O", "B-B"]]
     assert compute(["entity_f1"], tags, [["B-A", "I-A", "O", "O"]])["entity_f1"] == (
         pytest.approx(2 / 3))
@@ -105,13 +115,34 @@ def test_an_interval_covers_as_often_as_it_says(monkeypatch):
     assert 44 <= covered <= 50
 
 
+def test_seeds_are_drawn_too(monkeypatch):
+    """Of a seed that is always right and one that never is, none, one or both are the latter."""
+    monkeypatch.setattr(intervals, "DRAWS", 50)
+    drawn = intervals.drawn(["accuracy"], np.ones(9, int), {"m": [np.ones(9), np.zeros(9)]})
+    assert set(drawn["m"]) == {0, 0.5, 1}
+
+
+def test_a_loss_is_over_what_has_a_label():
+    """And finite for an answer that is sure and wrong."""
+    some = Examples([], [], [], [], [np.array([1.0, np.nan])], 0)
+    sure = np.array([[200, 0], [0, 0]], np.float32)
+    assert answers.loss("classify", sure, some) == pytest.approx(-np.log(1e-30))
+    assert answers.loss("regress", np.array([[3.0], [9.0]]), some) == 4
+
+
+def test_a_word_that_was_cut_off_is_tagged_O():
+    """Whichever place O has among the names."""
+    one = Examples([], [], [np.array([1, 2])], [np.array([0, 1])], [], 0)
+    assert answers.answers("tag", np.eye(2)[[1, 0]], one, [3], ("B-A", "O")) == [["O", "B-A", "O"]]
+
+
 def test_a_model_beside_itself_keeps_everything(monkeypatch):
     monkeypatch.setattr(intervals, "DRAWS", 20)
-    answers = np.random.default_rng(0).integers(0, 2, 50)
-    drawn = intervals.drawn(["accuracy"], np.ones(50, int), {"a": [answers], "b": [answers]})
+    given = np.random.default_rng(0).integers(0, 2, 50)
+    drawn = intervals.drawn(["accuracy"], np.ones(50, int), {"a": [given], "b": [given]})
     assert (drawn["a"] == drawn["b"]).all()
     assert intervals.interval(np.full(10, np.nan)) is None
-    one = intervals.drawn(["accuracy"], np.ones(1, int), {"a": [answers[:1]]})
+    one = intervals.drawn(["accuracy"], np.ones(1, int), {"a": [given[:1]]})
     assert intervals.interval(one["a"]) is None
 
 

@@ -256,6 +256,7 @@ def test_other_states_and_damaged_ones_are_refused(settings, tmp_path, monkeypat
             ({"valid_share": 0.2}, "corpus"), ({"mask_rate": 0.4}, "mask rate .0.15, now 0.4."),
             ({"seed": 3}, "seed .56, now 3."),
             ({"state_dtype": "exact"}, "precision .bfloat16, now float32."),
+            ({"dtype": "bfloat16"}, "precision of products .float32, now bfloat16."),
             ({"kept_maskings": 1}, "number of maskings .2, now 1."),
             ({"restrict_ce_to_mask": True, "alphas": {"ce": 1.0}},
              "positions of a row .16, now 2.")):

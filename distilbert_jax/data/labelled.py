@@ -95,7 +95,7 @@ def read(names: Sequence[str], columns: Columns, split: str, labelled: bool | No
     if len({count for count, _ in said}) > 1:
         raise UserError(f"{' '.join(names)}: some hold single texts, some pairs: name the columns "
                         "by --text")
-    if not labelled and all(str(label) in ("-1", "None") for label in labels):
+    if not labelled and all(str(label) == "-1" for label in labels):
         labels = [None] * len(labels)
     return Labelled(texts, labels, where, any(tagged), said[0][1])
 

@@ -24,6 +24,7 @@ from distilbert_jax.machine.sharding import by_rows, on_mesh
 from distilbert_jax.training.objective import observe
 
 RATE = Masking().rate  # share of an example's ordinary tokens: what such models are trained with
+BELOW_1 = 1 - 2**-24  # the largest number below 1 in float32, to which batches round
 
 
 # Examples whose `positions` are to be replaced, with a number in [0, 1) for each in place of labels
@@ -101,7 +102,7 @@ def _chosen(examples: Examples, special_ids: Sequence[int], random: np.random.Ge
         ordinary = np.flatnonzero(~np.isin(ids, special_ids))
         count = min(len(ordinary), max(1, round(RATE * len(ordinary))))
         positions.append(np.sort(random.choice(ordinary, count, replace=False)).astype(np.int32))
-        draws.append(random.random(count))
+        draws.append(np.minimum(random.random(count), BELOW_1))
     return dataclasses.replace(examples, positions=positions, labels=draws,
                                words=[np.zeros_like(at) for at in positions])
 

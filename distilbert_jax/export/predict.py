@@ -206,10 +206,7 @@ class Predictor:
         self, *texts: str | list[str], split: bool = False, longest: int = LONGEST
     ) -> "tokenizers.Encoding":
         self._tokenizer.enable_truncation(min(longest, self._longest))
-        try:
-            return self._tokenizer.encode(*texts, is_pretokenized=split)
-        finally:
-            self._tokenizer.no_truncation()
+        return self._tokenizer.encode(*texts, is_pretokenized=split)
 
     def _answers(self, rows: "Sequence[tokenizers.Encoding]") -> list[np.ndarray]:
         """The answer to each row, without its padding."""

@@ -97,8 +97,7 @@ def fused_losses(
         The total, and name → sum over global weight, which has no gradient.
     """
     shares, heads = tuple(zip(*teachers, strict=True)) or ((), ())
-    total, means = _fused(student, heads, targets, terms, temperature, shares)
-    return total, jax.lax.stop_gradient(means)
+    return _fused(student, heads, targets, terms, temperature, shares)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -161,7 +161,7 @@ def _canonical(
     duplicates = []
     for name, array in tensors.items():
         full = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", name))
-        if not known(full) and known(family.prefix + full):
+        if known(family.prefix + full):
             full = family.prefix + full
         if full in out:
             duplicates.append(f"duplicated {full} (as {name})")
