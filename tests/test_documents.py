@@ -150,7 +150,8 @@ def test_commands_are_found():
         "python experiments/ship.py --model DIR", "distilbert-jax"]
     assert by_document["README.md"] >= 8 and by_document["experiments/README.md"] >= 20
     assert all(by_document[f"distilbert_jax/recipes/{name}.py"] for name in (
-        "bert_base", "few_layers", "quickstart", "rxn_bert", "table_4", "three_layers"))
+        "bert_base", "few_layers", "half_layers", "quickstart", "rxn_bert", "table_4",
+        "three_layers"))
     assert by_document["distilbert_jax/commands/main.py"] >= 20
 
 

@@ -274,7 +274,7 @@ def _card(setup: Setup, origin: str, figures: dict[str, Any], params: dict[str, 
         f"- corpus: {', '.join(map(sources.published, config.corpus))}\n"
         f"- losses: {weights}; temperature {config.temperature}\n"
         f"- {report.versions()}")
-    return card("fill-mask", f"A student of {len(params['layers'])} layers", text,
+    return card("fill-mask", f"{len(params['layers'])}-layer student", text,
                 folder="student", origin=config.teacher[0],
                 mask=setup.tokenizer.mask_token, corpus=setup.data.words,
                 results=held_out_results(figures))

@@ -265,7 +265,7 @@ def model_card(config: EmbedConfig, found: dict[str, Any], origin: str) -> str:
                       part["student"]["interval"])
                for name, part in found["pairs"].items() if part["student"]["value"] is not None]
     layers = found["size"]["student"]["layers"]
-    return card("sentence-similarity", f"A student of {layers} layers in the space of {teacher}",
+    return card("sentence-similarity", f"{layers}-layer student in the space of {teacher}",
                 text, folder="student", origin=config.teacher, results=results,
                 corpus=config.corpus)
 
