@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from test_sharding import mesh_of
 
 from distilbert_jax.benchmark import latency
-from distilbert_jax.config import AblationConfig, DistilConfig
+from distilbert_jax.config import AblationConfig, DistilConfig, Masking
 from distilbert_jax.data.kept_states import KeptStates, TaughtBatches
 from distilbert_jax.data.tokenize import load_tokenizer
 from distilbert_jax.errors import UserError
@@ -266,6 +266,10 @@ def test_other_states_and_damaged_ones_are_refused(settings, tmp_path, monkeypat
         shutil.rmtree(tmp_path / "other")
     with pytest.raises(UserError, match="kept holds states for another teacher: remove it, or"):
         Pieces(settings(states=kept), teacher_digest=64 * "b")
+    with monkeypatch.context() as patch:  # of another version of this program
+        patch.setattr(DistilConfig, "MASKING", Masking(mask=0.7))
+        with pytest.raises(UserError, match="kept holds states for another recipe of maskings"):
+            Pieces(settings(states=kept))
     other = shutil.copytree(settings().teacher[0], tmp_path / "teacher")  # makes the same rows
     words = (other / "tokenizer.json").read_text()
     assert words.count('"##a"') == 1  # a piece that is in no row
