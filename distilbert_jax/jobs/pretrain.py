@@ -61,7 +61,8 @@ def _pretrain(config: PretrainConfig, source: hub.Pretrained | None, family: Fam
     """Train in a folder that is held."""
     own = store.join(config.output, "tokenizer")
     request = {"vocab_size": config.vocab_size, "lowercase": config.lowercase}
-    learnt = read_json(store.path(own) / "request.json") == request
+    asked = store.join(own, "request.json")
+    learnt = store.exists(asked) and read_json(store.path(asked)) == request
     if source or learnt:
         tokenizer = load_tokenizer(config.model or own, shape.vocab_size if source else None)
     else:
